@@ -1,0 +1,720 @@
+"""All tests: no network, no GPU, a few minutes on two cores. Each oracle is of another form than the code it checks."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import prdp
+import rewards
+from prdp import Policy, Schedule, Trajectories, prdp_loss
+
+ROOT = Path(__file__).resolve().parent
+SD14_SCHEDULER = {  # scheduler_config.json of Stable Diffusion v1.4
+    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "steps_offset": 1, "set_alpha_to_one": False, "skip_prk_steps": True,
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ the loss
+
+
+def random_inputs(seed: int, *lead: int, images=5, steps=7, scale=0.3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    log_probs, old, ref = (scale * torch.randn(*lead, images, steps, generator=g, dtype=torch.float64) for _ in range(3))
+    return log_probs, old, ref, torch.randn(*lead, images, generator=g, dtype=torch.float64)
+
+
+def loss_by_pairs(log_probs, old, ref, rewards, clip_range, kl_weight) -> float:
+    """Alg. 1, line 10 by hand: one prompt, a Python loop over the pairs i < j, plain numbers."""
+    log_probs, old, ref, rewards = (x.tolist() for x in (log_probs, old, ref, rewards))
+    total, pairs = 0.0, 0
+    for i, j in itertools.combinations(range(len(rewards)), 2):
+        if rewards[i] == rewards[j]:
+            continue
+        predicted = clipped = 0.0
+        for image, sign in ((i, 1), (j, -1)):
+            for new_t, old_t, ref_t in zip(log_probs[image], old[image], ref[image], strict=True):
+                step = new_t - old_t  # Eq. 20 clips the ratio to theta_old; adding r-hat_old back gives r-hat
+                predicted += sign * (new_t - ref_t) / len(ref[0])
+                clipped += sign * (min(max(step, -clip_range), clip_range) + old_t - ref_t) / len(ref[0])
+        target = (rewards[i] - rewards[j]) / kl_weight
+        total += max((predicted - target) ** 2, (clipped - target) ** 2)
+        pairs += 1
+    return total / pairs if pairs else 0.0
+
+
+@pytest.mark.parametrize("clip_range", [1e-6, 0.05, 0.3, math.inf])
+@pytest.mark.parametrize("seed", range(3))
+def test_loss_equals_a_loop_over_pairs(seed, clip_range):
+    inputs = random_inputs(seed, 4)
+    expected = np.mean([loss_by_pairs(*(x[n] for x in inputs), clip_range, 0.7) for n in range(4)])
+    assert prdp_loss(*inputs, clip_range, 0.7).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_loss_clips_some_pairs_and_not_others():
+    """The case above is not vacuous: clipping changes the loss, by less than everything."""
+    inputs = random_inputs(0, 4)
+    assert prdp_loss(*inputs, 0.05, 0.7) > prdp_loss(*inputs, math.inf, 0.7) > 0
+
+
+def test_loss_gradcheck():
+    log_probs, *rest = random_inputs(1, 2)
+    assert torch.autograd.gradcheck(lambda x: prdp_loss(x, *rest, 0.05, 0.7), log_probs.requires_grad_())
+
+
+def test_loss_is_zero_exactly_where_rewards_are_predicted():
+    """Eqs. 13 and 15: r-hat = r / beta + c(prompt) is the optimum, whatever c."""
+    _, _, ref, r = random_inputs(2, 3)
+    spread = torch.randn(7, dtype=torch.float64)  # any split over steps with the right mean
+    log_probs = ref + (r / 0.7 + torch.tensor([[5.0], [-3.0], [0.1]]))[..., None] + spread - spread.mean()
+    assert prdp_loss(log_probs, log_probs, ref, r, 1e-6, 0.7).item() < 1e-24
+    assert prdp_loss(log_probs, log_probs, ref, -r, 1e-6, 0.7).item() > 1
+
+
+def test_loss_ignores_a_constant_per_prompt_and_the_order():
+    log_probs, old, ref, r = random_inputs(3, 4)
+    loss = prdp_loss(log_probs, old, ref, r, 0.1, 0.7)
+    shifted = prdp_loss(log_probs, old, ref, r + torch.tensor([[10.0], [-4.0], [0.0], [1.0]]), 0.1, 0.7)
+    assert shifted.item() == pytest.approx(loss.item(), rel=1e-12)
+    images, prompts = torch.tensor([3, 1, 4, 0, 2]), torch.tensor([2, 0, 3, 1])
+    permuted = prdp_loss(*(x[prompts][:, images] for x in (log_probs, old, ref, r)), 0.1, 0.7)
+    assert permuted.item() == pytest.approx(loss.item(), rel=1e-12)
+
+
+def test_loss_ties():
+    """Tied pairs leave the mean (App. G); a prompt whose rewards all tie contributes 0, and a zero gradient, not NaN."""
+    log_probs, old, ref, r = random_inputs(4, 2)
+    r[0, 1] = r[0, 3]
+    r[1] = 2.0
+    log_probs.requires_grad_()
+    loss = prdp_loss(log_probs, old, ref, r, 0.1, 0.7)
+    first = loss_by_pairs(*(x[0] for x in (log_probs.detach(), old, ref, r)), 0.1, 0.7)
+    assert loss.item() == pytest.approx(first / 2, rel=1e-12)
+    loss.backward()
+    assert log_probs.grad[0].abs().min() > 0 or log_probs.grad[0].any()
+    assert not log_probs.grad[1].any()
+
+
+def test_on_policy_clipping_changes_nothing():
+    """K = 1: theta = theta_old at the only update, so Eq. 18 has neither a value nor a gradient of its own."""
+    _, old, ref, r = random_inputs(5, 2)
+    results = []
+    for clip_range in (1e-6, math.inf):
+        log_probs = old.clone().requires_grad_()
+        loss = prdp_loss(log_probs, old, ref, r, clip_range, 0.7)
+        loss.backward()
+        results.append((loss.detach(), log_probs.grad))
+    assert torch.equal(results[0][0], results[1][0]) and torch.allclose(results[0][1], results[1][1], rtol=1e-14, atol=0)
+
+
+def test_sum_over_steps_is_the_mean_with_another_kl_weight():
+    """loss_sum(beta) == T**2 * loss_mean(beta * T): Eqs. 10 and 21 against App. G."""
+    log_probs, old, ref, r = random_inputs(6)
+    steps = log_probs.shape[-1]
+    ratio, old_ratio = (log_probs - ref), (old - ref)
+    clipped = ratio.clamp(old_ratio - 0.1, old_ratio + 0.1)
+    total = []
+    for i, j in itertools.combinations(range(len(r)), 2):
+        target = (r[i] - r[j]) / 0.3
+        total.append(max((x[i].sum() - x[j].sum() - target) ** 2 for x in (ratio, clipped)))
+    expected = steps**2 * prdp_loss(log_probs, old, ref, r, 0.1, 0.3 * steps)
+    assert torch.stack(total).mean().item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_gradient_stops_outside_the_clip_range_and_passes_at_its_edge():
+    """Two images, one step: r_0 > r_1, both ratios zero under theta_old; image 0 has moved up by x, clip_range is 0.25."""
+
+    def gradient(x: float) -> float:
+        log_probs = torch.tensor([[x], [0.0]], dtype=torch.float64, requires_grad=True)
+        zeros = torch.zeros(2, 1, dtype=torch.float64)
+        prdp_loss(log_probs, zeros, zeros, torch.tensor([1.0, 0.0]), 0.25, 1.0).backward()
+        return log_probs.grad[0].item()
+
+    assert gradient(0.2) == pytest.approx(2 * (0.2 - 1))
+    assert gradient(0.25) == pytest.approx(2 * (0.25 - 1))  # exactly at the bound, both branches are the same
+    assert gradient(0.26) == 0  # moved far enough towards the target: the larger, clipped error has no slope
+    assert gradient(-0.3) == pytest.approx(2 * (-0.3 - 1))  # moved the wrong way: the unclipped error wins
+
+
+def test_loss_can_be_pasted_elsewhere():
+    """It needs torch alone, fits in 40 lines, and the README shows it verbatim."""
+    source = inspect.getsource(prdp_loss)
+    namespace: dict = {"torch": torch, "Tensor": Tensor}
+    exec(source, namespace)
+    inputs = random_inputs(7, 2)
+    assert torch.equal(namespace["prdp_loss"](*inputs, 0.1, 0.7), prdp_loss(*inputs, 0.1, 0.7))
+    assert len(source.splitlines()) <= 40
+    assert source in (ROOT / "README.md").read_text()
+
+
+# ------------------------------------------------------------------------------------------------ the policy
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("num_steps", [7, 10, 50])
+def test_schedule_equals_diffusers_ddim_with_eta_1(num_steps, prediction_type):
+    from diffusers import DDIMScheduler
+
+    config = {**SD14_SCHEDULER, "prediction_type": prediction_type}
+    del config["skip_prk_steps"]
+    theirs = DDIMScheduler(**config, clip_sample=False, timestep_spacing="leading")
+    theirs.set_timesteps(num_steps)
+    ours = prdp.ddpm_schedule(config, num_steps)
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+    x, out = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for k, t in enumerate(theirs.timesteps):
+        mean, moved = (
+            theirs.step(out, t, x, eta=1.0, variance_noise=torch.full_like(x, z)).prev_sample for z in (0.0, 1.0)
+        )
+        torch.testing.assert_close(ours.coef_sample[k] * x + ours.coef_noise[k] * out, mean, rtol=0, atol=2e-5)
+        assert ours.sigma[k].item() == pytest.approx((moved - mean).mean().item(), rel=1e-4)
+
+
+def test_schedule_is_the_posterior_of_the_forward_process():
+    """Ho et al., Eqs. 6 and 7, in exact rational form: condition the joint Gaussian of (x_{t-1}, x_t) given x_0 by hand."""
+    schedule = prdp.ddpm_schedule(SD14_SCHEDULER, 50)
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    bar = np.cumprod(1 - betas)
+    assert schedule.timesteps.tolist() == list(range(981, 0, -20))
+    for k, t in enumerate(range(981, 0, -20)):
+        s = max(t - 20, 0)
+        joint = np.array([[1 - bar[s], np.sqrt(bar[t] / bar[s]) * (1 - bar[s])], [0, 1 - bar[t]]])
+        gain = joint[0, 1] / joint[1, 1]
+        variance = joint[0, 0] - gain * joint[0, 1]
+        x_t, noise = 0.3, -0.8
+        x_0 = (x_t - np.sqrt(1 - bar[t]) * noise) / np.sqrt(bar[t])
+        mean = np.sqrt(bar[s]) * x_0 + gain * (x_t - np.sqrt(bar[t]) * x_0)
+        assert schedule.sigma[k].item() == pytest.approx(np.sqrt(variance), rel=1e-9)
+        assert (schedule.coef_sample[k] * x_t + schedule.coef_noise[k] * noise).item() == pytest.approx(mean, rel=1e-9)
+    assert schedule.sigma[-1].item() == pytest.approx(0.0206, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"steps_offset": 0}, "sigma = 0"),
+        ({"set_alpha_to_one": True}, "sigma = 0"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
+        ({"prediction_type": "sample"}, "prediction_type"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"steps_offset": 20}, "steps_offset"),
+        ({"num_train_timesteps": 40}, "ddpm-steps"),
+    ],
+)
+def test_schedule_refuses(change, names):
+    with pytest.raises(prdp.InputError, match=names):
+        prdp.ddpm_schedule({**SD14_SCHEDULER, **change}, 50)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gaussian_log_prob_equals_torch_distributions(dtype):
+    sample, mean = torch.randn(2, 6, 4, 5, 3).to(dtype)
+    sigma = torch.rand(6, dtype=torch.float64) + 0.02
+    log_prob = prdp.gaussian_log_prob(sample, mean, sigma)
+    normal = torch.distributions.Normal(mean.double(), sigma.view(-1, 1, 1, 1))
+    torch.testing.assert_close(log_prob, normal.log_prob(sample.double()).mean((1, 2, 3)), rtol=1e-12, atol=1e-12)
+    assert log_prob.dtype == torch.float64
+
+
+class Linear(nn.Module):
+    """A stand-in UNet of which everything is known: out = scale * sample + mean of the text, per row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+        self.rows = 0
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor):
+        self.rows += len(sample)
+        assert len(timestep) == len(encoder_hidden_states) == len(sample)
+        shift = encoder_hidden_states.double().mean((1, 2)).view(-1, 1, 1, 1)
+        return type("Out", (), {"sample": self.scale * shift * sample.double() + shift})
+
+
+def linear_policy(**kwargs) -> Policy:
+    schedule = prdp.ddpm_schedule(SD14_SCHEDULER, 4)
+    return Policy(Linear(), schedule, torch.full((5, 3), 0.1), **{"guidance_scale": 5.0, "microbatch": 4, **kwargs})
+
+
+def test_guidance():
+    """u + w (c - u), and a gradient through both branches."""
+    policy = linear_policy(guidance_scale=3.0)
+    sample, text = torch.randn(4, 2, 3, 3), torch.full((4, 5, 3), 0.7)
+    out = prdp.guided_noise_pred(policy, sample, torch.full((4,), 9), text)
+    u, c = (s * (1 + 0.3 * sample.double()) for s in (0.1, 0.7))
+    torch.testing.assert_close(out, u + 3.0 * (c - u), rtol=1e-6, atol=1e-6)
+    out.sum().backward()
+    expected = ((0.1 + 3.0 * (0.7 - 0.1)) * sample.double()).sum()
+    assert policy.unet.scale.grad.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ trajectories
+
+
+def test_trajectory_is_ancestral_sampling_and_its_log_prob_is_of_the_stored_tensor():
+    """Redraw the noise of each image by hand, walk the chain in float64 numpy, and score it with scipy-style arithmetic."""
+    policy, text = linear_policy(), torch.randn(6, 5, 3)
+    generators = prdp.image_generators(0, 1, 3, 2)
+    trajectories = prdp.sample_trajectories(policy, text, generators, (2, 3, 3))
+    assert trajectories.latents.dtype == torch.float32 and trajectories.latents.shape == (6, 5, 2, 3, 3)
+    schedule = [column.numpy() for column in policy.schedule]
+    for m, g in enumerate(prdp.image_generators(0, 1, 3, 2)):
+        x = torch.randn(2, 3, 3, generator=g).numpy()
+        for k in range(4):
+            np.testing.assert_allclose(trajectories.latents[m, k].numpy(), x, atol=3e-6)
+            shifts = np.array([0.1, text[m].double().mean().item()])
+            u, c = (s + 0.3 * s * x.astype(np.float64) for s in shifts)
+            mean = schedule[1][k] * x + schedule[2][k] * (u + 5.0 * (c - u))
+            stored = trajectories.latents[m, k + 1].double().numpy()
+            density = -((stored - mean) ** 2) / (2 * schedule[3][k] ** 2) - np.log(schedule[3][k] * np.sqrt(2 * np.pi))
+            # atol: the float32 text's mean, in units of log-prob; storing bf16 latents would show as 1e-3
+            assert trajectories.log_probs[m, k].item() == pytest.approx(density.mean(), abs=1e-5)
+            x = (mean + schedule[3][k] * torch.randn(2, 3, 3, generator=g).numpy()).astype(np.float32)
+
+
+def test_noise_does_not_depend_on_batch_or_order():
+    """Prompt 1's images are the same whether 2 or 3 prompts are sampled; seed, epoch, prompt and image each matter."""
+
+    def noise(*key: int) -> Tensor:
+        return torch.stack([torch.randn(4, generator=g) for g in prdp.image_generators(*key)])
+
+    assert torch.equal(noise(0, 1, 3, 2)[:4], noise(0, 1, 2, 2))
+    every = torch.cat([noise(0, 1, 3, 4), noise(0, 2, 3, 4), noise(1, 1, 3, 4)])
+    assert len(every.unique(dim=0)) == 36
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory) -> str:
+    """A whole Stable Diffusion with random weights, 16x16 pictures from 4x8x8 latents, in diffusers layout."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "toy" / "sd" / "tokenizer")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=4,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        sample_size=16, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("sd")
+    StableDiffusionPipeline(
+        vae, CLIPTextModel(text), tokenizer, unet, PNDMScheduler(**SD14_SCHEDULER), None, None, requires_safety_checker=False
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_config(tiny_sd: str, **changes) -> prdp.Config:
+    return prdp.Config(**{
+        **dict(model=tiny_sd, reward="incompressibility", prompts_per_epoch=3, images_per_prompt=4, ddpm_steps=5, microbatch=6,
+               clip_range=1e-4), **changes,
+    })  # fmt: skip
+
+
+PROMPTS = ["a red circle on a blue background", "a green star on a white background", "a black ring on a red background"]
+CPU = torch.device("cpu")
+
+
+def test_images_equal_the_pipelines_own(tiny_sd):
+    """Our sampler against diffusers' pipeline with DDIM, eta = 1, and the same generators: the same pictures."""
+    from diffusers import DDIMScheduler
+
+    models = prdp.load_models(tiny_config(tiny_sd), CPU)
+    latents = prdp.sample_for(tiny_config(tiny_sd), models, models.policy, PROMPTS, epoch=1).latents[:, -1]
+    pipe = models.pipe
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading", clip_sample=False)
+    pipe.set_progress_bar_config(disable=True)
+    generators = prdp.image_generators(0, 1, 3, 4)
+    theirs = pipe(
+        PROMPTS, num_images_per_prompt=4, num_inference_steps=5, guidance_scale=5.0, eta=1.0, generator=generators,
+        output_type="latent",
+    ).images  # fmt: skip
+    torch.testing.assert_close(latents, theirs, rtol=0, atol=2e-4)
+    images = prdp.decode(models, latents)
+    floats = pipe.image_processor.postprocess(pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample, "pt")
+    assert (images - 255 * floats).abs().max() <= 0.5 + 1e-3 and images.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_on_policy_gap_is_exactly_zero(tiny_sd, dtype):
+    """Scoring reproduces sampling bit for bit, and so does the reference, whose weights are cast once; another microbatch does
+    not reproduce it, which is why the passes share one."""
+    config = tiny_config(tiny_sd, dtype=dtype)
+    models = prdp.load_models(config, CPU)
+    trajectories = prdp.sample_for(config, models, models.policy, PROMPTS, epoch=1)
+    assert torch.equal(prdp.score_trajectories(models.policy, trajectories), trajectories.log_probs)
+    assert torch.equal(prdp.score_trajectories(models.reference, trajectories), trajectories.log_probs)
+    prdp.check_on_policy(models, trajectories)
+    with torch.no_grad():
+        models.policy.unet.conv_out.bias += 1e-4
+    assert not torch.equal(prdp.score_trajectories(models.policy, trajectories), trajectories.log_probs)
+    with pytest.raises(prdp.InputError, match="policy moves its own log-probs"):
+        prdp.check_on_policy(models, trajectories)
+
+
+def test_same_images_whatever_the_microbatch(tiny_sd):
+    runs = []
+    for microbatch in (1, 4, 12):
+        config = tiny_config(tiny_sd, microbatch=microbatch)
+        models = prdp.load_models(config, CPU)
+        trajectories = prdp.sample_for(config, models, models.policy, PROMPTS, epoch=1)
+        runs.append((trajectories.latents, prdp.decode(models, trajectories.latents[:, -1]).int()))
+    for latents, images in runs[1:]:
+        assert torch.equal(latents[:, 0], runs[0][0][:, 0])
+        torch.testing.assert_close(latents, runs[0][0], rtol=0, atol=1e-3)
+        assert (images - runs[0][1]).abs().max() <= 1
+
+
+# ------------------------------------------------------------------------------------------------ exact gradients
+
+
+class InDouble(nn.Module):
+    """A UNet in float64 behind float32 latents, that counts the rows it is given."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet, self.rows = unet.double(), 0
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor):
+        self.rows += len(sample)
+        return self.unet(sample.double(), timestep, encoder_hidden_states=encoder_hidden_states.double())
+
+
+def naive_gradient(policy: Policy, trajectories: Trajectories, old: Tensor, ref: Tensor, r: Tensor, clip_range: float):
+    """Plain backpropagation through all images and steps in one graph, row by row, without prdp's passes."""
+    policy.unet.zero_grad()
+    schedule = policy.schedule
+    rows = []
+    for m, latents in enumerate(trajectories.latents.double()):
+        for k, t in enumerate(schedule.timesteps):
+            text = torch.stack([policy.null_text, trajectories.text[m]])
+            u, c = policy.unet(latents[k].expand(2, -1, -1, -1), t.expand(2), encoder_hidden_states=text).sample
+            mean = schedule.coef_sample[k] * latents[k] + schedule.coef_noise[k] * ((1 - policy.guidance_scale) * u + policy.guidance_scale * c)
+            rows.append(torch.distributions.Normal(mean, schedule.sigma[k]).log_prob(latents[k + 1]).mean())
+    log_probs = torch.stack(rows).view(3, 4, -1)
+    prdp_loss(log_probs, old.view_as(log_probs), ref.view_as(log_probs), r.view(3, 4), clip_range, 1e-3).backward()
+    return torch.cat([p.grad.flatten() for p in policy.unet.parameters()])
+
+
+@pytest.mark.parametrize(("updates", "clip_range"), [(1, 1e-4), (2, math.inf), (2, 1e-5)])
+def test_gradient_equals_the_whole_graphs(tiny_sd, updates, clip_range):
+    """Three passes against naive autograd in float64, on- and off-policy, with clipped entries skipped and without."""
+    config = tiny_config(tiny_sd)
+    models = prdp.load_models(config, CPU)
+    policy = models.policy._replace(unet=InDouble(models.policy.unet))
+    reference = models.reference._replace(unet=InDouble(models.reference.unet))
+    with torch.no_grad():  # a reference that differs, as in any epoch after the first
+        for p in reference.unet.parameters():
+            p.add_(1e-3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    trajectories = prdp.sample_for(config, models, policy, PROMPTS, epoch=1)
+    ref = prdp.score_trajectories(reference, trajectories)
+    r = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(policy.unet.parameters(), lr=1e-7)
+    for k in range(updates):
+        log_probs = prdp.score_trajectories(policy, trajectories) if k else trajectories.log_probs.clone()
+        log_probs.requires_grad_()
+        grouped = [x.view(3, 4, *x.shape[1:]) for x in (log_probs, trajectories.log_probs, ref, r)]
+        (weights,) = torch.autograd.grad(prdp_loss(*grouped, clip_range, 1e-3), log_probs)
+        policy.unet.zero_grad()
+        policy.unet.rows = 0
+        prdp.backward_trajectories(policy, trajectories, weights)
+        ours, skipped = torch.cat([p.grad.flatten() for p in policy.unet.parameters()]), (weights == 0).double().mean()
+        assert policy.unet.rows == 2 * int((weights != 0).sum())
+        expected = naive_gradient(policy, trajectories, trajectories.log_probs, ref, r, clip_range)
+        assert ((ours - expected).norm() / expected.norm()).item() < 1e-9
+        optimizer.step()
+    assert (0.1 < skipped < 0.9) if (updates, clip_range) == (2, 1e-5) else skipped == 0
+
+
+def test_fp16_gradients_do_not_underflow(tiny_sd):
+    """Tiny weights, as with a large kl_weight: fp16 gradients come out as fp32's do, to fp16's precision."""
+    gradients = []
+    for dtype in ("fp32", "fp16"):
+        config = tiny_config(tiny_sd, dtype=dtype)
+        models = prdp.load_models(config, CPU)
+        trajectories = prdp.sample_for(config, models, models.policy, PROMPTS, epoch=1)
+        weights = 1e-7 * torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        prdp.backward_trajectories(models.policy, trajectories, weights)
+        gradients.append(torch.cat([p.grad.flatten() for p in models.policy.unet.parameters()]))
+    assert ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item() < 0.05
+
+
+class Offsets(nn.Module):
+    """A linear-Gaussian chain: the mean of step t is a_t x_t + theta_t."""
+
+    def __init__(self, schedule: Schedule, dimensions: int) -> None:
+        super().__init__()
+        self.timesteps = schedule.timesteps.tolist()
+        self.theta = nn.Parameter(torch.zeros(len(self.timesteps), dimensions, dtype=torch.float64))
+        self.register_buffer("coef_noise", schedule.coef_noise)
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor):
+        steps = [self.timesteps.index(t) for t in timestep.tolist()]
+        return type("Out", (), {"sample": (self.theta[steps] / self.coef_noise[steps, None]).view(sample.shape)})
+
+
+def test_converges_to_the_closed_form_optimum():
+    """With x_T shared and r = g . x_0, Eq. 7 shifts the mean of step t by sigma_t^2 * (product of the later a's) * g / beta_eff,
+    where beta_eff = kl_weight / (T * C*H*W). The loss goes to zero there, and nowhere else."""
+    schedule, dimensions, kl_weight = prdp.ddpm_schedule(SD14_SCHEDULER, 5), 3, 0.8
+    steps, g = 5, torch.tensor([0.5, -1.0, 0.25], dtype=torch.float64)
+    unet = Offsets(schedule, dimensions)
+    policy = Policy(unet, schedule, torch.zeros(1, 1), microbatch=64)
+    reference = policy._replace(unet=Offsets(schedule, dimensions))
+    text, random = torch.zeros(64, 1, 1), torch.Generator().manual_seed(0)
+    latents = torch.empty(64, steps + 1, dimensions, 1, 1)
+    latents[:, 0] = torch.randn(dimensions, 1, 1, generator=random)  # shared x_T
+    for k in range(steps):
+        noise = torch.randn(64, dimensions, 1, 1, generator=random)
+        latents[:, k + 1] = schedule.coef_sample[k] * latents[:, k] + schedule.sigma[k] * noise
+    trajectories = Trajectories(latents, torch.empty(64, steps, dtype=torch.float64), text)
+    ref = prdp.score_trajectories(reference, trajectories)
+    r = latents[:, -1].flatten(1).double() @ g
+    optimizer = torch.optim.LBFGS([unet.theta], lr=1, max_iter=400, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        log_probs = prdp.score_trajectories(policy, trajectories).requires_grad_()
+        loss = prdp_loss(log_probs, log_probs.detach(), ref, r, math.inf, kl_weight)
+        (weights,) = torch.autograd.grad(loss, log_probs)
+        prdp.backward_trajectories(policy, trajectories, weights)
+        return loss.detach()
+
+    start = closure().item()
+    optimizer.step(closure)
+    later = torch.tensor([schedule.coef_sample[k + 1 :].prod() for k in range(steps)])
+    optimum = (schedule.sigma**2 * later)[:, None] * g / (kl_weight / (steps * dimensions))
+    assert closure().item() < 1e-6 * start
+    torch.testing.assert_close(unet.theta.detach(), optimum, rtol=0.01, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------ rewards, first part
+
+
+def test_reward_jpeg_sizes_equal_pillows():
+    from io import BytesIO
+
+    from PIL import Image
+
+    images = torch.randint(0, 256, (3, 3, 40, 24), dtype=torch.uint8)
+    images[1] = 7
+    sizes = []
+    for image in images:
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer := BytesIO(), format="jpeg", quality=95)
+        sizes.append(len(buffer.getvalue()) / 1000)
+    more = rewards.load_reward("incompressibility", "cpu")(images, ["x"] * 3)
+    assert more.tolist() == pytest.approx(sizes) and more.dtype == torch.float32
+    assert torch.equal(rewards.load_reward("compressibility", "cpu")(images, ["x"] * 3), -more)
+    assert more[0] > more[1]
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (50, 37), (37, 50), (64, 300)])
+def test_reward_preprocess_clip_equals_transformers_processor(shape):
+    from transformers import CLIPImageProcessorPil
+
+    images = torch.randint(0, 256, (2, 3, *shape), dtype=torch.uint8)
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    expected = processor([i.permute(1, 2, 0).numpy() for i in images], return_tensors="np")["pixel_values"]
+    np.testing.assert_allclose(rewards.preprocess_clip(images, 32).numpy(), expected, atol=1e-6)
+
+
+def test_reward_pickscore_is_the_cosine_of_the_models_own_forward():
+    from transformers import CLIPModel, CLIPTokenizer
+
+    folder = ROOT / "toy" / "pickscore"
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    scores = rewards.load_reward(f"pickscore:{folder}", "cpu")(images, PROMPTS)
+    model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        logits = model(
+            input_ids=tokenizer(PROMPTS, padding=True, return_tensors="pt").input_ids, pixel_values=rewards.preprocess_clip(images, 32)
+        ).logits_per_image
+    torch.testing.assert_close(scores, logits.diag() / model.logit_scale.exp(), rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ settings, prompts, command line
+
+
+def test_presets_equal_table_4():
+    """E, K, N, B, beta, T, epsilon, guidance, gradient clipping, learning rate, weight decay: as printed in the paper."""
+    table = {
+        "small": (100, 10, 32, 16, 3e-5, 50, 1e-6, 5.0, 1.0, 1e-5, 1e-4),
+        "large": (1000, 1, 64, 8, 3e-6, 50, 1e-4, 5.0, 1.0, 7e-6, 1e-4),
+        "multi": (1000, 1, 64, 8, 3e-5, 50, 1e-4, 5.0, 1.0, 1e-5, 1e-4),
+    }
+    for preset, row in table.items():
+        c = prdp.parse_args(["--preset", preset])
+        assert row == (
+            c.epochs, c.updates_per_epoch, c.prompts_per_epoch, c.images_per_prompt, c.kl_weight, c.ddpm_steps, c.clip_range,
+            c.guidance_scale, c.max_grad_norm, c.learning_rate, c.weight_decay,
+        )  # fmt: skip
+    assert prdp.parse_args([]) == prdp.parse_args(["--preset", "small"])
+    assert prdp.parse_args(["--preset", "large", "--epochs", "3"]).epochs == 3
+    assert prdp.parse_args(["--clip-range", "inf"]).clip_range == math.inf
+
+
+def test_prompt_files(tmp_path):
+    cases = {
+        "a.txt": "\ufeff# comment\r\na cat\r\n\r\n  a dog \r\na cat\r\n",
+        "a.json": json.dumps(["a cat", {"prompt": "a dog", "image": 3}, {"prompt": "a cat"}]),
+        "a.jsonl": '{"caption": "a cat"}\n\n"a dog"\n',
+    }
+    for name, text in cases.items():
+        (tmp_path / name).write_bytes(text.encode())
+        assert prdp.load_prompts(str(tmp_path / name)) == ["a cat", "a dog"]
+
+
+def test_shipped_prompts():
+    animals, names = (prdp.load_prompts(str(ROOT / "prompts" / f"{n}.txt")) for n in ("animals", "animal_names"))
+    assert len(animals) == len(names) == 45 and animals == [f"A painting of a {name}" for name in names]
+    seen, unseen = (prdp.load_prompts(str(ROOT / "prompts" / f"{n}.txt")) for n in ("shapes", "shapes_unseen"))
+    assert len(seen) + len(unseen) == 6 * 8 * 7 and not set(seen) & set(unseen)
+
+
+def test_prompts_are_drawn_independently_and_uniformly(tiny_sd):
+    config = tiny_config(tiny_sd, prompts_per_epoch=1000)
+    drawn = prdp.draw_prompts(config, PROMPTS, 1)
+    assert drawn == prdp.draw_prompts(config, PROMPTS, 1) != prdp.draw_prompts(config, PROMPTS, 2)
+    assert all(250 < drawn.count(p) < 420 for p in PROMPTS)
+
+
+def test_import_needs_torch_alone_and_does_nothing(tmp_path):
+    code = (
+        "import sys\n"
+        "for name in ('numpy', 'diffusers', 'transformers', 'triton', 'PIL', 'matplotlib', 'tqdm', 'peft'): sys.modules[name] = None\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import prdp, torch\n"
+        "assert not torch.is_deterministic_algorithms_algorithms_enabled() if 0 else True\n"
+        "print('silent')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "silent\n", done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def run_cli(*arguments: str, capsys) -> tuple[int, str]:
+    """Exit code and stderr of `python prdp.py ARGUMENTS`, in this process."""
+    code = 0
+    try:
+        prdp.main(list(arguments))
+    except SystemExit as stop:
+        code = stop.code
+    return code, capsys.readouterr().err
+
+
+def test_cli_run_folder(tiny_sd, tmp_path, capsys):
+    """A run of two epochs of the toy's settings leaves everything the README promises, and a pipeline that diffusers loads."""
+    from diffusers import StableDiffusionPipeline
+
+    out = tmp_path / "run"
+    flags = ["--preset", "toy", "--model", tiny_sd, "--reward", "incompressibility", "--epochs", "2", "--updates-per-epoch", "2"]
+    flags += ["--prompts-per-epoch", "2", "--images-per-prompt", "4", "--microbatch", "8", "--ddpm-steps", "3", "--out", str(out)]
+    assert run_cli(*flags, capsys=capsys)[0] == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    promised = (
+        "epoch reward_mean reward_std loss clip_fraction skipped_fraction log_ratio_old log_ratio_ref grad_norm images_per_second "
+        "seconds_sample seconds_reference seconds_reward seconds_score seconds_update"
+    )
+    for row in rows:
+        assert set(promised.split()) <= set(row) and all(math.isfinite(value) for value in row.values())
+    assert rows[0]["log_ratio_ref"] == 0 != rows[1]["log_ratio_ref"]
+    for name in ("config.json", "reward.png", "before_after.png", "checkpoint/state.pt", "samples/epoch_0000.png", "samples/epoch_0002.png"):
+        assert (out / name).stat().st_size > 0
+    assert not list(out.glob("**/*.tmp"))
+    pipe = StableDiffusionPipeline.from_pretrained(out / "pipeline")
+    state = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
+    assert all(torch.equal(value, state["unet"][name]) for name, value in pipe.unet.state_dict().items())
+    code, message = run_cli(*flags, capsys=capsys)
+    assert code == 2 and "already holds a run" in message
+
+
+def test_cli_small_preset_on_a_tiny_model(tiny_sd, tmp_path, capsys):
+    """The small-scale column of Table 4 as it stands, for one epoch, but for the steps and images that would take hours."""
+    flags = ["--reward", "incompressibility", "--prompts", str(ROOT / "prompts" / "animals.txt"), "--model", tiny_sd, "--epochs", "1"]
+    flags += ["--ddpm-steps", "5", "--out", str(tmp_path / "run")]
+    assert run_cli(*flags, capsys=capsys)[0] == 0
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert row["clip_fraction"] > 0.1 and row["skipped_fraction"] > 0
+
+
+def test_resume_equals_the_uninterrupted_run(tiny_sd, tmp_path, capsys):
+    flags = ["--preset", "toy", "--model", tiny_sd, "--reward", "incompressibility", "--updates-per-epoch", "2", "--seed", "3"]
+    flags += ["--prompts-per-epoch", "2", "--images-per-prompt", "2", "--microbatch", "4", "--ddpm-steps", "3"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert run_cli(*flags, "--epochs", "3", "--out", str(whole), capsys=capsys)[0] == 0
+    assert run_cli(*flags, "--epochs", "1", "--out", str(halves), capsys=capsys)[0] == 0
+    config = json.loads((halves / "config.json").read_text())
+    (halves / "config.json").write_text(json.dumps({**config, "epochs": 3}))
+    with open(halves / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 2, "killed": "before its checkpoint"}\n')
+    assert run_cli("--resume", str(halves), capsys=capsys)[0] == 0
+    states = [torch.load(run / "checkpoint" / "state.pt", weights_only=True)["unet"] for run in (whole, halves)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    tables = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, halves)]
+    for a, b in zip(*tables, strict=True):
+        timeless = [k for k in a if not k.startswith(("seconds", "images_per", "peak"))]
+        assert [a[k] for k in timeless] == [b[k] for k in timeless]
+
+
+BAD_INPUT = [
+    (["--prompts", "nowhere.txt"], "nowhere.txt: no such file"),
+    (["--prompts", "{empty}"], "holds no prompt"),
+    (["--prompts", "{broken}"], "cannot be read as .json"),
+    (["--prompts", "{numbers}"], "entry 2 is neither"),
+    (["--reward", "beauty"], "unknown reward; choose from pickscore"),
+    (["--reward", "incompressibility:x"], "takes no path"),
+    (["--reward", "pickscore:/nowhere"], "no folder with a CLIPModel"),
+    (["--images-per-prompt", "1"], "--images-per-prompt 1: must be at least 2"),
+    (["--epochs", "0"], "--epochs 0: must be at least 1"),
+    (["--epochs", "many"], "invalid int value"),
+    (["--kl-weight", "0"], "--kl-weight 0.0: must be greater than 0"),
+    (["--clip-range", "nan"], "--clip-range nan: must be greater than 0"),
+    (["--learning-rate", "-1"], "--learning-rate -1.0: must be greater than 0"),
+    (["--microbatch", "7"], "--microbatch 7: must divide the 64 images"),
+    (["--ddpm-steps", "1001"], "between 1 and the model's 1000"),
+    (["--model", "/nowhere/sd"], "run --preset toy"),
+    (["--model", "{empty_folder}"], "not a Stable Diffusion folder"),
+    (["--out", "{used}"], "already holds a run"),
+    (["--resume", "{empty_folder}"], "leave out the other flags"),
+    (["--preset", "huge"], "invalid choice: 'huge'"),
+    (["--dtype", "int8"], "invalid choice: 'int8'"),
+    (["--epoch", "3"], "unrecognized arguments: --epoch"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), BAD_INPUT)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    files = {"empty": ("empty.txt", "# nothing\n\n"), "broken": ("b.json", "["), "numbers": ("n.json", '["a", 3]')}
+    paths = {key: tmp_path / name for key, (name, _) in files.items()}
+    for key, (_, text) in files.items():
+        paths[key].write_text(text)
+    for key in ("used", "empty_folder"):
+        paths[key] = tmp_path / key
+        paths[key].mkdir()
+    (paths["used"] / "metrics.jsonl").write_text("precious")
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+    base = [] if "--preset" in arguments else ["--preset", "toy"]
+    code, message = run_cli(*base, *out, *(a.format(**paths) for a in arguments), capsys=capsys)
+    assert code == 2 and sentence in message
+    assert message.startswith("prdp.py: ") and message.count("\n") == 1 and "Traceback" not in message
+    assert not (tmp_path / "out").exists() and (paths["used"] / "metrics.jsonl").read_text() == "precious"
