@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import random
 import sys
 import time
 from pathlib import Path
@@ -333,6 +334,7 @@ def make_oracle(vae: AutoencoderKL, generator: torch.Generator, steps: int) -> O
 def write_prompts(folder: Path) -> None:
     """All 336 captions: every seventh combination is kept out of finetuning, so that each shape and colour is seen with others."""
     triples = [(s, c, g) for s in range(len(SHAPES)) for c in range(len(COLOURS)) for g in range(len(COLOURS)) if c != g]
+    random.Random(0).shuffle(triples)
     unseen = [t for t in triples if (t[2] - t[1]) % len(COLOURS) == 1 + t[0] % 7]
     for name, kept in (("shapes.txt", [t for t in triples if t not in unseen]), ("shapes_unseen.txt", unseen)):
         (folder / name).write_text("".join(caption(*t) + "\n" for t in kept))
@@ -358,6 +360,7 @@ def main() -> None:
         make_vae(begin("vae"), steps(3500)).save_pretrained(args.out / "sd" / "vae")
     vae = AutoencoderKL.from_pretrained(args.out / "sd" / "vae").eval().requires_grad_(False)
     vae.to(memory_format=torch.channels_last)
+    vae.register_to_config(_name_or_path="")  # else the saved pipeline names a folder of this machine
     if "unet" in stages:
         make_unet(vae, tokenizer, begin("unet"), steps(6000)).save_pretrained(args.out / "sd")
     if "pickscore" in stages:
