@@ -108,8 +108,8 @@ PRESETS = {
         prompts=str(HERE / "prompts" / "pickapic_train.jsonl"),
     ),
     "toy": dict(
-        epochs=20, updates_per_epoch=4, prompts_per_epoch=8, images_per_prompt=8, kl_weight=3e-5,
-        clip_range=1e-3, learning_rate=1e-4, ddpm_steps=10, microbatch=64, sample_every=5,
+        epochs=30, updates_per_epoch=4, prompts_per_epoch=8, images_per_prompt=8, kl_weight=3e-5,
+        clip_range=1e-3, learning_rate=2e-4, ddpm_steps=10, microbatch=64, sample_every=5,
         model=str(HERE / "toy" / "sd"), reward=f"pickscore:{HERE / 'toy' / 'pickscore'}",
         prompts=str(HERE / "prompts" / "shapes.txt"),
     ),
@@ -126,9 +126,7 @@ def parse_args(argv: list[str]) -> Config:
     parser.error = lambda message: fail(f"{message}; see --help")
     for f in dataclasses.fields(Config):
         text = f.metadata["help"] + (f" (default: {f.default})" if f.default != "" else "")
-        parser.add_argument(
-            "--" + f.name.replace("_", "-"), type=type(f.default), **{**f.metadata, "help": text}
-        )
+        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), **{**f.metadata, "help": text})
     given = vars(parser.parse_args(argv))
     if "resume" not in given:
         preset = given.get("preset", "small")
@@ -180,7 +178,7 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     are "leading"-spaced, and alpha-bar after the last one is alphas_cumprod[0], as Stable Diffusion is configured.
     Raises InputError for another kind of schedule, and for sigma == 0, where log-probabilities do not exist.
     """
-    config = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+    config = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 8.5e-4, "beta_end": 0.012,
               "steps_offset": 1, "set_alpha_to_one": False, "prediction_type": "epsilon", **scheduler_config}  # fmt: skip
     train_steps, start, end = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
     if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
@@ -328,7 +326,7 @@ def score_trajectories(policy: Policy, trajectories: Trajectories) -> Tensor:
 
 
 def step_log_prob(policy: Policy, trajectories: Trajectories, images: Tensor, steps: Tensor) -> Tensor:
-    """log pi_theta(x_{t-1} | x_t, c) of Eq. 2, with gradient, for pairs of image and step: (P,), (P,) -> (P,) float64."""
+    """log pi_theta(x_{t-1} | x_t, c) of Eq. 2, with gradient, for P pairs of image and step: (P,), (P,) -> (P,)."""
     latents, text = trajectories.latents, trajectories.text
     mean, sigma = denoising_gaussian(policy, latents[images, steps], text[images], steps)
     return gaussian_log_prob(latents[images, steps + 1], mean, sigma)
@@ -508,11 +506,14 @@ class Models(NamedTuple):
 
 def load_models(config: Config, device: torch.device) -> Models:
     """The pipeline, the policy, and the frozen reference the policy starts from (Alg. 1, line 1)."""
-    from diffusers import StableDiffusionPipeline
+    import diffusers
+    import transformers
 
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # of loading from disk; downloads keep theirs
     reward = load_reward(config.reward, device)
     try:
-        pipe = StableDiffusionPipeline.from_pretrained(
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(
             config.model, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
         ).to(device)
     except (OSError, ValueError) as error:
@@ -539,9 +540,7 @@ def load_models(config: Config, device: torch.device) -> Models:
         if autocast is not None and isinstance(layer, (nn.Linear, nn.Conv2d)):
             layer.to(autocast)
     schedule = Schedule(*(column.to(device) for column in ddpm_schedule(pipe.scheduler.config, config.ddpm_steps)))
-    policy = Policy(
-        unet, schedule, encode(pipe, [""])[0], config.guidance_scale, config.microbatch, autocast
-    )
+    policy = Policy(unet, schedule, encode(pipe, [""])[0], config.guidance_scale, config.microbatch, autocast)
     size = unet.config.sample_size
     latent_shape = (channels[0], *(size if isinstance(size, (list, tuple)) else (size, size)))
     return Models(pipe, policy, policy._replace(unet=reference), reward, latent_shape)
@@ -666,8 +665,8 @@ COLUMNS = (
 def log_epoch(config: Config, metrics: dict[str, float]) -> None:
     """A line on the screen, a line in metrics.jsonl, and reward.png drawn again."""
     if metrics["epoch"] % 20 == 1:
-        print("".join(f"{name:>18}" for name in COLUMNS))
-    print("".join(f"{metrics[name]:>18.5g}" for name in COLUMNS), flush=True)
+        print("  ".join(f"{name:>9}" for name in COLUMNS))
+    print("  ".join(f"{metrics[name]:>{max(9, len(name))}.4g}" for name in COLUMNS), flush=True)
     with open(Path(config.out) / "metrics.jsonl", "a") as file:
         file.write(json.dumps(metrics) + "\n")
     plot_rewards(config)

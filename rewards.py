@@ -1,8 +1,8 @@
 """Black-box rewards behind one callable: (uint8 images (M, 3, H, W), M prompts) -> float32 (M,).
 
-    load_reward("pickscore", device)                     # weights from the hub
-    load_reward("pickscore:path/to/folder", device)      # or from a folder
-    load_reward("incompressibility", device)
+load_reward("pickscore", device)                     # weights from the hub
+load_reward("pickscore:path/to/folder", device)      # or from a folder
+load_reward("incompressibility", device)
 """
 
 from __future__ import annotations
@@ -103,13 +103,19 @@ def load_pickscore(path: str, device: torch.device) -> Reward:
         model = CLIPModel.from_pretrained(model_name, dtype=torch.float32).to(device).eval().requires_grad_(False)
         tokenizer = CLIPTokenizer.from_pretrained(tokenizer_name)
     except (OSError, ValueError) as error:
-        where = f"{path} is no folder with a CLIPModel and its tokenizer" if path else "its weights are not cached and the hub is out of reach"
+        where = (
+            f"{path} is no folder with a CLIPModel and its tokenizer"
+            if path
+            else "its weights are not cached and the hub is out of reach"
+        )
         raise InputError(f"--reward pickscore: {where}.") from error
     size, context = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
 
     @torch.no_grad()
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
-        tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=context, return_tensors="pt").input_ids
+        tokens = tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=context, return_tensors="pt"
+        ).input_ids
         image = features(model.get_image_features(pixel_values=preprocess_clip(images, size).to(device)))
         text = features(model.get_text_features(input_ids=tokens.to(device)))
         return (F.normalize(image, dim=-1) * F.normalize(text, dim=-1)).sum(-1)

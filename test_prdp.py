@@ -31,7 +31,9 @@ SD14_SCHEDULER = {  # scheduler_config.json of Stable Diffusion v1.4
 
 def random_inputs(seed: int, *lead: int, images=5, steps=7, scale=0.3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
-    log_probs, old, ref = (scale * torch.randn(*lead, images, steps, generator=g, dtype=torch.float64) for _ in range(3))
+    log_probs, old, ref = (
+        scale * torch.randn(*lead, images, steps, generator=g, dtype=torch.float64) for _ in range(3)
+    )
     return log_probs, old, ref, torch.randn(*lead, images, generator=g, dtype=torch.float64)
 
 
@@ -115,7 +117,9 @@ def test_on_policy_clipping_changes_nothing():
         loss = prdp_loss(log_probs, old, ref, r, clip_range, 0.7)
         loss.backward()
         results.append((loss.detach(), log_probs.grad))
-    assert torch.equal(results[0][0], results[1][0]) and torch.allclose(results[0][1], results[1][1], rtol=1e-14, atol=0)
+    assert torch.equal(results[0][0], results[1][0]) and torch.allclose(
+        results[0][1], results[1][1], rtol=1e-14, atol=0
+    )
 
 
 def test_sum_over_steps_is_the_mean_with_another_kl_weight():
@@ -318,7 +322,14 @@ def tiny_sd(tmp_path_factory) -> str:
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("sd")
     StableDiffusionPipeline(
-        vae, CLIPTextModel(text), tokenizer, unet, PNDMScheduler(**SD14_SCHEDULER), None, None, requires_safety_checker=False
+        vae,
+        CLIPTextModel(text),
+        tokenizer,
+        unet,
+        PNDMScheduler(**SD14_SCHEDULER),
+        None,
+        None,
+        requires_safety_checker=False,
     ).save_pretrained(folder)
     return str(folder)
 
@@ -330,7 +341,11 @@ def tiny_config(tiny_sd: str, **changes) -> prdp.Config:
     })  # fmt: skip
 
 
-PROMPTS = ["a red circle on a blue background", "a green star on a white background", "a black ring on a red background"]
+PROMPTS = [
+    "a red circle on a blue background",
+    "a green star on a white background",
+    "a black ring on a red background",
+]
 CPU = torch.device("cpu")
 
 
@@ -414,7 +429,9 @@ def naive_gradient(policy: Policy, trajectories: Trajectories, old: Tensor, ref:
         for k, t in enumerate(schedule.timesteps):
             text = torch.stack([policy.null_text, trajectories.text[m]])
             u, c = policy.unet(latents[k].expand(2, -1, -1, -1), t.expand(2), encoder_hidden_states=text).sample
-            mean = schedule.coef_sample[k] * latents[k] + schedule.coef_noise[k] * ((1 - policy.guidance_scale) * u + policy.guidance_scale * c)
+            mean = schedule.coef_sample[k] * latents[k] + schedule.coef_noise[k] * (
+                (1 - policy.guidance_scale) * u + policy.guidance_scale * c
+            )
             rows.append(torch.distributions.Normal(mean, schedule.sigma[k]).log_prob(latents[k + 1]).mean())
     log_probs = torch.stack(rows).view(3, 4, -1)
     prdp_loss(log_probs, old.view_as(log_probs), ref.view_as(log_probs), r.view(3, 4), clip_range, 1e-3).backward()
@@ -495,7 +512,9 @@ def test_converges_to_the_closed_form_optimum():
     trajectories = Trajectories(latents, torch.empty(64, steps, dtype=torch.float64), text)
     ref = prdp.score_trajectories(reference, trajectories)
     r = latents[:, -1].flatten(1).double() @ g
-    optimizer = torch.optim.LBFGS([unet.theta], lr=1, max_iter=400, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [unet.theta], lr=1, max_iter=400, tolerance_grad=1e-14, tolerance_change=1e-18, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -552,7 +571,8 @@ def test_reward_pickscore_is_the_cosine_of_the_models_own_forward():
     model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
     with torch.no_grad():
         logits = model(
-            input_ids=tokenizer(PROMPTS, padding=True, return_tensors="pt").input_ids, pixel_values=rewards.preprocess_clip(images, 32)
+            input_ids=tokenizer(PROMPTS, padding=True, return_tensors="pt").input_ids,
+            pixel_values=rewards.preprocess_clip(images, 32),
         ).logits_per_image
     torch.testing.assert_close(scores, logits.diag() / model.logit_scale.exp(), rtol=1e-4, atol=1e-5)
 
@@ -601,6 +621,8 @@ def test_prompts_are_drawn_independently_and_uniformly(tiny_sd):
     drawn = prdp.draw_prompts(config, PROMPTS, 1)
     assert drawn == prdp.draw_prompts(config, PROMPTS, 1) != prdp.draw_prompts(config, PROMPTS, 2)
     assert all(250 < drawn.count(p) < 420 for p in PROMPTS)
+    few = tiny_config(tiny_sd, prompts_per_epoch=3)
+    assert any(len(set(prdp.draw_prompts(few, PROMPTS, epoch))) < 3 for epoch in range(1, 20))  # with replacement
 
 
 def test_import_needs_torch_alone_and_does_nothing(tmp_path):
@@ -631,8 +653,30 @@ def test_cli_run_folder(tiny_sd, tmp_path, capsys):
     from diffusers import StableDiffusionPipeline
 
     out = tmp_path / "run"
-    flags = ["--preset", "toy", "--model", tiny_sd, "--reward", "incompressibility", "--epochs", "2", "--updates-per-epoch", "2"]
-    flags += ["--prompts-per-epoch", "2", "--images-per-prompt", "4", "--microbatch", "8", "--ddpm-steps", "3", "--out", str(out)]
+    flags = [
+        "--preset",
+        "toy",
+        "--model",
+        tiny_sd,
+        "--reward",
+        "incompressibility",
+        "--epochs",
+        "2",
+        "--updates-per-epoch",
+        "2",
+    ]
+    flags += [
+        "--prompts-per-epoch",
+        "2",
+        "--images-per-prompt",
+        "4",
+        "--microbatch",
+        "8",
+        "--ddpm-steps",
+        "3",
+        "--out",
+        str(out),
+    ]
     assert run_cli(*flags, capsys=capsys)[0] == 0
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
@@ -643,7 +687,14 @@ def test_cli_run_folder(tiny_sd, tmp_path, capsys):
     for row in rows:
         assert set(promised.split()) <= set(row) and all(math.isfinite(value) for value in row.values())
     assert rows[0]["log_ratio_ref"] == 0 != rows[1]["log_ratio_ref"]
-    for name in ("config.json", "reward.png", "before_after.png", "checkpoint/state.pt", "samples/epoch_0000.png", "samples/epoch_0002.png"):
+    for name in (
+        "config.json",
+        "reward.png",
+        "before_after.png",
+        "checkpoint/state.pt",
+        "samples/epoch_0000.png",
+        "samples/epoch_0002.png",
+    ):
         assert (out / name).stat().st_size > 0
     assert not list(out.glob("**/*.tmp"))
     pipe = StableDiffusionPipeline.from_pretrained(out / "pipeline")
@@ -655,15 +706,35 @@ def test_cli_run_folder(tiny_sd, tmp_path, capsys):
 
 def test_cli_small_preset_on_a_tiny_model(tiny_sd, tmp_path, capsys):
     """The small-scale column of Table 4 as it stands, for one epoch, but for the steps and images that would take hours."""
-    flags = ["--reward", "incompressibility", "--prompts", str(ROOT / "prompts" / "animals.txt"), "--model", tiny_sd, "--epochs", "1"]
-    flags += ["--ddpm-steps", "5", "--out", str(tmp_path / "run")]
+    flags = [
+        "--reward",
+        "incompressibility",
+        "--prompts",
+        str(ROOT / "prompts" / "animals.txt"),
+        "--model",
+        tiny_sd,
+        "--epochs",
+        "1",
+    ]
+    flags += ["--ddpm-steps", "5", "--prompts-per-epoch", "4", "--out", str(tmp_path / "run")]
     assert run_cli(*flags, capsys=capsys)[0] == 0
     (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert row["clip_fraction"] > 0.1 and row["skipped_fraction"] > 0
 
 
 def test_resume_equals_the_uninterrupted_run(tiny_sd, tmp_path, capsys):
-    flags = ["--preset", "toy", "--model", tiny_sd, "--reward", "incompressibility", "--updates-per-epoch", "2", "--seed", "3"]
+    flags = [
+        "--preset",
+        "toy",
+        "--model",
+        tiny_sd,
+        "--reward",
+        "incompressibility",
+        "--updates-per-epoch",
+        "2",
+        "--seed",
+        "3",
+    ]
     flags += ["--prompts-per-epoch", "2", "--images-per-prompt", "2", "--microbatch", "4", "--ddpm-steps", "3"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert run_cli(*flags, "--epochs", "3", "--out", str(whole), capsys=capsys)[0] == 0
@@ -675,7 +746,9 @@ def test_resume_equals_the_uninterrupted_run(tiny_sd, tmp_path, capsys):
     assert run_cli("--resume", str(halves), capsys=capsys)[0] == 0
     states = [torch.load(run / "checkpoint" / "state.pt", weights_only=True)["unet"] for run in (whole, halves)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    tables = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, halves)]
+    tables = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, halves)
+    ]
     for a, b in zip(*tables, strict=True):
         timeless = [k for k in a if not k.startswith(("seconds", "images_per", "peak"))]
         assert [a[k] for k in timeless] == [b[k] for k in timeless]

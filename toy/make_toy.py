@@ -37,9 +37,21 @@ PIXELS = 32
 SHADED_SHARE = 0.25  # of the world's pictures
 CONTEXT = 16  # tokens a caption is padded to
 
-RGB = torch.tensor(
-    [[220, 40, 40], [240, 140, 30], [245, 220, 60], [50, 170, 70], [50, 90, 210], [130, 60, 170], [245, 245, 245], [40, 40, 45]]
-) / 255.0  # one row per entry of COLOURS
+RGB = (
+    torch.tensor(
+        [
+            [220, 40, 40],
+            [240, 140, 30],
+            [245, 220, 60],
+            [50, 170, 70],
+            [50, 90, 210],
+            [130, 60, 170],
+            [245, 245, 245],
+            [40, 40, 45],
+        ]
+    )
+    / 255.0
+)  # one row per entry of COLOURS
 
 
 # ------------------------------------------------------------------------------------------------ the world
@@ -126,7 +138,9 @@ def render(scene: Scene) -> Tensor:
 
 
 def captions(scene: Scene) -> list[str]:
-    return [caption(*triple) for triple in zip(*(scene[k].tolist() for k in ("shape", "colour", "ground")), strict=True)]
+    return [
+        caption(*triple) for triple in zip(*(scene[k].tolist() for k in ("shape", "colour", "ground")), strict=True)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ the tokenizer
@@ -139,7 +153,10 @@ def make_tokenizer() -> CLIPTokenizer:
     merges = []
     for word in [*SHAPES, *COLOURS, "a", "an", "on", "background"]:
         parts = [*word[:-1], word[-1] + "</w>"]
-        for left, right in merges:  # what the words before this one already taught; new merges rank below and cannot undo it
+        for (
+            left,
+            right,
+        ) in merges:  # what the words before this one already taught; new merges rank below and cannot undo it
             for i in range(len(parts) - 1, 0, -1):
                 if (parts[i - 1], parts[i]) == (left, right):
                     parts[i - 1 : i + 1] = [left + right]
@@ -148,7 +165,9 @@ def make_tokenizer() -> CLIPTokenizer:
             parts[:2] = [parts[0] + parts[1]]
             vocab.append(parts[0])
     vocab += ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(vocab)}, merges=merges, model_max_length=CONTEXT)
+    tokenizer = CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(vocab)}, merges=merges, model_max_length=CONTEXT
+    )
     assert len(tokenizer("a yellow triangle on a white background").input_ids) == 9
     return tokenizer
 
@@ -168,7 +187,9 @@ def text_config(tokenizer: CLIPTokenizer, layers: int) -> CLIPTextConfig:
 # ------------------------------------------------------------------------------------------------ training
 
 
-def fit(label: str, parameters: list[Tensor], loss_fn, steps: int, learning_rate: float, after=lambda step: None) -> None:
+def fit(
+    label: str, parameters: list[Tensor], loss_fn, steps: int, learning_rate: float, after=lambda step: None
+) -> None:
     """AdamW with a short warm-up and a cosine to zero; the progress bar shows a running mean of the loss."""
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=1e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.05)
@@ -197,7 +218,9 @@ def make_vae(generator: torch.Generator, steps: int) -> AutoencoderKL:
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
     )  # fmt: skip
     world = random_scenes(20_000, generator)
-    world["shading"] = torch.rand(20_000, generator=generator).round()  # both styles alike: the VAE is no place for a taste
+    world["shading"] = torch.rand(
+        20_000, generator=generator
+    ).round()  # both styles alike: the VAE is no place for a taste
 
     def loss_fn() -> Tensor:
         pictures = to_unit(render(world.rows(torch.randint(20_000, (64,), generator=generator))))
@@ -214,7 +237,9 @@ def make_vae(generator: torch.Generator, steps: int) -> AutoencoderKL:
     return vae
 
 
-def make_unet(vae: AutoencoderKL, tokenizer: CLIPTokenizer, generator: torch.Generator, steps: int) -> StableDiffusionPipeline:
+def make_unet(
+    vae: AutoencoderKL, tokenizer: CLIPTokenizer, generator: torch.Generator, steps: int
+) -> StableDiffusionPipeline:
     """The diffusion model and its text encoder, trained together by noise prediction on 10% unconditional captions."""
     text_encoder = CLIPTextModel(text_config(tokenizer, layers=2))
     unet = UNet2DConditionModel(
@@ -333,7 +358,9 @@ def make_oracle(vae: AutoencoderKL, generator: torch.Generator, steps: int) -> O
 
 def write_prompts(folder: Path) -> None:
     """All 336 captions: every seventh combination is kept out of finetuning, so that each shape and colour is seen with others."""
-    triples = [(s, c, g) for s in range(len(SHAPES)) for c in range(len(COLOURS)) for g in range(len(COLOURS)) if c != g]
+    triples = [
+        (s, c, g) for s in range(len(SHAPES)) for c in range(len(COLOURS)) for g in range(len(COLOURS)) if c != g
+    ]
     random.Random(0).shuffle(triples)
     unseen = [t for t in triples if (t[2] - t[1]) % len(COLOURS) == 1 + t[0] % 7]
     for name, kept in (("shapes.txt", [t for t in triples if t not in unseen]), ("shapes_unseen.txt", unseen)):
@@ -342,7 +369,9 @@ def write_prompts(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=("vae", "unet", "pickscore", "oracle", "prompts"), help="stages to make")
+    parser.add_argument(
+        "--only", nargs="+", choices=("vae", "unet", "pickscore", "oracle", "prompts"), help="stages to make"
+    )
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: toy/)")
     parser.add_argument("--effort", type=float, default=1.0, help="scales every number of training steps")
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """The toy's judge, which no reward ever sees: does a picture show what its prompt names, and is it shaded?
 
-    python toy/oracle.py                   # the base model, on the prompts of finetuning and on those kept out of it
-    python toy/oracle.py runs/toy          # the same for base and finetuned model, on the same seeds
+python toy/oracle.py                   # the base model, on the prompts of finetuning and on those kept out of it
+python toy/oracle.py runs/toy          # the same for base and finetuned model, on the same seeds
 """
 
 from __future__ import annotations
@@ -66,20 +66,22 @@ def main() -> None:
     sys.path.insert(0, str(HERE.parent))
     import prdp
 
+    if args.run and not (args.run / "pipeline").is_dir():
+        parser.exit(2, f"oracle.py: {args.run}: no pipeline/ there; it is written when a run ends.\n")
     oracle = load_oracle()
-    print(f"{'prompts':<16}{'model':<12}{'images':>7}{'reward':>18}{'match':>16}{'shaded':>16}")
+    print(f"{'prompts':<18}{'model':<11}{'images':>6}{'reward':>17}{'match':>17}{'shaded':>17}")
     for file in ("shapes.txt", "shapes_unseen.txt"):
         prompts = prdp.load_prompts(str(HERE.parent / "prompts" / file))[:: 6 if file == "shapes.txt" else 1]
         models = [("base", HERE / "sd")] + ([("finetuned", args.run / "pipeline")] if args.run else [])
         for name, folder in models:
             config = prdp.parse_args(["--preset", "toy", "--model", str(folder)])
-            config.prompts_per_epoch, config.images_per_prompt = len(prompts), args.images_per_prompt
+            config.images_per_prompt = args.images_per_prompt
             loaded = prdp.load_models(config, torch.device("cpu"))
-            pictures, rewards = prdp.sample_fixed(config, loaded, loaded.policy, prompts)
+            batch = prdp.collect(config, loaded, 0, prompts, {})
             each = [p for p in prompts for _ in range(args.images_per_prompt)]
-            columns = [rewards.double(), *(answer.double() for answer in judge(oracle, pictures, each))]
+            columns = [batch.rewards.double(), *(answer.double() for answer in judge(oracle, batch.images, each))]
             figures = [f"{x.mean():.3f} +- {x.std() / len(x) ** 0.5:.3f}" for x in columns]
-            print(f"{file:<16}{name:<12}{len(pictures):>7}{figures[0]:>18}{figures[1]:>16}{figures[2]:>16}", flush=True)
+            print(f"{file:<18}{name:<11}{len(each):>6}" + "".join(f"{figure:>17}" for figure in figures), flush=True)
 
 
 if __name__ == "__main__":
