@@ -178,8 +178,11 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     are "leading"-spaced, and alpha-bar after the last one is alphas_cumprod[0], as Stable Diffusion is configured.
     Raises InputError for another kind of schedule, and for sigma == 0, where log-probabilities do not exist.
     """
-    config = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "beta_start": 8.5e-4, "beta_end": 0.012,
-              "steps_offset": 1, "set_alpha_to_one": False, "prediction_type": "epsilon", **scheduler_config}  # fmt: skip
+    defaults = dict(
+        num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
+        set_alpha_to_one=False, prediction_type="epsilon",
+    )  # fmt: skip
+    config = {**defaults, **scheduler_config}
     train_steps, start, end = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
     if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
         raise InputError("the model's scheduler sets trained_betas or rescale_betas_zero_snr: not supported.")
