@@ -312,7 +312,7 @@ def sample_trajectories(
 
 
 @torch.no_grad()
-def score_trajectories(policy: Policy, trajectories: Trajectories) -> Tensor:
+def score_trajectories(policy: Policy, trajectories: Trajectories, label: str = "score") -> Tensor:
     """log pi(x_{t-1} | x_t, c) of stored trajectories under a policy (Eqs. 2 to 4): (M, T) float64.
 
     Runs in the microbatches, shapes and order of `sample_trajectories`, so that unchanged weights return the very
@@ -320,7 +320,7 @@ def score_trajectories(policy: Policy, trajectories: Trajectories) -> Tensor:
     """
     log_probs = torch.empty_like(trajectories.log_probs)
     images, num_steps = log_probs.shape
-    with progress("score", images * num_steps) as bar:
+    with progress(label, images * num_steps) as bar:
         for rows in torch.arange(images, device=log_probs.device).split(policy.microbatch):
             for k in range(num_steps):
                 log_probs[rows, k] = step_log_prob(policy, trajectories, rows, torch.full_like(rows, k))
@@ -425,7 +425,7 @@ def collect(config: Config, models: Models, epoch: int, prompts: list[str], seco
     with timed(seconds, "reference"):
         log_probs_ref = trajectories.log_probs  # until the first update, pi_theta is pi_ref
         if epoch > 1:
-            log_probs_ref = score_trajectories(models.reference, trajectories)
+            log_probs_ref = score_trajectories(models.reference, trajectories, "reference")
     with timed(seconds, "reward"):
         images = decode(models, trajectories.latents[:, -1])
         rewards = score_images(models, images, [p for p in prompts for _ in range(config.images_per_prompt)], epoch)
@@ -514,7 +514,7 @@ def load_models(config: Config, device: torch.device) -> Models:
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # of loading from disk; downloads keep theirs
-    reward = load_reward(config.reward, device)
+        library.utils.logging.set_verbosity_error()
     try:
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(
             config.model, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
@@ -526,6 +526,7 @@ def load_models(config: Config, device: torch.device) -> Models:
             f"--model {config.model}: no such folder, not in the local cache, and the hub cannot be reached or does "
             "not have it; without a network, run --preset toy."
         ) from error
+    reward = load_reward(config.reward, device)
     unet, vae = pipe.unet, pipe.vae
     channels = unet.config.in_channels, vae.config.latent_channels
     if channels[0] != channels[1]:
@@ -559,10 +560,12 @@ def encode(pipe, prompts: list[str]) -> Tensor:
 def decode(models: Models, latents: Tensor) -> Tensor:
     """x_0 (M, C, H, W) -> uint8 images (M, 3, 8H, 8W), rounded once: a reward sees what a PNG file would hold."""
     vae, policy, images = models.pipe.vae, models.policy, []
-    for rows in latents.split(policy.microbatch):
-        with torch.autocast(latents.device.type, policy.autocast, enabled=policy.autocast is not None):
-            decoded = vae.decode(rows / vae.config.scaling_factor).sample
-        images.append(((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
+    with progress("reward", len(latents)) as bar:
+        for rows in latents.split(policy.microbatch):
+            with torch.autocast(latents.device.type, policy.autocast, enabled=policy.autocast is not None):
+                decoded = vae.decode(rows / vae.config.scaling_factor).sample
+            images.append(((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
+            bar.update(len(rows))
     return torch.cat(images)
 
 
@@ -619,7 +622,7 @@ def progress(label: str, total: int):
     """A progress bar on a terminal; nothing elsewhere."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=f"{label:>6}", unit="step", leave=False, disable=None, dynamic_ncols=True)
+    return tqdm(total=total, desc=f"{label:>9}", unit="", leave=False, disable=None, dynamic_ncols=True)
 
 
 @contextmanager
