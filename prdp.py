@@ -52,7 +52,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rewards import InputError, Reward, load_reward
+from rewards import InputError, Reward, load_reward, parse_reward
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Settings: Table 4
@@ -154,6 +154,7 @@ def check_config(config: Config) -> Config:
     images = config.prompts_per_epoch * config.images_per_prompt
     if images % config.microbatch:
         raise InputError(f"--microbatch {config.microbatch}: must divide the {images} images of an epoch (N*B).")
+    parse_reward(config.reward)
     return config
 
 
@@ -393,7 +394,7 @@ def backward_trajectories(policy: Policy, trajectories: Trajectories, weights: T
         scale = 2.0 ** round(math.log2(trajectories.latents[0, 0].numel() / weights.abs().max().item()))
     entries = weights.nonzero()  # (entries, 2): image, step
     with progress("update", len(entries)) as bar:
-        for images, steps in (chunk.unbind(1) for chunk in entries.split(policy.microbatch)):
+        for images, steps in (chunk.unbind(1) for chunk in entries.split(policy.microbatch) if len(chunk)):
             log_prob = step_log_prob(policy, trajectories, images, steps)
             (scale * weights[images, steps] * log_prob).sum().backward()
             bar.update(len(images))
@@ -414,6 +415,7 @@ class Batch(NamedTuple):
     log_probs_ref: Tensor  # (M, T) float64
     images: Tensor  # (M, 3, 8H, 8W) uint8
     rewards: Tensor  # (M,) float32
+    reward_parts: dict[str, Tensor]  # the components of a summed reward, each (M,)
 
 
 def collect(config: Config, models: Models, epoch: int, prompts: list[str], seconds: dict[str, float]) -> Batch:
@@ -428,8 +430,11 @@ def collect(config: Config, models: Models, epoch: int, prompts: list[str], seco
             log_probs_ref = score_trajectories(models.reference, trajectories, "reference")
     with timed(seconds, "reward"):
         images = decode(models, trajectories.latents[:, -1])
-        rewards = score_images(models, images, [p for p in prompts for _ in range(config.images_per_prompt)], epoch)
-    return Batch(prompts, trajectories, log_probs_ref, images, rewards)
+        try:
+            rewards = models.reward(images, [p for p in prompts for _ in range(config.images_per_prompt)])
+        except InputError as error:
+            raise InputError(f"epoch {epoch}: {error}") from error
+    return Batch(prompts, trajectories, log_probs_ref, images, rewards, models.reward.parts)
 
 
 def train(config: Config, models: Models, optimizer: torch.optim.Optimizer, prompts: list[str], start: int) -> None:
@@ -484,6 +489,7 @@ def epoch_metrics(epoch: int, batch: Batch, updates: list[dict], seconds: dict[s
         "epoch": epoch,
         "reward_mean": batch.rewards.mean().item(),
         "reward_std": batch.rewards.std().item(),
+        **{f"reward_mean/{label}": part.mean().item() for label, part in batch.reward_parts.items()},
         **{name: sum(u[name] for u in updates) / len(updates) for name in updates[0]},
         "log_ratio_ref": (batch.trajectories.log_probs - batch.log_probs_ref).mean().item(),
         **{f"seconds_{name}": value for name, value in seconds.items()},
@@ -567,15 +573,6 @@ def decode(models: Models, latents: Tensor) -> Tensor:
             images.append(((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
             bar.update(len(rows))
     return torch.cat(images)
-
-
-def score_images(models: Models, images: Tensor, prompts: list[str], epoch: int) -> Tensor:
-    """Rewards (M,) of images for M prompts; one that is not a finite number stops the run before any update."""
-    rewards = models.reward(images, prompts)
-    if not rewards.isfinite().all():
-        bad = (~rewards.isfinite()).nonzero()[0].item()
-        raise InputError(f"the reward is {rewards[bad]} for the prompt {prompts[bad]!r} in epoch {epoch}.")
-    return rewards
 
 
 def draw_prompts(config: Config, prompts: list[str], epoch: int) -> list[str]:
@@ -670,9 +667,11 @@ COLUMNS = (
 
 def log_epoch(config: Config, metrics: dict[str, float]) -> None:
     """A line on the screen, a line in metrics.jsonl, and reward.png drawn again."""
+    parts = [name for name in metrics if name.startswith("reward_mean/")]
+    columns = [*COLUMNS[:3], *(parts if len(parts) > 1 else []), *COLUMNS[3:]]
     if metrics["epoch"] % 20 == 1:
-        print("  ".join(f"{name:>9}" for name in COLUMNS))
-    print("  ".join(f"{metrics[name]:>{max(9, len(name))}.4g}" for name in COLUMNS), flush=True)
+        print("  ".join(f"{name:>9}" for name in columns))
+    print("  ".join(f"{metrics[name]:>{max(9, len(name))}.4g}" for name in columns), flush=True)
     with open(Path(config.out) / "metrics.jsonl", "a") as file:
         file.write(json.dumps(metrics) + "\n")
     plot_rewards(config)

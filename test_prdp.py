@@ -6,6 +6,7 @@ import inspect
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -486,6 +487,14 @@ def test_fp16_gradients_do_not_underflow(tiny_sd):
     assert ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item() < 0.05
 
 
+def test_no_gradient_where_all_rewards_tie(tiny_sd):
+    """All weights are zero: no pass is run, and no gradient is left."""
+    models = prdp.load_models(tiny_config(tiny_sd), CPU)
+    trajectories = draw(models)
+    prdp.backward_trajectories(models.policy, trajectories, torch.zeros_like(trajectories.log_probs))
+    assert all(p.grad is None for p in models.policy.unet.parameters())
+
+
 class Offsets(nn.Module):
     """A linear-Gaussian chain: the mean of step t is a_t x_t + theta_t."""
 
@@ -537,7 +546,11 @@ def test_converges_to_the_closed_form_optimum():
     torch.testing.assert_close(unet.theta.detach(), optimum, rtol=0.01, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------ rewards, first part
+# ------------------------------------------------------------------------------------------------ rewards
+
+
+def noise_images(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
 
 
 def test_reward_jpeg_sizes_equal_pillows():
@@ -545,7 +558,7 @@ def test_reward_jpeg_sizes_equal_pillows():
 
     from PIL import Image
 
-    images = torch.randint(0, 256, (3, 3, 40, 24), dtype=torch.uint8)
+    images = noise_images(3, 3, 40, 24)
     images[1] = 7
     sizes = []
     for image in images:
@@ -557,29 +570,470 @@ def test_reward_jpeg_sizes_equal_pillows():
     assert more[0] > more[1]
 
 
-@pytest.mark.parametrize("shape", [(32, 32), (50, 37), (37, 50), (64, 300)])
+@pytest.mark.parametrize("shape", [(32, 32), (50, 37), (37, 50), (64, 300), (20, 20)])
 def test_reward_preprocess_clip_equals_transformers_processor(shape):
     from transformers import CLIPImageProcessorPil
 
-    images = torch.randint(0, 256, (2, 3, *shape), dtype=torch.uint8)
+    images = noise_images(2, 3, *shape)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     expected = processor([i.permute(1, 2, 0).numpy() for i in images], return_tensors="np")["pixel_values"]
     np.testing.assert_allclose(rewards.preprocess_clip(images, 32).numpy(), expected, atol=1e-6)
 
 
-def test_reward_pickscore_is_the_cosine_of_the_models_own_forward():
+def cubic(x: float) -> float:
+    """Keys' kernel with a = -0.5, which Pillow and antialiased interpolation use."""
+    x = abs(x)
+    return (1.5 * x - 2.5) * x * x + 1 if x < 1 else ((-0.5 * x + 2.5) * x - 4) * x + 2 if x < 2 else 0.0
+
+
+def resampling_matrix(old: int, new: int) -> np.ndarray:
+    """(new, old): antialiased bicubic resampling of one axis, its support widened by the scale when shrinking."""
+    scale = old / new
+    width = max(scale, 1.0)
+    rows = np.array([[cubic((i + 0.5 - (o + 0.5) * scale) / width) for i in range(old)] for o in range(new)])
+    return rows / rows.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "inner"),
+    [
+        ((64, 64), (32, 32)),
+        ((50, 37), (32, 24)),
+        ((37, 51), (23, 32)),
+        ((64, 20), (32, 10)),
+        ((32, 21), (32, 21)),
+        ((16, 9), (32, 18)),
+    ],
+)
+def test_reward_preprocess_hpsv2_equals_its_definition(shape, inner):
+    """Longest side to 32, float bicubic with antialias, unclamped, zero padding *before* normalising, as matrices in numpy."""
+    images = noise_images(2, 3, *shape)
+    pixels = images.numpy() / 255
+    if shape != inner:
+        pixels = resampling_matrix(shape[0], inner[0]) @ pixels @ resampling_matrix(shape[1], inner[1]).T
+    padded = np.zeros((2, 3, 32, 32))
+    top, left = (32 - inner[0]) // 2, (32 - inner[1]) // 2
+    padded[:, :, top : top + inner[0], left : left + inner[1]] = pixels
+    mean = np.array([0.48145466, 0.4578275, 0.40821073]).reshape(3, 1, 1)
+    std = np.array([0.26862954, 0.26130258, 0.27577711]).reshape(3, 1, 1)
+    np.testing.assert_allclose(rewards.preprocess_hpsv2(images, 32).numpy(), (padded - mean) / std, atol=2e-5)
+
+
+def test_reward_images_by_hand_any_mode(tmp_path, capsys):
+    """RGBA, grey and palette pictures become RGB; a folder's other files are passed over; the table has a row each."""
+    from PIL import Image
+
+    picture = Image.fromarray(noise_images(24, 20, 3).numpy())
+    for mode in ("RGB", "RGBA", "L", "P"):
+        picture.convert(mode).save(tmp_path / f"{mode}.png")
+    (tmp_path / "notes.txt").write_text("not a picture")
+    pictures = rewards.load_images([str(tmp_path)])
+    assert [p.shape for p in pictures.values()] == [(1, 3, 24, 20)] * 4
+    assert torch.equal(pictures[str(tmp_path / "RGB.png")], pictures[str(tmp_path / "RGBA.png")])
+    rewards.main(["--reward", "incompressibility=2,compressibility", "--images", str(tmp_path), "--prompt", "x"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["incompressibility", "compressibility", "sum", "image"] and len(rows) == 5
+    assert float(rows[1][2]) == pytest.approx(float(rows[1][0]), rel=1e-4)  # 2 x - x
+
+
+@pytest.fixture(scope="session")
+def open_clip():
+    """The real open_clip (a dependency of these tests alone). It imports torchvision, which has no CPU build, for image
+    transforms that are not used here: a stand-in lets the import pass."""
+    import importlib
+    import importlib.util
+    from unittest import mock
+
+    import transformers  # noqa: F401  (first: it must not see the stand-in)
+
+    if importlib.util.find_spec("open_clip") is None:
+        pytest.skip("open_clip is not installed: pip install --no-deps open_clip_torch==3.3.0 ftfy wcwidth")
+    names = (
+        "torchvision",
+        "torchvision.transforms",
+        "torchvision.transforms.functional",
+        "torchvision.ops",
+        "torchvision.ops.misc",
+    )
+    stand_ins = {name: mock.MagicMock(__spec__=None) for name in names}
+    with mock.patch.dict(sys.modules, stand_ins):
+        return importlib.import_module("open_clip")
+
+
+def tiny_open_clip(open_clip) -> nn.Module:
+    """A CLIP whose heads are as wide as 10, whose two projections are square, and every parameter of which is random."""
+    model = open_clip.model.CLIP(
+        embed_dim=20,
+        vision_cfg=open_clip.CLIPVisionCfg(layers=2, width=30, head_width=10, patch_size=8, image_size=32),
+        text_cfg=open_clip.CLIPTextCfg(context_length=12, vocab_size=50, width=20, heads=2, layers=2),
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.5 * torch.randn(p.shape))
+    return model.eval()
+
+
+def tiny_clip_config(**changes):
+    """The transformers config of `tiny_open_clip`; `changes` to either tower."""
+    from transformers import CLIPConfig
+
+    shared = {"hidden_act": "gelu", "projection_dim": 20, "num_hidden_layers": 2}
+    text = {
+        "hidden_size": 20,
+        "intermediate_size": 80,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+        "max_position_embeddings": 12,
+    }
+    vision = {"hidden_size": 30, "intermediate_size": 120, "num_attention_heads": 3, "patch_size": 8, "image_size": 32}
+    config = CLIPConfig(
+        text_config={**text, **shared, "eos_token_id": 49, "bos_token_id": 48},
+        vision_config={**vision, **shared},
+        projection_dim=20,
+    )
+    for name, value in changes.items():
+        tower, field = name.split("__")
+        setattr(getattr(config, tower), field, value)
+    return config
+
+
+def swap_query_and_key(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: torch.cat([value.chunk(3)[1], value.chunk(3)[0], value.chunk(3)[2]]) if "in_proj" in name else value
+        for name, value in state.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("config_changes", "break_state", "agrees"),
+    [
+        pytest.param({}, None, True, id="as it is"),
+        pytest.param({"vision_config__hidden_act": "quick_gelu"}, None, False, id="vision activation"),
+        pytest.param({"text_config__hidden_act": "quick_gelu"}, None, False, id="text activation"),
+        pytest.param({"vision_config__num_attention_heads": 2}, None, False, id="vision heads"),
+        pytest.param({"text_config__num_attention_heads": 4}, None, False, id="text heads"),
+        pytest.param({"text_config__eos_token_id": 47}, None, False, id="end token not in the text"),
+        pytest.param({}, swap_query_and_key, False, id="query and key swapped"),
+        pytest.param({}, lambda s: {**s, "text_projection": s["text_projection"].T}, False, id="text projection untransposed"),
+    ],
+)  # fmt: skip
+def test_reward_open_clip_weights_give_open_clips_features(open_clip, config_changes, break_state, agrees):
+    """Mapped weights in transformers against the real open_clip; each mistake one could make is told apart."""
+    theirs = tiny_open_clip(open_clip)
+    state = theirs.state_dict()
+    ours = rewards.hpsv2_model(
+        "hpsv2", break_state(state) if break_state else state, tiny_clip_config(**config_changes)
+    ).eval()
+    pixels, ids = torch.randn(3, 3, 32, 32), torch.randint(1, 47, (3, 12))
+    ids[:, 0], ids[0, 5], ids[1, 11], ids[2, 2] = 48, 49, 49, 49  # start, and the end at three places
+    for row, end in enumerate((5, 11, 2)):
+        ids[row, end + 1 :] = 0
+    with torch.no_grad():
+        gap = max(
+            (theirs.encode_image(pixels) - rewards.features(ours.get_image_features(pixel_values=pixels))).abs().max(),
+            (theirs.encode_text(ids) - rewards.features(ours.get_text_features(input_ids=ids))).abs().max(),
+        )
+    assert (gap < 2e-5) == agrees, gap
+
+
+@pytest.mark.skipif("PRDP_FULL_SIZE" not in os.environ, reason="needs 12 GB and minutes: run with PRDP_FULL_SIZE=1")
+def test_reward_full_size_vit_h_14(open_clip):
+    """HPSv2's real architecture, random weights: 686 tensors map strictly, and both libraries agree."""
+    theirs = open_clip.model.CLIP(**{**open_clip.get_model_config("ViT-H-14"), "quick_gelu": False}).eval()
+    state = theirs.state_dict()
+    assert len(state) == 686 and sum(value.numel() for value in state.values()) == 986_109_441
+    ours = rewards.hpsv2_model("hpsv2", state).eval()
+    pixels, ids = torch.randn(2, 3, 224, 224), torch.randint(1, 49405, (2, 77))
+    ids[:, 0], ids[0, 9], ids[1, 76] = 49406, 49407, 49407
+    with torch.no_grad():
+        features = [
+            (theirs.encode_image(pixels), rewards.features(ours.get_image_features(pixel_values=pixels))),
+            (theirs.encode_text(ids), rewards.features(ours.get_text_features(input_ids=ids))),
+        ]
+    gaps = [((a - b).abs().max() / a.square().mean().sqrt()).item() for a, b in features]
+    print(f"largest difference over the features' rms: image {gaps[0]:.1e}, text {gaps[1]:.1e}")
+    assert max(gaps) < 1e-5
+
+
+def test_reward_padding_token_does_not_matter(open_clip):
+    """open_clip pads with 0, transformers with the end token: text is pooled at the first end token either way."""
+    ours = rewards.hpsv2_model("hpsv2", tiny_open_clip(open_clip).state_dict(), tiny_clip_config()).eval()
+    ids = torch.tensor([[48, 3, 4, 49] + [0] * 8, [48, 3, 4, 49] + [49] * 8])
+    with torch.no_grad():
+        first, second = rewards.features(ours.get_text_features(input_ids=ids))
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
+
+
+def test_reward_text_cleaning_equals_open_clips(open_clip):
+    basic_clean, whitespace_clean = open_clip.tokenizer.basic_clean, open_clip.tokenizer.whitespace_clean
+    prompts = [
+        "A  cat\n\twith &amp;amp; hats",
+        "it\u2019s \u201cfine\u201d",
+        "\ufb01sh",
+        "  UPPER  ",
+        "",
+        "caf\u00e9 \U0001f600",
+    ]
+    for prompt in prompts:
+        assert rewards.clean_text(prompt) == whitespace_clean(basic_clean(prompt)).lower()
+    with pytest.MonkeyPatch.context() as patch:  # without ftfy
+        patch.setitem(sys.modules, "ftfy", None)
+        for prompt in prompts:
+            assert rewards.clean_text(prompt) == whitespace_clean(basic_clean(prompt)).lower()
+    assert rewards.clean_text("a <|endoftext|> b<start_of_text>") == "a b"
+
+
+@pytest.fixture(scope="session")
+def hpsv2_file(tmp_path_factory) -> Path:
+    """A checkpoint file as HPSv2's, in half precision, of a tiny CLIP (the official one's layout, without open_clip), beside
+    the toy's tokenizer."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "toy" / "sd" / "tokenizer")
+    g = torch.Generator().manual_seed(0)
+
+    def block(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
+        names = {
+            "attn.in_proj_weight": (3 * width, width),
+            "attn.in_proj_bias": (3 * width,),
+            "attn.out_proj.weight": (width, width),
+        }
+        names |= {"attn.out_proj.bias": (width,), "mlp.c_fc.weight": (4 * width, width), "mlp.c_fc.bias": (4 * width,)}
+        names |= {"mlp.c_proj.weight": (width, 4 * width), "mlp.c_proj.bias": (width,)}
+        names |= {f"ln_{i}.{p}": (width,) for i in (1, 2) for p in ("weight", "bias")}
+        return {f"{prefix}transformer.resblocks.0.{name}": shape for name, shape in names.items()}
+
+    shapes = {
+        **block("", 16),
+        **block("visual.", 24),
+        "logit_scale": (),
+        "positional_embedding": (16, 16),
+        "text_projection": (16, 16),
+    }
+    shapes |= {
+        "token_embedding.weight": (len(tokenizer), 16),
+        "visual.class_embedding": (24,),
+        "visual.positional_embedding": (17, 24),
+    }
+    shapes |= {
+        "visual.conv1.weight": (24, 3, 8, 8),
+        "visual.proj": (24, 16),
+        "ln_final.weight": (16,),
+        "ln_final.bias": (16,),
+    }
+    shapes |= {f"visual.ln_{at}.{p}": (24,) for at in ("pre", "post") for p in ("weight", "bias")}
+    folder = tmp_path_factory.mktemp("hpsv2")
+    tokenizer.save_pretrained(folder)
+    state = {name: (0.3 * torch.randn(shape, generator=g)).half() for name, shape in shapes.items()}
+    torch.save({"epoch": 1, "state_dict": state}, folder / "HPS_v2_compressed.pt")
+    return folder / "HPS_v2_compressed.pt"
+
+
+@pytest.fixture
+def tiny_hpsv2_config(monkeypatch):
+    from transformers import CLIPConfig, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "toy" / "sd" / "tokenizer")
+    shared = {"hidden_act": "gelu", "projection_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"hidden_size": 16, "intermediate_size": 64, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    text |= {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    vision = {"hidden_size": 24, "intermediate_size": 96, "patch_size": 8, "image_size": 32}
+    config = CLIPConfig(text_config={**text, **shared}, vision_config={**vision, **shared}, projection_dim=16)
+    monkeypatch.setattr(rewards, "vit_h_14_config", lambda: config)
+
+
+@pytest.mark.parametrize("reward", ["pickscore", "hpsv2"])
+def test_reward_is_the_models_own_cosine_in_fp32_whatever_the_batch(reward, hpsv2_file, tiny_hpsv2_config):
+    """Against CLIPModel's own forward, with its preprocessing; a half precision file gives a float32 model; a prompt with a
+    control token, an empty prompt, an upper case one; the same to 1e-6 one by one."""
     from transformers import CLIPModel, CLIPTokenizer
 
-    folder = ROOT / "toy" / "pickscore"
-    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
-    scores = rewards.load_reward(f"pickscore:{folder}", "cpu")(images, PROMPTS)
-    model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
+    path = ROOT / "toy" / "pickscore" if reward == "pickscore" else hpsv2_file
+    images, prompts = noise_images(5, 3, 40, 30), ["", "A RED circle", *PROMPTS]
+    score = rewards.load_reward(f"{reward}:{path}", "cpu")
+    scores = score(images, prompts)
+    tokenizer = CLIPTokenizer.from_pretrained(path if reward == "pickscore" else path.parent)
+    if reward == "pickscore":
+        model, pixels = CLIPModel.from_pretrained(path).eval(), rewards.preprocess_clip(images, 32)
+    else:
+        model = rewards.hpsv2_model("hpsv2", torch.load(path)["state_dict"]).eval()
+        pixels = rewards.preprocess_hpsv2(images, 32)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
     with torch.no_grad():
         logits = model(
-            input_ids=tokenizer(PROMPTS, padding=True, return_tensors="pt").input_ids,
-            pixel_values=rewards.preprocess_clip(images, 32),
+            input_ids=tokenizer(prompts, padding=True, return_tensors="pt").input_ids, pixel_values=pixels
         ).logits_per_image
     torch.testing.assert_close(scores, logits.diag() / model.logit_scale.exp(), rtol=1e-4, atol=1e-5)
+    singly = torch.cat([score(images[i : i + 1], prompts[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(scores, singly, rtol=0, atol=1e-6)
+    assert scores.dtype == torch.float32 and scores.shape == (5,)
+    if reward == "hpsv2":
+        ends_early = score(images[:2], ["a red <|endoftext|> circle", "a red circle"][::-1][:1] * 2)
+        assert torch.equal(score(images[:2], ["a red <|endoftext|> circle"] * 2), ends_early)
+
+
+def test_reward_features_of_either_transformers():
+    """transformers 4 returns a tensor, 5 an object around it."""
+    x = torch.randn(2, 3)
+    assert rewards.features(x) is x and rewards.features(type("Output", (), {"pooler_output": x})) is x
+
+
+def test_reward_aesthetic_head_is_one_affine_map(tmp_path, monkeypatch):
+    """The official layout has no activations: its five layers collapse to w . x + b. And the scorer feeds it unit vectors."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    sizes, places = (768, 1024, 128, 64, 16, 1), (0, 2, 4, 6, 7)
+    state = {}
+    for place, a, b in zip(places, sizes, sizes[1:], strict=False):
+        state[f"layers.{place}.weight"], state[f"layers.{place}.bias"] = torch.randn(b, a) / a**0.5, torch.randn(b)
+    w, bias = torch.eye(768, dtype=torch.float64), torch.zeros(768, dtype=torch.float64)
+    for place in places:
+        layer = state[f"layers.{place}.weight"].double()
+        w, bias = layer @ w, layer @ bias + state[f"layers.{place}.bias"].double()
+    torch.save(state, tmp_path / "head.pth")
+    config = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+                              patch_size=8, projection_dim=768)  # fmt: skip
+    model = CLIPVisionModelWithProjection(config)
+    monkeypatch.setattr(rewards, "load_clip", lambda what, kind, name, device: model.eval())
+    images = noise_images(3, 3, 32, 48)
+    scores = rewards.load_reward(f"aesthetic:{tmp_path / 'head.pth'}", "cpu")(images, ["ignored", "", "x"])
+    with torch.no_grad():
+        embeds = model(pixel_values=rewards.preprocess_clip(images, 32)).image_embeds.double()
+    expected = (embeds / embeds.norm(dim=-1, keepdim=True)) @ w.T + bias
+    torch.testing.assert_close(scores.double(), expected.squeeze(-1), rtol=1e-5, atol=1e-5)
+
+
+MY_REWARDS = """
+def brightness(images, prompts):
+    return images.float().mean((1, 2, 3)) / 255
+
+def lengths(images, prompts):
+    return [len(p) for p in prompts]
+
+def too_few(images, prompts): return [1.0]
+def nan(images, prompts): return [0.0] * (len(prompts) - 1) + [float("nan")]
+def inf(images, prompts): return [float("inf")] * len(prompts)
+def words(images, prompts): return ["good"] * len(prompts)
+def raises(images, prompts): return 1 / 0
+def matrix(images, prompts): return [[1.0]] * len(prompts)
+def nothing(images, prompts): return None
+number = 3
+"""
+
+
+def test_reward_sums_and_functions_of_your_own(tmp_path):
+    (tmp_path / "mine.py").write_text(MY_REWARDS)
+    images = noise_images(3, 3, 16, 16)
+    spec = f"{tmp_path}/mine.py:brightness=0.5, {tmp_path}/mine.py:lengths=-2,incompressibility"
+    reward = rewards.load_reward(spec, "cpu")
+    total = reward(images, ["a", "bb", "ccc"])
+    bright = images.double().mean((1, 2, 3)) / 255
+    expected = 0.5 * bright - 2 * torch.tensor([1.0, 2.0, 3.0]) + rewards.jpeg_kilobytes(images)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-6)
+    assert list(reward.parts) == ["brightness", "lengths", "incompressibility"]
+    assert reward.parts["lengths"].tolist() == [1, 2, 3] and total.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        ("too_few", "shape (1,) for 3 images"),
+        ("nan", "returned nan for the prompt 'ccc'"),
+        ("inf", "returned inf for the prompt 'a'"),
+        ("words", "failed: "),
+        ("raises", "failed: ZeroDivisionError"),
+        ("matrix", "shape (3, 1) for 3 images"),
+        ("nothing", "failed: "),
+        ("number", "has no function 'number'"),
+        ("missing", "has no function 'missing'"),
+    ],
+)
+def test_reward_functions_that_misbehave(function, sentence, tmp_path):
+    (tmp_path / "mine.py").write_text(MY_REWARDS)
+    with pytest.raises(rewards.InputError) as error:
+        rewards.load_reward(f"{tmp_path}/mine.py:{function}", "cpu")(noise_images(3, 3, 8, 8), ["a", "bb", "ccc"])
+    assert sentence in str(error.value) and function in str(error.value) and "\n" not in str(error.value)
+
+
+def test_reward_that_is_not_finite_stops_the_run_before_any_update(tiny_sd, tmp_path, capsys):
+    """In the second epoch, naming reward, prompt and epoch; the first epoch's checkpoint stays."""
+    code = "calls = []\ndef r(images, prompts):\n    calls.append(1)\n    bad = len(calls) == 3\n"
+    (tmp_path / "mine.py").write_text(
+        code + "    return [float('nan') if bad else float(i) for i in range(len(prompts))]\n"
+    )
+    flags = ["--preset", "toy", "--model", tiny_sd, "--reward", f"{tmp_path}/mine.py:r", "--prompts-per-epoch", "2"]
+    flags += ["--images-per-prompt", "2", "--microbatch", "4", "--ddpm-steps", "2", "--out", str(tmp_path / "run")]
+    exit_code, message = run_cli(*flags, capsys=capsys)
+    assert exit_code == 2 and "epoch 2: reward r returned nan for the prompt 'a" in message and message.count("\n") == 1
+    assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["epoch"] == 1
+
+
+def test_reward_components_are_logged(tiny_sd, tmp_path, capsys):
+    flags = [
+        "--preset",
+        "toy",
+        "--model",
+        tiny_sd,
+        "--reward",
+        "incompressibility=3,compressibility=1",
+        "--epochs",
+        "1",
+    ]
+    flags += ["--prompts-per-epoch", "2", "--images-per-prompt", "2", "--microbatch", "4", "--ddpm-steps", "2"]
+    prdp.main([*flags, "--out", str(tmp_path / "run")])
+    assert "reward_mean/compressibility" in capsys.readouterr().out
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    kilobytes = row["reward_mean/incompressibility"]
+    assert kilobytes == -row["reward_mean/compressibility"] and row["reward_mean"] == pytest.approx(2 * kilobytes)
+
+
+def damaged(folder: Path, what: str) -> str:
+    """A reward spec whose weights are broken in one way."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    pickscore, file = folder / "pickscore", folder / "weights.pt"
+    if what.startswith("pickscore"):
+        shutil.copytree(ROOT / "toy" / "pickscore", pickscore)
+        weights = pickscore / "model.safetensors"
+        if what == "pickscore truncated":
+            weights.write_bytes(weights.read_bytes()[:-5000])
+        else:
+            state = load_file(weights)
+            del state["visual_projection.weight"]
+            save_file(state, weights, metadata={"format": "pt"})
+        return f"pickscore:{pickscore}"
+    torch.save({"state_dict": {"weight": torch.ones(3)}}, file)
+    if what == "truncated":
+        file.write_bytes(file.read_bytes()[:-200])
+    if what == "unsafe":
+        torch.save({"state_dict": Path("x")}, file)
+    if what == "numbers":
+        torch.save({"state_dict": {"a": 3}}, file)
+    return str(file)
+
+
+@pytest.mark.parametrize("reward", ["hpsv2", "hpsv2.1", "aesthetic"])
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [("truncated", "no intact checkpoint"), ("unsafe", "no intact checkpoint"), ("numbers", "no checkpoint of tensors"),
+     ("other weights", "its checkpoint is no")],
+)  # fmt: skip
+def test_reward_weights_that_are_wrong(reward, what, sentence, tmp_path):
+    with pytest.raises(rewards.InputError, match=reward) as error:
+        rewards.load_reward(f"{reward}:{damaged(tmp_path, what)}", "cpu")
+    assert sentence in str(error.value)
+    with pytest.raises(rewards.InputError, match="no such file"):
+        rewards.load_reward(f"{reward}:/nowhere", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"), [("pickscore truncated", "damaged"), ("pickscore incomplete", "no complete CLIPModel")]
+)
+def test_reward_pickscore_folder_that_is_wrong(what, sentence, tmp_path):
+    with pytest.raises(rewards.InputError, match=sentence):
+        rewards.load_reward(damaged(tmp_path, what), "cpu")
 
 
 # ------------------------------------------------------------------------------------------------ settings, prompts, command line
@@ -764,9 +1218,13 @@ BAD_INPUT = [
     (["--prompts", "{empty}"], "holds no prompt"),
     (["--prompts", "{broken}"], "cannot be read as .json"),
     (["--prompts", "{numbers}"], "entry 2 is neither"),
-    (["--reward", "beauty"], "unknown reward; choose from pickscore"),
+    (["--reward", "beauty"], "unknown reward 'beauty'; choose from hpsv2"),
+    (["--reward", "incompressibility=x"], "'x' is no weight"),
+    (["--reward", "incompressibility=nan"], "'nan' is no weight"),
+    (["--reward", "incompressibility=1,incompressibility=2"], "names incompressibility twice"),
+    (["--reward", "/nowhere/mine.py:f"], "mine.py:f: no such file"),
     (["--reward", "incompressibility:x"], "takes no path"),
-    (["--reward", "pickscore:/nowhere"], "no folder with a CLIPModel"),
+    (["--reward", "pickscore:/nowhere"], "cannot load /nowhere"),
     (["--images-per-prompt", "1"], "--images-per-prompt 1: must be at least 2"),
     (["--epochs", "0"], "--epochs 0: must be at least 1"),
     (["--epochs", "many"], "invalid int value"),
