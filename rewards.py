@@ -18,7 +18,6 @@ import html
 import importlib.util
 import io
 import math
-import os
 import pickle
 import re
 import sys
@@ -176,18 +175,18 @@ def preprocess_clip(images: Tensor, size: int = 224) -> Tensor:
     return normalise(pixels.to(images.device).float() / 255)
 
 
-def preprocess_hpsv2(images: Tensor, size: int = 224) -> Tensor:
+def preprocess_hpsv2(images: Tensor, size: int = 224, antialias: bool = True) -> Tensor:
     """HPSv2's own transform: longest edge to `size`, zero padding to a square, normalise.
 
-    (M, 3, H, W) uint8 -> (M, 3, size, size) float32. Bicubic with antialias on floats, neither clamped nor rounded
-    (torchvision >= 0.17; earlier ones did not antialias), padded *before* normalising: borders are not zero.
+    (M, 3, H, W) uint8 -> (M, 3, size, size) float32. Bicubic on floats, neither clamped nor rounded, padded *before*
+    normalising: borders are not zero. antialias=False is what its code did under torchvision < 0.17.
     """
     height, width = images.shape[-2:]
     scale = size / max(height, width)
     pixels = images.float() / 255
     if scale != 1:
         shape = (round(height * scale), round(width * scale))
-        pixels = F.interpolate(pixels, shape, mode="bicubic", antialias=True)
+        pixels = F.interpolate(pixels, shape, mode="bicubic", antialias=antialias)
     rows, columns = size - pixels.shape[-2], size - pixels.shape[-1]
     pixels = F.pad(pixels, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
     return normalise(pixels)
@@ -430,7 +429,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", required=True, nargs="+", help="picture files, or folders of them")
     parser.add_argument("--prompt", default="", help="the prompt of all of them")
     args = parser.parse_args(argv)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         pictures, rows = load_images(args.images), []
         reward = load_reward(args.reward, "cuda" if torch.cuda.is_available() else "cpu")

@@ -580,20 +580,24 @@ def test_reward_preprocess_clip_equals_transformers_processor(shape):
     np.testing.assert_allclose(rewards.preprocess_clip(images, 32).numpy(), expected, atol=1e-6)
 
 
-def cubic(x: float) -> float:
-    """Keys' kernel with a = -0.5, which Pillow and antialiased interpolation use."""
+def cubic(x: float, a: float) -> float:
+    """Keys' kernel."""
     x = abs(x)
-    return (1.5 * x - 2.5) * x * x + 1 if x < 1 else ((-0.5 * x + 2.5) * x - 4) * x + 2 if x < 2 else 0.0
+    return ((a + 2) * x - (a + 3)) * x * x + 1 if x < 1 else a * (((x - 5) * x + 8) * x - 4) if x < 2 else 0.0
 
 
-def resampling_matrix(old: int, new: int) -> np.ndarray:
-    """(new, old): antialiased bicubic resampling of one axis, its support widened by the scale when shrinking."""
-    scale = old / new
-    width = max(scale, 1.0)
-    rows = np.array([[cubic((i + 0.5 - (o + 0.5) * scale) / width) for i in range(old)] for o in range(new)])
-    return rows / rows.sum(1, keepdims=True)
+def resampling_matrix(old: int, new: int, antialias: bool) -> np.ndarray:
+    """(new, old): bicubic resampling of one axis. Antialiased: a = -0.5, the kernel as wide as the scale when shrinking, cut
+    off at the border. Not: a = -0.75, four points, the border repeated."""
+    scale, matrix = old / new, np.zeros((new, old))
+    width, a, reach = (max(scale, 1.0), -0.5, 0) if antialias else (1.0, -0.75, 2)
+    for o in range(new):
+        for i in range(-reach, old + reach):
+            matrix[o, min(max(i, 0), old - 1)] += cubic((i + 0.5 - (o + 0.5) * scale) / width, a)
+    return matrix / matrix.sum(1, keepdims=True)
 
 
+@pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize(
     ("shape", "inner"),
     [
@@ -605,18 +609,23 @@ def resampling_matrix(old: int, new: int) -> np.ndarray:
         ((16, 9), (32, 18)),
     ],
 )
-def test_reward_preprocess_hpsv2_equals_its_definition(shape, inner):
+def test_reward_preprocess_hpsv2_equals_its_definition(shape, inner, antialias):
     """Longest side to 32, float bicubic with antialias, unclamped, zero padding *before* normalising, as matrices in numpy."""
     images = noise_images(2, 3, *shape)
     pixels = images.numpy() / 255
     if shape != inner:
-        pixels = resampling_matrix(shape[0], inner[0]) @ pixels @ resampling_matrix(shape[1], inner[1]).T
+        pixels = (
+            resampling_matrix(shape[0], inner[0], antialias)
+            @ pixels
+            @ resampling_matrix(shape[1], inner[1], antialias).T
+        )
     padded = np.zeros((2, 3, 32, 32))
     top, left = (32 - inner[0]) // 2, (32 - inner[1]) // 2
     padded[:, :, top : top + inner[0], left : left + inner[1]] = pixels
     mean = np.array([0.48145466, 0.4578275, 0.40821073]).reshape(3, 1, 1)
     std = np.array([0.26862954, 0.26130258, 0.27577711]).reshape(3, 1, 1)
-    np.testing.assert_allclose(rewards.preprocess_hpsv2(images, 32).numpy(), (padded - mean) / std, atol=2e-5)
+    options = {} if antialias else {"antialias": False}
+    np.testing.assert_allclose(rewards.preprocess_hpsv2(images, 32, **options), (padded - mean) / std, atol=2e-5)
 
 
 def test_reward_images_by_hand_any_mode(tmp_path, capsys):
@@ -870,6 +879,21 @@ def test_reward_is_the_models_own_cosine_in_fp32_whatever_the_batch(reward, hpsv
     if reward == "hpsv2":
         ends_early = score(images[:2], ["a red <|endoftext|> circle", "a red circle"][::-1][:1] * 2)
         assert torch.equal(score(images[:2], ["a red <|endoftext|> circle"] * 2), ends_early)
+
+
+def test_reward_half_precision_folder_and_long_prompt(tmp_path):
+    """from_pretrained would take the file's own dtype; and a prompt longer than the context is cut, not an error."""
+    from transformers import CLIPModel, CLIPTokenizer
+
+    CLIPModel.from_pretrained(ROOT / "toy" / "pickscore").half().save_pretrained(tmp_path)
+    CLIPTokenizer.from_pretrained(ROOT / "toy" / "pickscore").save_pretrained(tmp_path)
+    model = rewards.load_clip("pickscore", CLIPModel, str(tmp_path), CPU)
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and not any(
+        p.requires_grad for p in model.parameters()
+    )
+    images = noise_images(1, 3, 32, 32)
+    score = rewards.load_reward(f"pickscore:{tmp_path}", "cpu")
+    assert torch.equal(score(images, ["red " * 100]), score(images, ["red " * 14]))
 
 
 def test_reward_features_of_either_transformers():
