@@ -37,19 +37,23 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import errno
 import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rewards import InputError, Reward, load_reward, parse_reward
@@ -59,6 +63,7 @@ from rewards import InputError, Reward, load_reward, parse_reward
 # ------------------------------------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
+VERSION = 1  # of the checkpoint's layout
 
 
 def flag(default, text: str, **argparse_options):
@@ -75,7 +80,7 @@ class Config:
     reward: str = flag("hpsv2", "reward to maximise, see rewards.py")
     prompts: str = flag(str(HERE / "prompts" / "animals.txt"), "training prompts: .txt, .json or .jsonl")
     out: str = flag("", "run folder, new or empty (default: runs/PRESET)")
-    resume: str = flag("", "run folder to go on with; its settings are kept", metavar="RUN")
+    resume: str = flag("", "run folder to go on with, under its own settings", metavar="RUN")
     seed: int = flag(0, "of the prompts drawn and of the noise")
     # Table 4, row by row
     epochs: int = flag(100, "E, rounds of sampling and learning")
@@ -131,12 +136,17 @@ def parse_args(argv: list[str]) -> Config:
     if "resume" not in given:
         preset = given.get("preset", "small")
         return check_config(Config(**{"out": f"runs/{preset}", **PRESETS[preset], **given}))
-    if set(given) > {"resume"}:
-        raise InputError("--resume takes its settings from the run folder: leave out the other flags.")
     path = Path(given["resume"]) / "config.json"
     if not path.is_file():
         raise InputError(f"--resume {given['resume']}: no config.json there, so it is no run folder.")
-    return Config(**{**json.loads(path.read_text()), "resume": given["resume"], "out": given["resume"]})
+    saved = json.loads(path.read_text())
+    for name, value in given.items():
+        if name not in ("resume", "out", "epochs", "save_every", "sample_every") and value != saved[name]:
+            raise InputError(
+                f"--{name.replace('_', '-')} {value}: the run to resume has {saved[name]}, and another value would "
+                "change its result; leave it out, or start a new run."
+            )
+    return check_config(Config(**{**saved, **given, "out": given["resume"]}))
 
 
 def check_config(config: Config) -> Config:
@@ -151,9 +161,13 @@ def check_config(config: Config) -> Config:
     for name in ("kl_weight", "clip_range", "learning_rate", "max_grad_norm"):
         if not getattr(config, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be greater than 0.")
-    images = config.prompts_per_epoch * config.images_per_prompt
-    if images % config.microbatch:
-        raise InputError(f"--microbatch {config.microbatch}: must divide the {images} images of an epoch (N*B).")
+    share, rest = divmod(config.prompts_per_epoch, int(os.environ.get("WORLD_SIZE", 1)))
+    if rest:
+        raise InputError(
+            f"--prompts-per-epoch {config.prompts_per_epoch}: must be a multiple of the {os.environ['WORLD_SIZE']} processes."
+        )
+    if (images := share * config.images_per_prompt) % config.microbatch:
+        raise InputError(f"--microbatch {config.microbatch}: must divide the {images} images of an epoch and process.")
     parse_reward(config.reward)
     return config
 
@@ -274,14 +288,14 @@ class Trajectories(NamedTuple):
     text: Tensor  # (M, L, D), the embedding of each image's prompt
 
 
-def image_generators(seed: int, epoch: int, prompts: int, images: int) -> list[torch.Generator]:
+def image_generators(seed: int, epoch: int, prompts: range, images: int) -> list[torch.Generator]:
     """One CPU generator per image: its noise depends on no microbatch, no device and no other image."""
 
     def key(prompt: int, image: int) -> int:
         digest = hashlib.sha256(f"{seed} {epoch} {prompt} {image}".encode()).digest()
         return int.from_bytes(digest[:8], "little", signed=True)
 
-    return [torch.Generator().manual_seed(key(n, i)) for n in range(prompts) for i in range(images)]
+    return [torch.Generator().manual_seed(key(n, i)) for n in prompts for i in range(images)]
 
 
 @torch.no_grad()
@@ -402,13 +416,27 @@ def backward_trajectories(policy: Policy, trajectories: Trajectories, weights: T
         torch._foreach_div_([p.grad for p in policy.unet.parameters() if p.grad is not None], scale)
 
 
+def reduce_gradients(unet: nn.Module) -> None:
+    """Mean of the gradients over processes, each of which has the mean over its own prompts (Alg. 1, line 10).
+
+    A parameter without a gradient (all rewards tied, or every entry skipped) gets a zero one, so that all processes
+    take part and every update is counted.
+    """
+    for p in unet.parameters():
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        if processes() > 1:
+            dist.all_reduce(p.grad)
+            p.grad /= processes()
+
+
 # ------------------------------------------------------------------------------------------------------------
 # 6. Online optimisation (Sec. 3.2, Algorithm 1)
 # ------------------------------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
-    """What one epoch learns from: N prompts, M = N*B images."""
+    """What one epoch learns from: N prompts, M = N*B images; or one process's share of them."""
 
     prompts: list[str]
     trajectories: Trajectories
@@ -419,10 +447,15 @@ class Batch(NamedTuple):
 
 
 def collect(config: Config, models: Models, epoch: int, prompts: list[str], seconds: dict[str, float]) -> Batch:
-    """Alg. 1, lines 5 to 8: B trajectories for each prompt, their log-probs under pi_ref, their rewards."""
+    """Alg. 1, lines 5 to 8: B trajectories for each prompt, their log-probs under pi_ref, their rewards.
+
+    Each of several processes takes its own share of the prompts; noise does not depend on the number of processes.
+    """
     with timed(seconds, "sample"):
+        mine = range(len(prompts) // processes() * rank(), len(prompts) // processes() * (rank() + 1))
+        prompts = [prompts[n] for n in mine]
         text = encode(models.pipe, prompts).repeat_interleave(config.images_per_prompt, dim=0)
-        generators = image_generators(config.seed, epoch, len(prompts), config.images_per_prompt)
+        generators = image_generators(config.seed, epoch, mine, config.images_per_prompt)
         trajectories = sample_trajectories(models.policy, text, generators, models.latent_shape)
     with timed(seconds, "reference"):
         log_probs_ref = trajectories.log_probs  # until the first update, pi_theta is pi_ref
@@ -437,9 +470,14 @@ def collect(config: Config, models: Models, epoch: int, prompts: list[str], seco
     return Batch(prompts, trajectories, log_probs_ref, images, rewards, models.reward.parts)
 
 
+def whole(batch: Batch, prompts: list[str]) -> Batch:
+    """The images and rewards of all processes, for the prompts they shared."""
+    return batch._replace(prompts=prompts, images=gather(batch.images), rewards=gather(batch.rewards))
+
+
 def train(config: Config, models: Models, optimizer: torch.optim.Optimizer, prompts: list[str], start: int) -> None:
     """Algorithm 1. Its line 1, pi_theta <- pi_ref, is in `load_models`."""
-    policy, groups = models.policy, (config.prompts_per_epoch, config.images_per_prompt)
+    policy, groups = models.policy, (-1, config.images_per_prompt)  # (N, B): the loss pairs images of a prompt
     for epoch in range(start, config.epochs + 1):  # Alg. 1, line 2
         seconds: dict[str, float] = {}
         batch = collect(config, models, epoch, draw_prompts(config, prompts, epoch), seconds)  # lines 4 to 8
@@ -454,15 +492,16 @@ def train(config: Config, models: Models, optimizer: torch.optim.Optimizer, prom
             (weights,) = torch.autograd.grad(loss, log_probs)
             with timed(seconds, "update"):  # line 11
                 backward_trajectories(policy, batch.trajectories, weights)
+                reduce_gradients(policy.unet)
                 grad_norm = nn.utils.clip_grad_norm_(policy.unet.parameters(), config.max_grad_norm)
-                require_finite(epoch, loss=loss, gradient=grad_norm)
+                require_finite(epoch, k, loss=loss, gradient=grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             updates.append(update_metrics(config, loss, log_probs.detach(), fixed, weights, grad_norm))
-        metrics = epoch_metrics(epoch, batch, updates, seconds)
-        if epoch % config.sample_every == 0 or epoch == config.epochs:
-            save_samples(config, epoch, collect(config, models, 0, fixed_prompts(config, prompts), {}))
-        log_epoch(config, metrics)
+        log_epoch(config, epoch_metrics(epoch, batch, updates, seconds))
+        if epoch % config.sample_every == 0 and epoch < config.epochs:
+            shown = fixed_prompts(config, prompts)
+            save_samples(config, epoch, whole(collect(config, models, 0, shown, {}), shown))
         if epoch % config.save_every == 0 or epoch == config.epochs:
             save_checkpoint(config, policy.unet, optimizer, epoch)
 
@@ -485,15 +524,18 @@ def update_metrics(
 
 def epoch_metrics(epoch: int, batch: Batch, updates: list[dict], seconds: dict[str, float]) -> dict[str, float]:
     """A line of metrics.jsonl (fields defined in the README); figures of updates are means over the K updates."""
+    rewards, log_ratio = gather(batch.rewards), gather(batch.trajectories.log_probs - batch.log_probs_ref)
     return {
         "epoch": epoch,
-        "reward_mean": batch.rewards.mean().item(),
-        "reward_std": batch.rewards.std().item(),
-        **{f"reward_mean/{label}": part.mean().item() for label, part in batch.reward_parts.items()},
-        **{name: sum(u[name] for u in updates) / len(updates) for name in updates[0]},
-        "log_ratio_ref": (batch.trajectories.log_probs - batch.log_probs_ref).mean().item(),
+        "reward_mean": rewards.mean().item(),
+        "reward_std": rewards.std().item(),
+        "reward_se": rewards.std().item() / len(rewards) ** 0.5,
+        **{f"reward_mean/{label}": gather(part).mean().item() for label, part in batch.reward_parts.items()},
+        **{name: gather(torch.tensor([u[name] for u in updates])).mean().item() for name in updates[0]},
+        "log_ratio_ref": log_ratio.mean().item(),
+        "kl_nats": log_ratio.mean().item() * log_ratio.shape[1] * batch.trajectories.latents[0, 0].numel(),  # Eq. 6
         **{f"seconds_{name}": value for name, value in seconds.items()},
-        "images_per_second": len(batch.rewards) / sum(seconds.values()),
+        "images_per_second": len(rewards) / sum(seconds.values()),
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0,
     }
 
@@ -577,7 +619,7 @@ def decode(models: Models, latents: Tensor) -> Tensor:
 
 def draw_prompts(config: Config, prompts: list[str], epoch: int) -> list[str]:
     """N prompts, independent and uniform (Alg. 1, line 4); a function of seed and epoch alone."""
-    (generator,) = image_generators(config.seed, -epoch, 1, 1)
+    (generator,) = image_generators(config.seed, -epoch, range(1), 1)
     drawn = torch.randint(len(prompts), (config.prompts_per_epoch,), generator=generator)
     return [prompts[i] for i in drawn]
 
@@ -615,11 +657,43 @@ def load_prompts(path: str) -> list[str]:
     return prompts
 
 
+def processes() -> int:
+    """How many processes torchrun started."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is; only rank 0 prints and writes files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(x: Tensor) -> Tensor:
+    """(M, ...) tensors of all processes as one, in the order of the prompts."""
+    if processes() == 1:
+        return x
+    x = x.to("cuda" if dist.get_backend() == "nccl" else "cpu").contiguous()
+    parts = [torch.empty_like(x) for _ in range(processes())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+
+STOP: list[int] = []  # the signal that asked this run to stop
+
+
 def progress(label: str, total: int):
-    """A progress bar on a terminal; nothing elsewhere."""
+    """A progress bar on a terminal, nothing elsewhere. Its update is where Ctrl-C and SIGTERM take effect: between
+    two microbatches, never within an optimizer step or a write."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=f"{label:>9}", unit="", leave=False, disable=None, dynamic_ncols=True)
+    class Bar(tqdm):
+        def update(self, n: int = 1) -> None:
+            if STOP:
+                raise SystemExit(128 + STOP[0])
+            super().update(n)
+
+    return Bar(
+        total=total, desc=f"{label:>9}", unit="", leave=False, disable=None if rank() == 0 else True, dynamic_ncols=True
+    )
 
 
 @contextmanager
@@ -632,10 +706,13 @@ def timed(seconds: dict[str, float], name: str):
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-def require_finite(epoch: int, **values: Tensor) -> None:
+def require_finite(epoch: int, k: int, **values: Tensor) -> None:
     for name, value in values.items():
         if not value.isfinite():
-            raise InputError(f"the {name} of epoch {epoch} is {value.item()}: stopped before the update was applied.")
+            raise InputError(
+                f"the {name} of epoch {epoch}, update {k + 1}, is {value.item()}: stopped before the update was applied; "
+                "go on from the last checkpoint with a lower --learning-rate, or with --dtype fp32 in a new run."
+            )
 
 
 def check_on_policy(models: Models, trajectories: Trajectories) -> None:
@@ -647,7 +724,8 @@ def check_on_policy(models: Models, trajectories: Trajectories) -> None:
     first = Trajectories(*(x[: models.policy.microbatch] for x in trajectories))
     for name, policy in (("policy", models.policy), ("reference", models.reference)):
         gap = (score_trajectories(policy, first) - first.log_probs).abs().max().item()
-        print(f"on-policy gap of the {name}: {gap:.1e}")
+        if rank() == 0:
+            print(f"on-policy gap of the {name}: {gap:.1e}")
         if gap != 0:
             raise InputError(
                 f"the {name} scores its own trajectory {gap:.1e} off, so that clipping would act on noise: switch off "
@@ -659,6 +737,8 @@ def check_on_policy(models: Models, trajectories: Trajectories) -> None:
 # 8. Samples, metrics, checkpoints
 # ------------------------------------------------------------------------------------------------------------
 
+FAR = 10.0  # of log_ratio_ref, nats per latent dimension and step: a mean shift of 4.5 sigma
+UNBORN = {".lock", "config.json.tmp"}  # all that a run killed before its config.json leaves behind
 COLUMNS = (
     "epoch", "reward_mean", "reward_std", "loss", "clip_fraction", "skipped_fraction", "log_ratio_old",
     "log_ratio_ref", "grad_norm", "images_per_second",
@@ -666,21 +746,33 @@ COLUMNS = (
 
 
 def log_epoch(config: Config, metrics: dict[str, float]) -> None:
-    """A line on the screen, a line in metrics.jsonl, and reward.png drawn again."""
+    """A line on the screen, a line in metrics.jsonl, reward.png drawn again; one warning of over-optimisation."""
+    if rank() != 0:
+        return
+    path = Path(config.out) / "metrics.jsonl"
+    before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     parts = [name for name in metrics if name.startswith("reward_mean/")]
     columns = [*COLUMNS[:3], *(parts if len(parts) > 1 else []), *COLUMNS[3:]]
-    if metrics["epoch"] % 20 == 1:
+    if len(before) % 20 == 0:
         print("  ".join(f"{name:>9}" for name in columns))
     print("  ".join(f"{metrics[name]:>{max(9, len(name))}.4g}" for name in columns), flush=True)
-    with open(Path(config.out) / "metrics.jsonl", "a") as file:
+    risen = len(before) > 0 and metrics["reward_mean"] > before[0]["reward_mean"]
+    if risen and metrics["log_ratio_ref"] > FAR >= max(row["log_ratio_ref"] for row in before):
+        print(
+            f"warning: log_ratio_ref has passed {FAR:g} while the reward rises: steps now lie several sigma from the "
+            "pretrained model's. If the samples degrade, raise --kl-weight (Sec. 4.4) or lower --learning-rate."
+        )
+    with open(path, "a") as file:
         file.write(json.dumps(metrics) + "\n")
-    plot_rewards(config)
+    plot_rewards(config, [*before, metrics])
 
 
 def save_samples(config: Config, epoch: int, batch: Batch) -> None:
     """samples/epoch_NNNN.png, a row of images for each of the first 8 prompts, and .json with every reward."""
     from PIL import Image
 
+    if rank() != 0:
+        return
     images, rewards = (x.unflatten(0, (len(batch.prompts), -1)).cpu() for x in (batch.images, batch.rewards))
     grid = images[:8, :8].permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows*H, columns*W, 3)
     path = Path(config.out) / "samples" / f"epoch_{epoch:04d}"
@@ -690,12 +782,11 @@ def save_samples(config: Config, epoch: int, batch: Batch) -> None:
     path.with_suffix(".json").write_text(json.dumps(table, indent=1))
 
 
-def plot_rewards(config: Config) -> None:
+def plot_rewards(config: Config, rows: list[dict[str, float]]) -> None:
     """reward.png: mean and standard deviation of each epoch's rewards, and the mean over the fixed samples."""
     from matplotlib.figure import Figure
 
     folder = Path(config.out)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     epochs, mean, std = (torch.tensor([row[k] for row in rows]) for k in ("epoch", "reward_mean", "reward_std"))
     axes = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
     axes.fill_between(epochs, mean - std, mean + std, alpha=0.15, lw=0)
@@ -728,15 +819,25 @@ def plot_before_after(config: Config, before: Batch, after: Batch) -> None:
     figure.savefig(Path(config.out) / "before_after.png", dpi=120)
 
 
-def save_checkpoint(config: Config, unet: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
-    """checkpoint/state.pt, replaced in one step. Prompts and noise depend on (seed, epoch) alone: no RNG state."""
-    path = Path(config.out) / "checkpoint" / "state.pt"
-    path.parent.mkdir(exist_ok=True)
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        torch.save({"epoch": epoch, "unet": unet.state_dict(), "optimizer": optimizer.state_dict()}, file)
+def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write under another name, flush to the disk, rename: after a crash there is the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    os.replace(temporary, path)
+
+
+def save_checkpoint(config: Config, unet: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+    """checkpoint/state.pt, after a whole epoch. Prompts and noise depend on (seed, epoch) alone: no RNG state."""
+    if rank() != 0:
+        return
+    path = Path(config.out) / "checkpoint" / "state.pt"
+    path.parent.mkdir(exist_ok=True)
+    state = {"epoch": epoch, "unet": unet.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"config": dataclasses.asdict(config), "version": VERSION}
+    write_file(path, lambda file: torch.save(state, file))
 
 
 def load_checkpoint(config: Config, unet: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -747,8 +848,21 @@ def load_checkpoint(config: Config, unet: nn.Module, optimizer: torch.optim.Opti
         unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
     if metrics.is_file():
-        metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[: state["epoch"]]))
+        lines = metrics.read_bytes().splitlines(keepends=True)[: state["epoch"]]
+        write_file(metrics, lambda file: file.writelines(lines))
     return state["epoch"] + 1
+
+
+def hold(folder: Path) -> BinaryIO:
+    """Keep other processes out of a run folder for as long as this one lives, however it ends."""
+    import fcntl
+
+    file = open(folder / ".lock", "wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another process is running there; wait for it, or stop it.") from None
+    return file
 
 
 def save_pipeline(config: Config, pipe) -> None:
@@ -767,37 +881,70 @@ def save_pipeline(config: Config, pipe) -> None:
 def run(config: Config) -> None:
     """Train from the first epoch or the last checkpoint, then show what changed."""
     out, prompts = Path(config.out), load_prompts(config.prompts)
-    if not config.resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if not config.resume and (out.is_file() or out.is_dir() and {p.name for p in out.iterdir()} - UNBORN):
         raise InputError(f"--out {out}: already in use; choose another folder, or go on with --resume {out}.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = start_processes()  # waits for all of them: none may see another's new folder
     models = load_models(config, device)
     unet = models.policy.unet
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    millions = sum(p.numel() for p in unet.parameters()) / 1e6
-    print(f"{config.model}: UNet of {millions:.1f} M parameters on {device}, passes in {config.dtype}")
-    print(f"reward {config.reward}; {len(prompts)} prompts from {config.prompts}; results in {out}")
-
-    before = collect(config, models._replace(policy=models.reference), 0, fixed_prompts(config, prompts), {})
-    check_on_policy(models, before.trajectories)
-    if config.resume:
-        start = load_checkpoint(config, unet, optimizer)
-    else:
-        start = 1
+    if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1))
-        save_samples(config, 0, before)
-    train(config, models, optimizer, prompts, start)
+        held = hold(out)  # noqa: F841  (until this process ends)
+        settings = json.dumps(vars(dataclasses.replace(config, resume="")), indent=1).encode()
+        write_file(out / "config.json", lambda file: file.write(settings))
+        describe(config, models, prompts)
 
-    after = collect(config, models, 0, fixed_prompts(config, prompts), {})
-    plot_before_after(config, before, after)
-    save_pipeline(config, models.pipe)
-    rise = (after.rewards - before.rewards).double()
-    error = rise.std() / len(rise) ** 0.5
-    print(
-        f"mean reward of {len(rise)} images on fixed prompts and seeds: {before.rewards.mean():.4f} -> "
-        f"{after.rewards.mean():.4f}, {rise.mean():+.4f} +- {error:.4f} (standard error of the paired difference)\n"
-        f"see {out / 'before_after.png'}"
-    )
+    shown = fixed_prompts(config, prompts)
+    before = collect(config, models._replace(policy=models.reference), 0, shown, {})
+    check_on_policy(models, before.trajectories)
+    before = whole(before, shown)
+    save_samples(config, 0, before)
+    start = load_checkpoint(config, unet, optimizer) if config.resume else 1
+    try:
+        train(config, models, optimizer, prompts, start)
+    except SystemExit as stop:
+        # Each parameter counts its updates: none of an unfinished epoch's may get into a checkpoint.
+        steps = max((int(state["step"]) for state in optimizer.state.values()), default=0)
+        epoch, partial = divmod(steps, config.updates_per_epoch)
+        if epoch >= start and not partial:
+            save_checkpoint(config, unet, optimizer, epoch)
+        print(f"stopped by signal {stop.code - 128}; go on with: python prdp.py --resume {out}", file=sys.stderr)
+        raise
+
+    after = whole(collect(config, models, 0, shown, {}), shown)
+    save_samples(config, config.epochs, after)
+    if rank() == 0:
+        plot_before_after(config, before, after)
+        save_pipeline(config, models.pipe)
+        rise = (after.rewards - before.rewards).double()
+        error = rise.std() / len(rise) ** 0.5
+        print(
+            f"mean reward of {len(rise)} images on fixed prompts and seeds: {before.rewards.mean():.4f} -> "
+            f"{after.rewards.mean():.4f}, {rise.mean():+.4f} +- {error:.4f} (standard error of the paired difference)\n"
+            f"see {out / 'before_after.png'}"
+        )
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def start_processes() -> torch.device:
+    """Join the other processes where torchrun started this one; the device of this one."""
+    cuda = torch.cuda.is_available()
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.barrier()
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def describe(config: Config, models: Models, prompts: list[str]) -> None:
+    millions = sum(p.numel() for p in models.policy.unet.parameters()) / 1e6
+    print(f"{config.model}: UNet of {millions:.1f} M parameters, passes in {config.dtype}, {processes()} process(es)")
+    print(f"reward {config.reward}; {len(prompts)} prompts from {config.prompts}; results in {config.out}")
+    context = models.pipe.tokenizer.model_max_length
+    if long := sum(len(ids) > context for ids in models.pipe.tokenizer(prompts).input_ids):
+        print(f"warning: {long} prompts are longer than {context} tokens; the model sees their beginnings.")
 
 
 def fail(message: str) -> None:
@@ -807,10 +954,22 @@ def fail(message: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    STOP.clear()
     try:
-        run(parse_args(sys.argv[1:] if argv is None else argv))
+        config = parse_args(sys.argv[1:] if argv is None else argv)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, frame: STOP.append(number))
+        run(config)
     except InputError as error:
         fail(str(error))
+    except torch.OutOfMemoryError:
+        fail(
+            f"out of GPU memory with --microbatch {config.microbatch}: try --microbatch {max(1, config.microbatch // 2)}."
+        )
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        fail(f"cannot write to {error.filename or config.out}: {error.strerror}; the last checkpoint is intact.")
 
 
 if __name__ == "__main__":

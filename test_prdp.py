@@ -276,11 +276,11 @@ def test_guidance():
 def test_trajectory_is_ancestral_sampling_and_its_log_prob_is_of_the_stored_tensor():
     """Redraw the noise of each image by hand, and walk and score each step in float64 numpy."""
     policy, text = linear_policy(), torch.randn(6, 5, 3)
-    generators = prdp.image_generators(0, 1, 3, 2)
+    generators = prdp.image_generators(0, 1, range(3), 2)
     trajectories = prdp.sample_trajectories(policy, text, generators, (2, 3, 3))
     assert trajectories.latents.dtype == torch.float32 and trajectories.latents.shape == (6, 5, 2, 3, 3)
     schedule = [column.numpy() for column in policy.schedule]
-    for m, g in enumerate(prdp.image_generators(0, 1, 3, 2)):
+    for m, g in enumerate(prdp.image_generators(0, 1, range(3), 2)):
         stored = trajectories.latents[m].double().numpy()
         np.testing.assert_array_equal(stored[0], torch.randn(2, 3, 3, generator=g).numpy())
         for k in range(4):
@@ -297,8 +297,10 @@ def test_trajectory_is_ancestral_sampling_and_its_log_prob_is_of_the_stored_tens
 def test_noise_does_not_depend_on_batch_or_order():
     """Prompt 1's images are the same whether 2 or 3 prompts are sampled; seed, epoch, prompt and image each matter."""
 
-    def noise(*key: int) -> Tensor:
-        return torch.stack([torch.randn(4, generator=g) for g in prdp.image_generators(*key)])
+    def noise(seed: int, epoch: int, prompts: int, images: int) -> Tensor:
+        return torch.stack(
+            [torch.randn(4, generator=g) for g in prdp.image_generators(seed, epoch, range(prompts), images)]
+        )
 
     assert torch.equal(noise(0, 1, 3, 2)[:4], noise(0, 1, 2, 2))
     every = torch.cat([noise(0, 1, 3, 4), noise(0, 2, 3, 4), noise(1, 1, 3, 4)])
@@ -358,7 +360,7 @@ CPU = torch.device("cpu")
 def draw(models: prdp.Models) -> Trajectories:
     """4 trajectories for each of the 3 prompts, with the noise of seed 0, epoch 1."""
     text = prdp.encode(models.pipe, PROMPTS).repeat_interleave(4, dim=0)
-    return prdp.sample_trajectories(models.policy, text, prdp.image_generators(0, 1, 3, 4), models.latent_shape)
+    return prdp.sample_trajectories(models.policy, text, prdp.image_generators(0, 1, range(3), 4), models.latent_shape)
 
 
 def test_images_equal_the_pipelines_own(tiny_sd):
@@ -370,7 +372,7 @@ def test_images_equal_the_pipelines_own(tiny_sd):
     pipe = models.pipe
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading", clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
-    generators = prdp.image_generators(0, 1, 3, 4)
+    generators = prdp.image_generators(0, 1, range(3), 4)
     theirs = pipe(
         PROMPTS, num_images_per_prompt=4, num_inference_steps=5, guidance_scale=5.0, eta=1.0, generator=generators,
         output_type="latent",
@@ -1260,7 +1262,7 @@ BAD_INPUT = [
     (["--model", "/nowhere/sd"], "run --preset toy"),
     (["--model", "{empty_folder}"], "no Stable Diffusion in diffusers layout"),
     (["--out", "{used}"], "already in use"),
-    (["--resume", "{empty_folder}"], "leave out the other flags"),
+    (["--resume", "{empty_folder}"], "no config.json there"),
     (["--preset", "huge"], "invalid choice: 'huge'"),
     (["--dtype", "int8"], "invalid choice: 'int8'"),
     (["--epoch", "3"], "unrecognized arguments: --epoch"),
