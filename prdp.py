@@ -564,9 +564,16 @@ def load_models(config: Config, device: torch.device) -> Models:
         library.utils.logging.disable_progress_bar()  # of loading from disk; downloads keep theirs
         library.utils.logging.set_verbosity_error()
     try:
+        kind = diffusers.DiffusionPipeline.load_config(config.model)["_class_name"]
+        if kind != "StableDiffusionPipeline":
+            raise InputError(
+                f"--model {config.model}: is a {kind}; only Stable Diffusion 1.x and 2.x can be finetuned."
+            )
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(
             config.model, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
         ).to(device)
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         if Path(config.model).is_dir():
             raise InputError(f"--model {config.model}: no Stable Diffusion in diffusers layout there.") from error
@@ -948,7 +955,8 @@ def describe(config: Config, models: Models, prompts: list[str]) -> None:
 
 
 def fail(message: str) -> None:
-    print(f"prdp.py: {message}", file=sys.stderr)
+    who = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
+    print(f"prdp.py{who}: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

@@ -30,6 +30,7 @@ SD14_SCHEDULER = {  # scheduler_config.json of Stable Diffusion v1.4
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # as torchrun does; runs are compared to the bit, and sums depend on the number of threads
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -1125,11 +1126,16 @@ def test_import_needs_torch_alone_and_does_nothing(tmp_path):
 
 def run_cli(*arguments: str, capsys) -> tuple[int, str]:
     """Exit code and stderr of `python prdp.py ARGUMENTS`, in this process."""
+    import signal
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     code = 0
     try:
         prdp.main(list(arguments))
     except SystemExit as stop:
         code = stop.code
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return code, capsys.readouterr().err
 
 
@@ -1207,36 +1213,233 @@ def test_cli_small_preset_on_a_tiny_model(tiny_sd, tmp_path, capsys):
     assert row["clip_fraction"] > 0.1 and row["skipped_fraction"] > 0
 
 
+SMALL_RUN = [
+    "--preset", "toy", "--reward", "incompressibility", "--updates-per-epoch", "2", "--prompts-per-epoch", "2",
+    "--images-per-prompt", "2", "--microbatch", "2", "--ddpm-steps", "3", "--seed", "3",
+]  # fmt: skip
+
+
+def weights_of(run: Path) -> dict[str, Tensor]:
+    return torch.load(run / "checkpoint" / "state.pt", weights_only=True)["unet"]
+
+
+def metrics_of(run: Path) -> list[dict]:
+    """Without what depends on the clock."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "images_per", "peak"))} for row in rows]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert metrics_of(a) == metrics_of(b)
+    ours, theirs = weights_of(a), weights_of(b)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_resume_equals_the_uninterrupted_run(tiny_sd, tmp_path, capsys):
-    flags = [
-        "--preset",
-        "toy",
-        "--model",
-        tiny_sd,
-        "--reward",
-        "incompressibility",
-        "--updates-per-epoch",
-        "2",
-        "--seed",
-        "3",
-    ]
-    flags += ["--prompts-per-epoch", "2", "--images-per-prompt", "2", "--microbatch", "4", "--ddpm-steps", "3"]
+    """To the bit, weights and metrics; a line of metrics that outlived its checkpoint, torn in the middle, leaves no trace."""
+    flags = [*SMALL_RUN, "--model", tiny_sd]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     assert run_cli(*flags, "--epochs", "3", "--out", str(whole), capsys=capsys)[0] == 0
     assert run_cli(*flags, "--epochs", "1", "--out", str(halves), capsys=capsys)[0] == 0
-    config = json.loads((halves / "config.json").read_text())
-    (halves / "config.json").write_text(json.dumps({**config, "epochs": 3}))
     with open(halves / "metrics.jsonl", "a") as file:
-        file.write('{"epoch": 2, "killed": "before its checkpoint"}\n')
-    assert run_cli("--resume", str(halves), capsys=capsys)[0] == 0
-    states = [torch.load(run / "checkpoint" / "state.pt", weights_only=True)["unet"] for run in (whole, halves)]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    tables = [
-        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (whole, halves)
-    ]
-    for a, b in zip(*tables, strict=True):
-        timeless = [k for k in a if not k.startswith(("seconds", "images_per", "peak"))]
-        assert [a[k] for k in timeless] == [b[k] for k in timeless]
+        file.write('{"epoch": 2, "reward_me')
+    assert run_cli("--resume", str(halves), "--epochs", "3", capsys=capsys)[0] == 0
+    assert_same_run(whole, halves)
+    assert (whole / "samples" / "epoch_0003.png").read_bytes() == (halves / "samples" / "epoch_0003.png").read_bytes()
+
+
+def test_resume_refuses_what_would_change_the_result(tiny_sd, tmp_path, capsys):
+    run = str(tmp_path / "run")
+    assert run_cli(*SMALL_RUN, "--model", tiny_sd, "--epochs", "1", "--out", run, capsys=capsys)[0] == 0
+    for flag, value, saved in (("--kl-weight", "1", 3e-5), ("--seed", "4", 3), ("--dtype", "bf16", "fp32")):
+        code, message = run_cli("--resume", run, flag, value, capsys=capsys)
+        assert code == 2 and flag in message and str(saved) in message and message.count("\n") == 1
+    assert run_cli("--resume", run, "--seed", "3", "--epochs", "1", capsys=capsys)[0] == 0
+
+
+def start(*arguments: str, launcher: tuple[str, ...] = (), **kwargs) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *launcher, str(ROOT / "prdp.py"), *arguments]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+@pytest.mark.parametrize(("name", "exit_code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_resume_after_a_stop_signal(tiny_sd, tmp_path, capsys, name, exit_code):
+    """Ctrl-C and SIGTERM stop between two passes; --save-every 100 notwithstanding, a resumed run is the uninterrupted one."""
+    import signal
+    import time
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    flags = [*SMALL_RUN, "--model", tiny_sd, "--save-every", "100"]
+    process = start(*flags, "--epochs", "1000", "--out", str(run))
+    for _ in range(600):
+        time.sleep(0.1)
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= 2:
+            break
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == exit_code and f"python prdp.py --resume {run}" in errors and "Traceback" not in errors
+    epochs = str(len(metrics_of(run)) + 2)
+    assert run_cli("--resume", str(run), "--epochs", epochs, capsys=capsys)[0] == 0
+    assert run_cli(*flags, "--epochs", epochs, "--out", str(whole), capsys=capsys)[0] == 0
+    assert_same_run(whole, run)
+
+
+KILLER = """
+import os, random, signal, sys, time
+root, whole, folder, *flags = sys.argv[1:]
+sys.path.insert(0, root)
+import torch
+torch.set_num_threads(1)
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from matplotlib.figure import Figure
+import matplotlib.backends.backend_agg
+import prdp
+
+
+def launch(arguments):
+    pid = os.fork()
+    if pid:
+        return pid
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    code = 1
+    try:
+        prdp.main(arguments)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        os._exit(code)
+
+
+started = time.time()
+assert os.waitpid(launch([*flags, "--out", whole]), 0)[1] == 0
+duration, kills, runs = time.time() - started, 0, 0
+random.seed(0)
+while kills < 20:
+    out = os.path.join(folder, str(runs))
+    while True:
+        fresh = not os.path.exists(os.path.join(out, "config.json"))
+        pid = launch([*flags, "--out", out] if fresh else ["--resume", out])
+        if kills < 20:
+            time.sleep(random.uniform(0, duration))
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        if os.WIFSIGNALED(status):
+            kills += 1
+        else:
+            assert os.WEXITSTATUS(status) == 0, status
+            break
+    runs += 1
+print(kills, runs)
+"""
+
+
+def test_kill_at_20_random_moments(tiny_sd, tmp_path):
+    """kill -9, in whatever phase a run is, then --resume: the weights and metrics of every run are the undisturbed one's."""
+    flags = [*SMALL_RUN, "--model", tiny_sd, "--epochs", "6", "--sample-every", "2"]
+    (tmp_path / "runs").mkdir()
+    command = [sys.executable, "-c", KILLER, str(ROOT), str(tmp_path / "whole"), str(tmp_path / "runs"), *flags]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    kills, runs = map(int, done.stdout.split()[-2:])
+    assert kills == 20 and runs >= 1
+    for run in range(runs):
+        assert_same_run(tmp_path / "whole", tmp_path / "runs" / str(run))
+
+
+def test_resume_after_a_full_disk(tiny_sd, tmp_path, capsys):
+    """A checkpoint that cannot be written is one sentence, and the one before it still works."""
+    import resource
+
+    run = tmp_path / "run"
+    assert run_cli(*SMALL_RUN, "--model", tiny_sd, "--epochs", "1", "--out", str(run), capsys=capsys)[0] == 0
+    before = (run / "checkpoint" / "state.pt").read_bytes()
+    limit = len(before) // 2
+    process = start(
+        "--resume",
+        str(run),
+        "--epochs",
+        "2",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and errors.startswith("prdp.py: cannot write to") and errors.count("\n") == 1, errors
+    assert (run / "checkpoint" / "state.pt").read_bytes() == before
+    assert run_cli("--resume", str(run), "--epochs", "2", capsys=capsys)[0] == 0
+    assert [row["epoch"] for row in metrics_of(run)] == [1, 2]
+
+
+def test_resume_while_another_process_runs_there(tiny_sd, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert run_cli(*SMALL_RUN, "--model", tiny_sd, "--epochs", "1", "--out", str(run), capsys=capsys)[0] == 0
+    held = prdp.hold(run)
+    code, message = run_cli("--resume", str(run), capsys=capsys)
+    assert code == 2 and "another process is running there" in message and message.count("\n") == 1
+    held.close()
+    assert run_cli("--resume", str(run), capsys=capsys)[0] == 0
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def torchrun(*arguments: str, timeout: float = 100) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of two gloo processes."""
+    process = start(*arguments, launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"))
+    out, errors = process.communicate(timeout=timeout)
+    return process.returncode, out, errors
+
+
+def test_distributed_equals_one_process(tiny_sd, tmp_path, capsys):
+    """Two processes draw the same images to the bit, and take the same steps to rounding."""
+    flags = [*SMALL_RUN, "--model", tiny_sd, "--epochs", "2", "--updates-per-epoch", "1", "--learning-rate", "1e-5"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run_cli(*flags, "--out", str(one), capsys=capsys)[0] == 0
+    code, out, errors = torchrun(*flags, "--out", str(two))
+    assert code == 0, errors
+    assert out.count("on-policy gap of the policy") == 1 and "2 process(es)" in out
+    assert (one / "samples" / "epoch_0000.png").read_bytes() == (two / "samples" / "epoch_0000.png").read_bytes()
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=1e-6 if a["epoch"] == 1 else 1e-3), name
+    ours, theirs = weights_of(one), weights_of(two)
+    for name in ours:
+        torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=2e-7)
+
+
+TWO_FACED = """
+import os
+calls = []
+def tied(images, prompts):
+    return [0.0 if os.environ["RANK"] == "1" else float(i) for i in range(len(prompts))]
+def fails(images, prompts):
+    calls.append(1)
+    if len(calls) == 3 and os.environ["RANK"] == "1":
+        return [float("nan")] * len(prompts)
+    return [float(i) for i in range(len(prompts))]
+"""
+
+
+def test_distributed_processes_may_skip_different_entries(tiny_sd, tmp_path):
+    """All rewards of one process tie, so that it has nothing to run: the other does not wait for it."""
+    (tmp_path / "r.py").write_text(TWO_FACED)
+    flags = [*SMALL_RUN, "--model", tiny_sd, "--epochs", "1", "--reward", f"{tmp_path / 'r.py'}:tied"]
+    code, _, errors = torchrun(*flags, "--out", str(tmp_path / "run"))
+    assert code == 0, errors
+    assert metrics_of(tmp_path / "run")[0]["skipped_fraction"] >= 0.5
+
+
+def test_distributed_failure_of_one_stops_all(tiny_sd, tmp_path):
+    """Within a minute, with the failing process's own sentence; the last checkpoint is there."""
+    (tmp_path / "r.py").write_text(TWO_FACED)
+    flags = [*SMALL_RUN, "--model", tiny_sd, "--epochs", "50", "--reward", f"{tmp_path / 'r.py'}:fails"]
+    code, _, errors = torchrun(*flags, "--out", str(tmp_path / "run"), timeout=60)
+    assert code != 0 and "prdp.py (process 1): epoch 2: reward fails returned nan for the prompt" in errors
+    assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["epoch"] == 1
 
 
 BAD_INPUT = [
