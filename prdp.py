@@ -18,12 +18,13 @@ the network's epsilon   noise_pred       (M, C, H, W)            guided output, 
 sigma_t, Eq. 2          sigma            (T,)
 
 Units, said once: log_probs are means over C*H*W and the loss takes a mean over T (App. G), where Eqs. 4, 10 and 21
-sum. Both only rescale beta: the beta of Eq. 5 is kl_weight / (T*C*H*W), and Table 4's numbers are kl_weights.
+sum. That rescales beta, epsilon and the loss: the beta of Eq. 5 is kl_weight / (T*C*H*W). Table 4's numbers are ours.
 
 Departures from the paper, and choices where it is silent or says two things:
  1. The loss takes the mean over T (App. G), not the sum of Eqs. 10, 19 and 21:
     loss_sum(beta) == T**2 * loss_mean(beta * T).
- 2. log_prob is a mean over latent dimensions. The paper does not say; DDPO's code, whose clip range it takes, does so.
+ 2. log_prob is a mean over latent dimensions. The paper does not say; DDPO's code does so, and its clip range, 1e-4,
+    is the one of Table 4's large-scale columns.
  3. The loss averages over pairs whose rewards differ (App. G); Alg. 1, line 10 divides by B(B-1)/2, ties included. A
     prompt whose rewards all tie contributes 0, where App. G gives NaN.
  4. After the last step alpha-bar is alphas_cumprod[0], as in Stable Diffusion's samplers; the paper does not say.
@@ -42,6 +43,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 import textwrap
@@ -58,9 +60,7 @@ from torch import Tensor, nn
 
 from rewards import InputError, Reward, load_reward, parse_reward
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. Settings: Table 4
-# ------------------------------------------------------------------------------------------------------------
+# ---- 1. Settings: Table 4 ----------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
 VERSION = 1  # of the checkpoint's layout
@@ -95,7 +95,7 @@ class Config:
     weight_decay: float = flag(1e-4, "of AdamW")
     max_grad_norm: float = flag(1.0, "gradients longer than this are scaled down to it")
     # the machine
-    microbatch: int = flag(16, "images per network pass; must divide N*B")
+    microbatch: int = flag(8, "images per network pass; must divide N*B")
     dtype: str = flag("fp32", "of the network passes; weights stay fp32", choices=("fp32", "bf16", "fp16"))
     save_every: int = flag(1, "epochs between checkpoints")
     sample_every: int = flag(10, "epochs between sample grids")
@@ -123,11 +123,7 @@ PRESETS = {
 
 def parse_args(argv: list[str]) -> Config:
     """The command line, over the preset, over the defaults."""
-    parser = argparse.ArgumentParser(
-        description="PRDP: reward finetuning of Stable Diffusion.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see --help")
     for f in dataclasses.fields(Config):
         text = f.metadata["help"] + (f" (default: {f.default})" if f.default != "" else "")
@@ -135,17 +131,21 @@ def parse_args(argv: list[str]) -> Config:
     given = vars(parser.parse_args(argv))
     if "resume" not in given:
         preset = given.get("preset", "small")
-        return check_config(Config(**{"out": f"runs/{preset}", **PRESETS[preset], **given}))
+        config = Config(**{"out": f"runs/{preset}", **PRESETS[preset], **given})
+        config.prompts = str(Path(config.prompts).resolve())  # so that --resume finds it from anywhere
+        config.model = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
+        return check_config(config)
     path = Path(given["resume"]) / "config.json"
     if not path.is_file():
         raise InputError(f"--resume {given['resume']}: no config.json there, so it is no run folder.")
-    saved = json.loads(path.read_text())
+    try:
+        saved = dataclasses.asdict(Config(**json.loads(path.read_text())))
+    except (json.JSONDecodeError, TypeError) as error:
+        raise InputError(f"{path}: damaged, or of another version ({error}).") from error
     for name, value in given.items():
         if name not in ("resume", "out", "epochs", "save_every", "sample_every") and value != saved[name]:
-            raise InputError(
-                f"--{name.replace('_', '-')} {value}: the run to resume has {saved[name]}, and another value would "
-                "change its result; leave it out, or start a new run."
-            )
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"{option} {value}: would change the result of the run, which has {saved[name]}.")
     return check_config(Config(**{**saved, **given, "out": given["resume"]}))
 
 
@@ -163,18 +163,14 @@ def check_config(config: Config) -> Config:
             raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be greater than 0.")
     share, rest = divmod(config.prompts_per_epoch, int(os.environ.get("WORLD_SIZE", 1)))
     if rest:
-        raise InputError(
-            f"--prompts-per-epoch {config.prompts_per_epoch}: must be a multiple of the {os.environ['WORLD_SIZE']} processes."
-        )
+        raise InputError(f"--prompts-per-epoch {config.prompts_per_epoch}: must be a multiple of the processes.")
     if (images := share * config.images_per_prompt) % config.microbatch:
         raise InputError(f"--microbatch {config.microbatch}: must divide the {images} images of an epoch and process.")
     parse_reward(config.reward)
     return config
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. The policy: DDPM ancestral sampling, a chain of Gaussians (Sec. 2)
-# ------------------------------------------------------------------------------------------------------------
+# ---- 2. The policy: DDPM ancestral sampling, a chain of Gaussians (Sec. 2) ---------------------------------
 
 
 class Schedule(NamedTuple):
@@ -186,6 +182,12 @@ class Schedule(NamedTuple):
     sigma: Tensor  # float64, > 0
 
 
+SD_SCHEDULER = dict(  # what a model's scheduler_config.json leaves open
+    num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
+    set_alpha_to_one=False, prediction_type="epsilon",
+)  # fmt: skip
+
+
 def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     """The coefficients of Eq. 2 (Ho et al. 2020, Eqs. 6, 7 and 11); the same chain as DDIM with eta = 1.
 
@@ -193,11 +195,7 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     are "leading"-spaced, and alpha-bar after the last one is alphas_cumprod[0], as Stable Diffusion is configured.
     Raises InputError for another kind of schedule, and for sigma == 0, where log-probabilities do not exist.
     """
-    defaults = dict(
-        num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, steps_offset=1,
-        set_alpha_to_one=False, prediction_type="epsilon",
-    )  # fmt: skip
-    config = {**defaults, **scheduler_config}
+    config = {**SD_SCHEDULER, **scheduler_config}
     train_steps, start, end = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
     if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
         raise InputError("the model's scheduler sets trained_betas or rescale_betas_zero_snr: not supported.")
@@ -207,13 +205,13 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
         betas = torch.linspace(start, end, train_steps, dtype=torch.float64)
     else:
         raise InputError(f"the model's scheduler has beta_schedule {config['beta_schedule']!r}: not supported.")
-    if not 1 <= num_steps <= train_steps:
-        raise InputError(f"--ddpm-steps {num_steps}: must be between 1 and the model's {train_steps} steps.")
-
-    stride = train_steps // num_steps
+    stride = train_steps // max(num_steps, 1)
     timesteps = torch.arange(num_steps - 1, -1, -1) * stride + config["steps_offset"]
-    if timesteps[0] >= train_steps:
-        raise InputError(f"the model's scheduler has steps_offset {config['steps_offset']}, past its last step.")
+    if num_steps < 1 or stride * num_steps < 0.8 * train_steps or timesteps[0] >= train_steps:
+        raise InputError(
+            f"--ddpm-steps {num_steps}: does not divide the model's {train_steps} training steps into equal strides "
+            f"from its end (steps_offset {config['steps_offset']}); 50 does, for Stable Diffusion."
+        )
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
     final = 1.0 if config["set_alpha_to_one"] else alphas_cumprod[0].item()
     previous = timesteps - stride
@@ -239,7 +237,7 @@ def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
     """log N(sample; mean, sigma^2 I) of Eqs. 2 and 4, a mean over latent dimensions: (M, ...), (M, ...), (M,) -> (M,).
 
     float64 whatever comes in: at the last step a log-prob is about 2.5, where float32 numbers lie 2.4e-7 apart, a
-    quarter of Table 4's smallest clip_range. (Summed over 4*64*64 dimensions it would be near 8,192: far worse.)
+    quarter of Table 4's smallest clip_range. (Summed over 4*64*64 dimensions it would be 40,000: far worse.)
     """
     assert sample.shape == mean.shape and sigma.shape == sample.shape[:1], (sample.shape, mean.shape, sigma.shape)
     squared = (sample.double() - mean.double()).square().flatten(1).mean(1)
@@ -275,9 +273,7 @@ def denoising_gaussian(policy: Policy, sample: Tensor, text: Tensor, steps: Tens
     return mean, sigma
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. Trajectories: sampling and scoring (Eqs. 1 to 4)
-# ------------------------------------------------------------------------------------------------------------
+# ---- 3. Trajectories: sampling and scoring (Eqs. 1 to 4) ---------------------------------------------------
 
 
 class Trajectories(NamedTuple):
@@ -350,9 +346,7 @@ def step_log_prob(policy: Policy, trajectories: Trajectories, images: Tensor, st
     return gaussian_log_prob(latents[images, steps + 1], mean, sigma)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. The loss: reward difference prediction with proximal updates (Secs. 3.1 and 3.3, App. G)
-# ------------------------------------------------------------------------------------------------------------
+# ---- 4. The loss: reward difference prediction with proximal updates (Secs. 3.1 and 3.3, App. G) -----------
 
 
 def prdp_loss(
@@ -386,9 +380,7 @@ def prdp_loss(
     return (loss.sum((-2, -1)) / counts.sum((-2, -1)).clamp(min=1)).mean()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. Exact gradients, through T steps and all pairs, in the memory of one microbatch
-# ------------------------------------------------------------------------------------------------------------
+# ---- 5. Exact gradients, through T steps and all pairs, in the memory of one microbatch --------------------
 
 
 def backward_trajectories(policy: Policy, trajectories: Trajectories, weights: Tensor) -> None:
@@ -398,22 +390,25 @@ def backward_trajectories(policy: Policy, trajectories: Trajectories, weights: T
     network passes at once. But it sees the network only through the small matrix log_probs: by the chain rule its
     gradient is the sum of weights[m, k] * dlog_probs[m, k]/dtheta, and each microbatch of entries can be run again on
     its own. This is exact for any microbatches, because only derivatives are taken here and no value is compared with
-    another pass's. So entries of weight 0 are skipped (their step is clipped in every pair whose clipped error wins
-    Eq. 18), and the rest packed densely, steps of different images and times together.
+    another pass's. So entries of weight 0 are skipped (clipped, in an image whose clipped error wins Eq. 18 in every
+    pair), and the rest packed densely, steps of different images and times together.
     """
     assert weights.shape == trajectories.log_probs.shape, (weights.shape, trajectories.log_probs.shape)
-    scale = 1.0
+    scale, grads = 1.0, lambda: [p.grad for p in policy.unet.parameters() if p.grad is not None]
     if policy.autocast == torch.float16 and weights.any():
-        # The gradient of a mean over C*H*W would underflow in fp16. A power of two scales it up exactly.
-        scale = 2.0 ** round(math.log2(trajectories.latents[0, 0].numel() / weights.abs().max().item()))
+        # The gradient of a mean over C*H*W would underflow in fp16. A power of two scales it up exactly, to about 1/64
+        # per latent element, which leaves room for sums over positions.
+        scale = 2.0 ** round(math.log2(trajectories.latents[0, 0].numel() / weights.abs().max().item()) - 6)
+    for grad in grads():
+        grad.mul_(scale)
     entries = weights.nonzero()  # (entries, 2): image, step
     with progress("update", len(entries)) as bar:
         for images, steps in (chunk.unbind(1) for chunk in entries.split(policy.microbatch) if len(chunk)):
             log_prob = step_log_prob(policy, trajectories, images, steps)
             (scale * weights[images, steps] * log_prob).sum().backward()
             bar.update(len(images))
-    if scale != 1.0:
-        torch._foreach_div_([p.grad for p in policy.unet.parameters() if p.grad is not None], scale)
+    for grad in grads():
+        grad.div_(scale)
 
 
 def reduce_gradients(unet: nn.Module) -> None:
@@ -430,9 +425,7 @@ def reduce_gradients(unet: nn.Module) -> None:
             p.grad /= processes()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 6. Online optimisation (Sec. 3.2, Algorithm 1)
-# ------------------------------------------------------------------------------------------------------------
+# ---- 6. Online optimisation (Sec. 3.2, Algorithm 1) --------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -457,6 +450,7 @@ def collect(config: Config, models: Models, epoch: int, prompts: list[str], seco
         text = encode(models.pipe, prompts).repeat_interleave(config.images_per_prompt, dim=0)
         generators = image_generators(config.seed, epoch, mine, config.images_per_prompt)
         trajectories = sample_trajectories(models.policy, text, generators, models.latent_shape)
+        require_finite(f"epoch {epoch}, sampling: a log-prob", trajectories.log_probs, prompts)
     with timed(seconds, "reference"):
         log_probs_ref = trajectories.log_probs  # until the first update, pi_theta is pi_ref
         if epoch > 1:
@@ -470,9 +464,16 @@ def collect(config: Config, models: Models, epoch: int, prompts: list[str], seco
     return Batch(prompts, trajectories, log_probs_ref, images, rewards, models.reward.parts)
 
 
-def whole(batch: Batch, prompts: list[str]) -> Batch:
-    """The images and rewards of all processes, for the prompts they shared."""
-    return batch._replace(prompts=prompts, images=gather(batch.images), rewards=gather(batch.rewards))
+class Samples(NamedTuple):
+    """Images of all processes for fixed prompts and seeds, to be looked at."""
+
+    prompts: list[str]
+    images: Tensor  # (M, 3, 8H, 8W) uint8, on the CPU
+    rewards: Tensor  # (M,) float32, on the CPU
+
+
+def to_show(batch: Batch, prompts: list[str]) -> Samples:
+    return Samples(prompts, gather(batch.images).cpu(), gather(batch.rewards).cpu())
 
 
 def train(config: Config, models: Models, optimizer: torch.optim.Optimizer, prompts: list[str], start: int) -> None:
@@ -491,17 +492,18 @@ def train(config: Config, models: Models, optimizer: torch.optim.Optimizer, prom
             loss = prdp_loss(log_probs.unflatten(0, groups), *fixed, config.clip_range, config.kl_weight)  # line 10
             (weights,) = torch.autograd.grad(loss, log_probs)
             with timed(seconds, "update"):  # line 11
+                require_finite(f"epoch {epoch}, update {k + 1}: the loss", loss)
                 backward_trajectories(policy, batch.trajectories, weights)
                 reduce_gradients(policy.unet)
                 grad_norm = nn.utils.clip_grad_norm_(policy.unet.parameters(), config.max_grad_norm)
-                require_finite(epoch, k, loss=loss, gradient=grad_norm)
+                require_finite(f"epoch {epoch}, update {k + 1}: the gradient", grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             updates.append(update_metrics(config, loss, log_probs.detach(), fixed, weights, grad_norm))
-        log_epoch(config, epoch_metrics(epoch, batch, updates, seconds))
+        log_epoch(config, epoch_metrics(epoch, batch, updates, seconds), header=(epoch - start) % 20 == 0)
         if epoch % config.sample_every == 0 and epoch < config.epochs:
             shown = fixed_prompts(config, prompts)
-            save_samples(config, epoch, whole(collect(config, models, 0, shown, {}), shown))
+            save_samples(config, epoch, to_show(collect(config, models, 0, shown, {}), shown))
         if epoch % config.save_every == 0 or epoch == config.epochs:
             save_checkpoint(config, policy.unet, optimizer, epoch)
 
@@ -540,9 +542,7 @@ def epoch_metrics(epoch: int, batch: Batch, updates: list[dict], seconds: dict[s
     }
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 7. Plumbing: models, rewards, prompts
-# ------------------------------------------------------------------------------------------------------------
+# ---- 7. Plumbing: models, rewards, prompts -----------------------------------------------------------------
 
 
 class Models(NamedTuple):
@@ -566,17 +566,13 @@ def load_models(config: Config, device: torch.device) -> Models:
     try:
         kind = diffusers.DiffusionPipeline.load_config(config.model)["_class_name"]
         if kind != "StableDiffusionPipeline":
-            raise InputError(
-                f"--model {config.model}: is a {kind}; only Stable Diffusion 1.x and 2.x can be finetuned."
-            )
+            raise InputError(f"--model {config.model}: a {kind}; only Stable Diffusion 1.x and 2.x are supported.")
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(
             config.model, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
         ).to(device)
-    except InputError:
-        raise
     except (OSError, ValueError) as error:
-        if Path(config.model).is_dir():
-            raise InputError(f"--model {config.model}: no Stable Diffusion in diffusers layout there.") from error
+        if Path(config.model).exists():
+            raise InputError(f"--model {config.model}: no Stable Diffusion folder in diffusers layout.") from error
         raise InputError(
             f"--model {config.model}: no such folder, not in the local cache, and the hub cannot be reached or does "
             "not have it; without a network, run --preset toy."
@@ -586,9 +582,9 @@ def load_models(config: Config, device: torch.device) -> Models:
     channels = unet.config.in_channels, vae.config.latent_channels
     if channels[0] != channels[1]:
         raise InputError(
-            f"--model {config.model}: its UNet takes {channels[0]} channels and its VAE makes {channels[1]}; only "
-            "text-to-image models can be finetuned."
+            f"--model {config.model}: UNet of {channels[0]} channels, VAE of {channels[1]}; must be equal."
         )
+    torch.backends.cudnn.allow_tf32 = config.dtype != "fp32"  # TF32 convolutions round like fp16
     vae.requires_grad_(False)
     pipe.text_encoder.requires_grad_(False)
     unet.requires_grad_(True).eval()  # eval: with dropout every pass would be another policy
@@ -619,6 +615,7 @@ def decode(models: Models, latents: Tensor) -> Tensor:
         for rows in latents.split(policy.microbatch):
             with torch.autocast(latents.device.type, policy.autocast, enabled=policy.autocast is not None):
                 decoded = vae.decode(rows / vae.config.scaling_factor).sample
+            require_finite("a picture from the VAE", decoded)
             images.append(((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
             bar.update(len(rows))
     return torch.cat(images)
@@ -643,13 +640,15 @@ def load_prompts(path: str) -> list[str]:
     if not file.is_file():
         raise InputError(f"--prompts {path}: no such file.")
     try:
-        text = file.read_text(encoding="utf-8-sig")
-        if file.suffix == ".json":
+        text, kind = file.read_text(encoding="utf-8-sig"), file.suffix.lower()
+        if kind == ".json":
             records = json.loads(text)
-        elif file.suffix == ".jsonl":
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+        elif kind == ".jsonl":  # not splitlines(): JSON strings may hold other line separators
+            records = [json.loads(line) for line in text.split("\n") if line.strip()]
+        elif kind in (".txt", ""):
+            records = [line for line in text.split("\n") if not line.lstrip().startswith("#")]
         else:
-            records = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+            raise InputError(f"--prompts {path}: must be .txt, .json or .jsonl.")
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"--prompts {path}: cannot be read as {file.suffix or 'text'}: {error}.") from error
     if not isinstance(records, list):
@@ -698,9 +697,8 @@ def progress(label: str, total: int):
                 raise SystemExit(128 + STOP[0])
             super().update(n)
 
-    return Bar(
-        total=total, desc=f"{label:>9}", unit="", leave=False, disable=None if rank() == 0 else True, dynamic_ncols=True
-    )
+    hidden = None if rank() == 0 else True  # None: on a terminal only
+    return Bar(total=total, desc=f"{label:>9}", unit="", leave=False, disable=hidden, dynamic_ncols=True)
 
 
 @contextmanager
@@ -713,20 +711,22 @@ def timed(seconds: dict[str, float], name: str):
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
 
-def require_finite(epoch: int, k: int, **values: Tensor) -> None:
-    for name, value in values.items():
-        if not value.isfinite():
-            raise InputError(
-                f"the {name} of epoch {epoch}, update {k + 1}, is {value.item()}: stopped before the update was applied; "
-                "go on from the last checkpoint with a lower --learning-rate, or with --dtype fp32 in a new run."
-            )
+def require_finite(what: str, values: Tensor, prompts: list[str] | None = None) -> None:
+    """Stop before anything is learned from NaN or infinity; values (M, ...) of M images, or a scalar."""
+    if values.isfinite().all():
+        return
+    where = ""
+    if prompts:
+        bad = (~values.flatten(1).isfinite().all(1)).nonzero()[0].item()
+        where = f" for the prompt {prompts[bad * len(prompts) // len(values)]!r}"
+    raise InputError(f"{what} is not finite{where}; try a lower --learning-rate, or another --dtype, in a new run.")
 
 
 def check_on_policy(models: Models, trajectories: Trajectories) -> None:
     """Score a fresh microbatch again, under the policy and the reference: both must return the very same bits.
 
-    Eq. 20 compares two passes over one trajectory to within clip_range, at most 1e-4. If an unchanged network does
-    not reproduce its own log-probs, the clip acts on noise.
+    Eq. 20 compares two passes over one trajectory to within clip_range, 1e-6 to 1e-4 in Table 4. If an unchanged
+    network does not reproduce its own log-probs, the clip acts on noise.
     """
     first = Trajectories(*(x[: models.policy.microbatch] for x in trajectories))
     for name, policy in (("policy", models.policy), ("reference", models.reference)):
@@ -735,16 +735,13 @@ def check_on_policy(models: Models, trajectories: Trajectories) -> None:
             print(f"on-policy gap of the {name}: {gap:.1e}")
         if gap != 0:
             raise InputError(
-                f"the {name} scores its own trajectory {gap:.1e} off, so that clipping would act on noise: switch off "
-                "nondeterministic kernels (torch.backends.cudnn.benchmark), or try --dtype fp32."
+                f"the {name} scores its own trajectory {gap:.1e} off, and clipping would act on noise: switch off "
+                "torch.backends.cudnn.benchmark and other nondeterminism, or try --dtype fp32."
             )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 8. Samples, metrics, checkpoints
-# ------------------------------------------------------------------------------------------------------------
+# ---- 8. Samples, metrics, checkpoints ----------------------------------------------------------------------
 
-FAR = 10.0  # of log_ratio_ref, nats per latent dimension and step: a mean shift of 4.5 sigma
 UNBORN = {".lock", "config.json.tmp"}  # all that a run killed before its config.json leaves behind
 COLUMNS = (
     "epoch", "reward_mean", "reward_std", "loss", "clip_fraction", "skipped_fraction", "log_ratio_old",
@@ -752,48 +749,41 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def log_epoch(config: Config, metrics: dict[str, float]) -> None:
-    """A line on the screen, a line in metrics.jsonl, reward.png drawn again; one warning of over-optimisation."""
+def log_epoch(config: Config, metrics: dict[str, float], header: bool) -> None:
+    """A line on the screen, a line in metrics.jsonl, reward.png drawn again."""
     if rank() != 0:
         return
-    path = Path(config.out) / "metrics.jsonl"
-    before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     parts = [name for name in metrics if name.startswith("reward_mean/")]
     columns = [*COLUMNS[:3], *(parts if len(parts) > 1 else []), *COLUMNS[3:]]
-    if len(before) % 20 == 0:
+    if header:
         print("  ".join(f"{name:>9}" for name in columns))
     print("  ".join(f"{metrics[name]:>{max(9, len(name))}.4g}" for name in columns), flush=True)
-    risen = len(before) > 0 and metrics["reward_mean"] > before[0]["reward_mean"]
-    if risen and metrics["log_ratio_ref"] > FAR >= max(row["log_ratio_ref"] for row in before):
-        print(
-            f"warning: log_ratio_ref has passed {FAR:g} while the reward rises: steps now lie several sigma from the "
-            "pretrained model's. If the samples degrade, raise --kl-weight (Sec. 4.4) or lower --learning-rate."
-        )
-    with open(path, "a") as file:
+    with open(Path(config.out) / "metrics.jsonl", "a") as file:
         file.write(json.dumps(metrics) + "\n")
-    plot_rewards(config, [*before, metrics])
+    plot_rewards(config)
 
 
-def save_samples(config: Config, epoch: int, batch: Batch) -> None:
+def save_samples(config: Config, epoch: int, samples: Samples) -> None:
     """samples/epoch_NNNN.png, a row of images for each of the first 8 prompts, and .json with every reward."""
     from PIL import Image
 
     if rank() != 0:
         return
-    images, rewards = (x.unflatten(0, (len(batch.prompts), -1)).cpu() for x in (batch.images, batch.rewards))
+    images, rewards = (x.unflatten(0, (len(samples.prompts), -1)) for x in (samples.images, samples.rewards))
     grid = images[:8, :8].permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows*H, columns*W, 3)
     path = Path(config.out) / "samples" / f"epoch_{epoch:04d}"
     path.parent.mkdir(exist_ok=True)
     Image.fromarray(grid.numpy()).save(path.with_suffix(".png"))
-    table = [{"prompt": p, "rewards": r} for p, r in zip(batch.prompts, rewards.tolist(), strict=True)]
+    table = [{"prompt": p, "rewards": r} for p, r in zip(samples.prompts, rewards.tolist(), strict=True)]
     path.with_suffix(".json").write_text(json.dumps(table, indent=1))
 
 
-def plot_rewards(config: Config, rows: list[dict[str, float]]) -> None:
+def plot_rewards(config: Config) -> None:
     """reward.png: mean and standard deviation of each epoch's rewards, and the mean over the fixed samples."""
     from matplotlib.figure import Figure
 
     folder = Path(config.out)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     epochs, mean, std = (torch.tensor([row[k] for row in rows]) for k in ("epoch", "reward_mean", "reward_std"))
     axes = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
     axes.fill_between(epochs, mean - std, mean + std, alpha=0.15, lw=0)
@@ -801,13 +791,13 @@ def plot_rewards(config: Config, rows: list[dict[str, float]]) -> None:
     for path in sorted((folder / "samples").glob("*.json")):
         rewards = [reward for row in json.loads(path.read_text()) for reward in row["rewards"]]
         label = "the same prompts and seeds: mean" if path.stem == "epoch_0000" else None
-        axes.plot(int(path.stem[-4:]), sum(rewards) / len(rewards), "o", color="C1", label=label)
+        axes.plot(int(path.stem.removeprefix("epoch_")), sum(rewards) / len(rewards), "o", color="C1", label=label)
     axes.set(xlabel="epoch", ylabel="reward")
     axes.legend(frameon=False)
     figure.savefig(folder / "reward.png", dpi=120)
 
 
-def plot_before_after(config: Config, before: Batch, after: Batch) -> None:
+def plot_before_after(config: Config, before: Samples, after: Samples) -> None:
     """before_after.png: 2 images for each of 8 prompts, base above, finetuned below, of the same seed."""
     from matplotlib.figure import Figure
 
@@ -816,13 +806,13 @@ def plot_before_after(config: Config, before: Batch, after: Batch) -> None:
     for i, half in enumerate(figure.subfigures(2, 1)):
         axes = half.subplots(2, columns, squeeze=False)
         for n in range(columns):
-            for row, (name, batch) in enumerate((("base", before), ("finetuned", after))):
+            for row, (name, samples) in enumerate((("base", before), ("finetuned", after))):
                 m = n * config.images_per_prompt + i
-                axes[row, n].imshow(batch.images[m].permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+                axes[row, n].imshow(samples.images[m].permute(1, 2, 0).numpy(), interpolation="nearest")
                 axes[row, n].set(xticks=[], yticks=[], ylabel=name if n == 0 else None)
-                axes[row, n].set_xlabel(f"{batch.rewards[m]:.4g}", fontsize=9, labelpad=2)
+                axes[row, n].set_xlabel(f"{samples.rewards[m]:.4g}", fontsize=9, labelpad=2)
             lines = textwrap.wrap(before.prompts[n], 20, max_lines=4, placeholder=" ...")
-            axes[0, n].set_title("\n".join(lines), fontsize=8)
+            axes[0, n].set_title("\n".join(lines), fontsize=8, parse_math=False)
     figure.savefig(Path(config.out) / "before_after.png", dpi=120)
 
 
@@ -850,7 +840,10 @@ def save_checkpoint(config: Config, unet: nn.Module, optimizer: torch.optim.Opti
 def load_checkpoint(config: Config, unet: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Restore the last checkpoint, drop the metrics of later epochs, and return the epoch to go on with."""
     path, metrics = Path(config.out) / "checkpoint" / "state.pt", Path(config.out) / "metrics.jsonl"
-    state = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {"epoch": 0}
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {"epoch": 0}
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path}: damaged; move it away to begin again with the run's settings.") from error
     if state["epoch"]:
         unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
@@ -876,13 +869,12 @@ def save_pipeline(config: Config, pipe) -> None:
     """pipeline/, for StableDiffusionPipeline.from_pretrained; `pipe(prompt, eta=1.0)` samples the trained policy."""
     from diffusers import DDIMScheduler
 
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading", clip_sample=False)
+    settings = {**SD_SCHEDULER, **pipe.scheduler.config, "timestep_spacing": "leading", "clip_sample": False}
+    pipe.scheduler = DDIMScheduler.from_config(settings)
     pipe.save_pretrained(Path(config.out) / "pipeline")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 9. main
-# ------------------------------------------------------------------------------------------------------------
+# ---- 9. main -----------------------------------------------------------------------------------------------
 
 
 def run(config: Config) -> None:
@@ -895,16 +887,26 @@ def run(config: Config) -> None:
     unet = models.policy.unet
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     if rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {out}: cannot be made ({error.strerror}).") from error
         held = hold(out)  # noqa: F841  (until this process ends)
         settings = json.dumps(vars(dataclasses.replace(config, resume="")), indent=1).encode()
         write_file(out / "config.json", lambda file: file.write(settings))
-        describe(config, models, prompts)
+        millions, context = sum(p.numel() for p in unet.parameters()) / 1e6, models.pipe.tokenizer.model_max_length
+        print(
+            f"{config.model}: UNet of {millions:.1f} M parameters, passes in {config.dtype}, {processes()} process(es)"
+        )
+        print(f"reward {config.reward}; {len(prompts)} prompts from {config.prompts}; results in {out}")
+        if long := sum(len(ids) > context for ids in models.pipe.tokenizer(prompts).input_ids):
+            print(f"warning: {long} prompts are longer than {context} tokens; the model sees their beginnings.")
 
     shown = fixed_prompts(config, prompts)
-    before = collect(config, models._replace(policy=models.reference), 0, shown, {})
-    check_on_policy(models, before.trajectories)
-    before = whole(before, shown)
+    first = collect(config, models._replace(policy=models.reference), 0, shown, {})
+    check_on_policy(models, first.trajectories)
+    before = to_show(first, shown)
+    del first
     save_samples(config, 0, before)
     start = load_checkpoint(config, unet, optimizer) if config.resume else 1
     try:
@@ -918,11 +920,11 @@ def run(config: Config) -> None:
         print(f"stopped by signal {stop.code - 128}; go on with: python prdp.py --resume {out}", file=sys.stderr)
         raise
 
-    after = whole(collect(config, models, 0, shown, {}), shown)
+    after = to_show(collect(config, models, 0, shown, {}), shown)
     save_samples(config, config.epochs, after)
     if rank() == 0:
-        plot_before_after(config, before, after)
         save_pipeline(config, models.pipe)
+        plot_before_after(config, before, after)
         rise = (after.rewards - before.rewards).double()
         error = rise.std() / len(rise) ** 0.5
         print(
@@ -943,15 +945,6 @@ def start_processes() -> torch.device:
         dist.init_process_group("nccl" if cuda else "gloo")
         dist.barrier()
     return torch.device("cuda" if cuda else "cpu")
-
-
-def describe(config: Config, models: Models, prompts: list[str]) -> None:
-    millions = sum(p.numel() for p in models.policy.unet.parameters()) / 1e6
-    print(f"{config.model}: UNet of {millions:.1f} M parameters, passes in {config.dtype}, {processes()} process(es)")
-    print(f"reward {config.reward}; {len(prompts)} prompts from {config.prompts}; results in {config.out}")
-    context = models.pipe.tokenizer.model_max_length
-    if long := sum(len(ids) > context for ids in models.pipe.tokenizer(prompts).input_ids):
-        print(f"warning: {long} prompts are longer than {context} tokens; the model sees their beginnings.")
 
 
 def fail(message: str) -> None:

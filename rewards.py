@@ -7,8 +7,7 @@
 
     python rewards.py --reward hpsv2 --images picture.png --prompt "a cat"     # score pictures by hand
 
-Raw units: cosines are not scaled. Each scorer gives what its authors' code gives, without that code; the README lists
-weights, preprocessing and scale. Images come rounded to uint8; none goes through JPEG but where the reward is JPEG.
+Raw units: cosines are not scaled. Each scorer gives what its authors' code gives, without that code (see the README).
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import math
 import pickle
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -33,10 +33,10 @@ Scorer = Callable[[Tensor, list[str]], Tensor]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of every CLIP-like scorer below
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # of HPSv2 and PickScore
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """Something the user gave cannot be used; the message names it and says what to do."""
 
 
@@ -61,8 +61,8 @@ def checked(name: str, scorer: Scorer, images: Tensor, prompts: list[str]) -> Te
     """Scores of one component, float32 (M,) on the images' device; InputError unless they are M finite numbers."""
     try:
         scores = torch.as_tensor(scorer(images, prompts), dtype=torch.float32, device=images.device).detach()
-    except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
-        raise InputError(f"reward {name} failed: {type(error).__name__}: {error}.") from error
+    except Exception as error:
+        raise InputError(f"reward {name} failed: {last_line(error)}.") from error
     if scores.shape != (len(prompts),):
         raise InputError(f"reward {name} returned numbers of shape {tuple(scores.shape)} for {len(prompts)} images.")
     if not scores.isfinite().all():
@@ -84,21 +84,22 @@ def parse_reward(spec: str) -> list[Component]:
     """The components of a spec, joined by commas. InputError for an unknown name, a bad weight, or a repeat."""
     components = []
     for part in spec.split(","):
-        body, equals, number = part.strip().rpartition("=")
-        name, _, path = (body if equals else part.strip()).partition(":")
+        body, _, number = re.fullmatch(r"(.*?)(=([^=/\\]*))?", part.strip()).groups(default="1")  # a path may hold a =
+        name, _, path = body.partition(":")
         try:
-            weight = float(number) if equals else 1.0
+            weight = float(number)
         except ValueError:
             weight = math.nan
         if not math.isfinite(weight):
             raise InputError(f"--reward {spec}: {number!r} is no weight.")
-        if name.endswith(".py"):
+        if name.endswith(".py") and path:
             components.append(Component(path, weight, name, path))
         elif name in LOADERS:
             components.append(Component(name, weight, name, path))
         else:
-            known = f"{', '.join(LOADERS)} or FILE.py:FUNCTION"
-            raise InputError(f"--reward {spec}: unknown reward {name!r}; choose from {known}.")
+            raise InputError(
+                f"--reward {spec}: no reward {name!r}; choose from {', '.join(LOADERS)}, FILE.py:FUNCTION."
+            )
         if name.endswith("compressibility") and path:
             raise InputError(f"--reward {spec}: {name} takes no path.")
         if [c.label for c in components].count(components[-1].label) > 1:
@@ -115,16 +116,22 @@ def load_reward(spec: str, device: torch.device | str) -> Reward:
     return Reward(loaded)
 
 
+def last_line(error: Exception) -> str:
+    """What failed and where, in a line."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
+
+
 def load_function(file: str, function: str) -> Scorer:
     """Your own reward: `function` of the Python file `file`."""
     if not Path(file).is_file():
         raise InputError(f"--reward {file}:{function}: no such file.")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, NameError, AttributeError) as error:
-        raise InputError(f"--reward {file}:{function}: cannot be imported: {type(error).__name__}: {error}.") from error
+    except Exception as error:
+        raise InputError(f"--reward {file}:{function}: cannot be imported: {last_line(error)}.") from error
     if not callable(getattr(module, function, None)):
         raise InputError(f"--reward {file}:{function}: the file has no function {function!r}.")
     return getattr(module, function)
@@ -138,8 +145,7 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
     from PIL import Image
 
     def size(pixels) -> int:
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+        Image.fromarray(pixels).save(buffer := io.BytesIO(), "JPEG", quality=95)
         return buffer.tell()
 
     return torch.tensor([size(pixels) / 1000 for pixels in images.permute(0, 2, 3, 1).cpu().numpy()])
@@ -300,12 +306,10 @@ def vit_h_14_config():
     """open_clip's ViT-H-14 as a transformers config: exact GELU in both towers, 16 heads of 80 and of 64."""
     from transformers import CLIPConfig
 
-    text = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
-    vision = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14)
-    shared = dict(hidden_act="gelu", projection_dim=1024)
-    return CLIPConfig(
-        text_config={**text, **shared, "eos_token_id": 49407}, vision_config={**vision, **shared}, projection_dim=1024
-    )
+    shared = dict(hidden_act="gelu", projection_dim=1024, num_attention_heads=16)
+    text = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, eos_token_id=49407, **shared)
+    vision = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, patch_size=14, **shared)
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024)
 
 
 def hpsv2_model(what: str, state_dict: dict[str, Tensor], config=None):
@@ -319,9 +323,8 @@ def hpsv2_model(what: str, state_dict: dict[str, Tensor], config=None):
         model.load_state_dict(weights, strict=True, assign=True)
     except (KeyError, ValueError, RuntimeError) as error:
         raise InputError(f"--reward {what}: its checkpoint is no open_clip ViT-H-14 (other weights).") from error
-    for tower in (model.text_model, model.vision_model):  # not in the checkpoint: the positions, counted off
-        positions = torch.arange(tower.embeddings.position_embedding.num_embeddings)[None]
-        tower.embeddings.register_buffer("position_ids", positions, persistent=False)
+    for embeddings in (model.text_model.embeddings, model.vision_model.embeddings):  # not in a checkpoint: 0, 1, 2, ...
+        embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings)[None]
     return model
 
 
@@ -408,16 +411,14 @@ def load_images(paths: list[str]) -> dict[str, Tensor]:
     from PIL import Image, UnidentifiedImageError
 
     pictures = {}
-    for file in (f for p in map(Path, paths) for f in (sorted(p.iterdir()) if p.is_dir() else [p])):
+    for file, named in ((f, p == f) for p in map(Path, paths) for f in (sorted(p.iterdir()) if p.is_dir() else [p])):
         try:
-            picture = Image.open(file).convert("RGB")
+            pictures[str(file)] = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)[None]
         except (UnidentifiedImageError, IsADirectoryError):
-            if str(file) in paths:
+            if named:  # and not merely found in a folder
                 raise InputError(f"--images {file}: is no picture.") from None
-            continue  # something else in a folder
         except OSError as error:
             raise InputError(f"--images {file}: cannot be read ({error.strerror or error}).") from error
-        pictures[str(file)] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
     if not pictures:
         raise InputError(f"--images {' '.join(paths)}: no pictures there.")
     return pictures
@@ -438,7 +439,7 @@ def main(argv: list[str] | None = None) -> None:
     except InputError as error:
         print(f"rewards.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    names = [*reward.parts, *(["sum"] if len(reward.parts) > 1 else [])]
+    names = [*reward.parts, "sum"][: None if len(reward.parts) > 1 else 1]
     print("".join(f"{name:>18}" for name in names) + "  image")
     for file, values in rows:
         print("".join(f"{value:>18.6g}" for _, value in zip(names, values, strict=False)) + f"  {file}")

@@ -219,7 +219,8 @@ def test_schedule_is_the_posterior_of_the_forward_process():
         ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
         ({"prediction_type": "sample"}, "prediction_type"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
-        ({"steps_offset": 20}, "steps_offset"),
+        ({"steps_offset": 20}, "ddpm-steps 50: does not divide"),
+        ({"num_train_timesteps": 80}, "ddpm-steps 50: does not divide"),
         ({"num_train_timesteps": 40}, "ddpm-steps"),
         ({"trained_betas": [0.1] * 1000}, "trained_betas"),
     ],
@@ -475,6 +476,18 @@ def test_gradient_equals_the_whole_graphs(tiny_sd, updates, clip_range):
         assert ((ours - expected).norm() / expected.norm()).item() < 1e-9
         optimizer.step()
     assert (0.1 < skipped < 0.9) if (updates, clip_range) == (2, 1e-5) else skipped == 0
+
+
+def test_gradients_add_up(tiny_sd):
+    """Two backward passes leave twice the gradient of one, in fp16 too, where it is scaled on the way."""
+    for dtype in ("fp32", "fp16"):
+        models = prdp.load_models(tiny_config(tiny_sd, dtype=dtype), CPU)
+        trajectories, norms = draw(models), []
+        weights = torch.randn(12, 5, dtype=torch.float64)
+        for _ in range(2):
+            prdp.backward_trajectories(models.policy, trajectories, weights)
+            norms.append(torch.cat([p.grad.flatten() for p in models.policy.unet.parameters()]).norm().item())
+        assert norms[1] == pytest.approx(2 * norms[0], rel=1e-5)
 
 
 def test_fp16_gradients_do_not_underflow(tiny_sd):
@@ -968,7 +981,7 @@ def test_reward_sums_and_functions_of_your_own(tmp_path):
         ("nan", "returned nan for the prompt 'ccc'"),
         ("inf", "returned inf for the prompt 'a'"),
         ("words", "failed: "),
-        ("raises", "failed: ZeroDivisionError"),
+        ("raises", "failed: ZeroDivisionError: division by zero (mine.py, line 12)"),
         ("matrix", "shape (3, 1) for 3 images"),
         ("nothing", "failed: "),
         ("number", "has no function 'number'"),
@@ -1095,6 +1108,16 @@ def test_prompt_files(tmp_path):
         assert prdp.load_prompts(str(tmp_path / name)) == ["a cat", "a dog"]
 
 
+def test_prompt_files_that_are_odd(tmp_path):
+    """Line separators that JSON strings may hold, upper case suffixes, 100,000 lines with repeats."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a\u2028cat"}\n"a dog"\n', encoding="utf-8")
+    assert prdp.load_prompts(str(tmp_path / "a.jsonl")) == ["a\u2028cat", "a dog"]
+    (tmp_path / "A.JSON").write_text('["a cat"]')
+    assert prdp.load_prompts(str(tmp_path / "A.JSON")) == ["a cat"]
+    (tmp_path / "long.txt").write_text("".join(f"prompt {i % 60_000}\n" for i in range(100_000)))
+    assert len(prdp.load_prompts(str(tmp_path / "long.txt"))) == 60_000
+
+
 def test_shipped_prompts():
     animals, names = (prdp.load_prompts(str(ROOT / "prompts" / f"{n}.txt")) for n in ("animals", "animal_names"))
     assert len(animals) == len(names) == 45 and animals == [f"A painting of a {name}" for name in names]
@@ -1195,6 +1218,32 @@ def test_cli_run_folder(tiny_sd, tmp_path, capsys):
     assert code == 2 and "already in use" in message
 
 
+def test_cli_prompt_with_mathematics_and_a_scheduler_of_another_kind(tiny_sd, tmp_path, capsys):
+    """A prompt with dollar signs is drawn as it stands. And a model whose scheduler config leaves set_alpha_to_one open is
+    saved with the schedule it was trained on, whatever the default of diffusers."""
+    import shutil
+
+    from diffusers import StableDiffusionPipeline
+
+    model = shutil.copytree(tiny_sd, tmp_path / "sd")
+    config = {
+        "_class_name": "EulerDiscreteScheduler",
+        **{k: SD14_SCHEDULER[k] for k in ("beta_start", "beta_end", "beta_schedule")},
+    }
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    index = json.loads((model / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+    (model / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "p.txt").write_text("a $x_{$ red circle\n" + "red " * 30 + "\n")
+    flags = [*SMALL_RUN, "--model", str(model), "--prompts", str(tmp_path / "p.txt"), "--epochs", "1"]
+    prdp.main([*flags, "--out", str(tmp_path / "run")])
+    assert "warning: 1 prompts are longer than 16 tokens" in capsys.readouterr().out
+    scheduler = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline").scheduler
+    scheduler.set_timesteps(50)
+    sigma = scheduler._get_variance(1, -19) ** 0.5
+    assert sigma.item() == pytest.approx(prdp.ddpm_schedule(config, 50).sigma[-1].item(), rel=1e-4)
+
+
 def test_cli_small_preset_on_a_tiny_model(tiny_sd, tmp_path, capsys):
     """The small-scale column of Table 4 as it stands, for one epoch, but for the steps and images that would take hours."""
     flags = [
@@ -1246,6 +1295,15 @@ def test_resume_equals_the_uninterrupted_run(tiny_sd, tmp_path, capsys):
     assert run_cli("--resume", str(halves), "--epochs", "3", capsys=capsys)[0] == 0
     assert_same_run(whole, halves)
     assert (whole / "samples" / "epoch_0003.png").read_bytes() == (halves / "samples" / "epoch_0003.png").read_bytes()
+
+
+def test_resume_of_a_damaged_checkpoint(tiny_sd, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert run_cli(*SMALL_RUN, "--model", tiny_sd, "--epochs", "1", "--out", str(run), capsys=capsys)[0] == 0
+    state = run / "checkpoint" / "state.pt"
+    state.write_bytes(state.read_bytes()[:1000])
+    code, message = run_cli("--resume", str(run), capsys=capsys)
+    assert code == 2 and f"{state}: damaged" in message and message.count("\n") == 1
 
 
 def test_resume_refuses_what_would_change_the_result(tiny_sd, tmp_path, capsys):
@@ -1405,7 +1463,7 @@ def test_distributed_equals_one_process(tiny_sd, tmp_path, capsys):
     assert (one / "samples" / "epoch_0000.png").read_bytes() == (two / "samples" / "epoch_0000.png").read_bytes()
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         for name in a:
-            assert b[name] == pytest.approx(a[name], rel=1e-6 if a["epoch"] == 1 else 1e-3), name
+            assert b[name] == pytest.approx(a[name], rel=1e-6 if a["epoch"] == 1 else 2e-2), name
     ours, theirs = weights_of(one), weights_of(two)
     for name in ours:
         torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=2e-7)
@@ -1447,7 +1505,27 @@ BAD_INPUT = [
     (["--prompts", "{empty}"], "holds no prompt"),
     (["--prompts", "{broken}"], "cannot be read as .json"),
     (["--prompts", "{numbers}"], "entry 2 is neither"),
-    (["--reward", "beauty"], "unknown reward 'beauty'; choose from hpsv2"),
+    (["--prompts", "{latin}"], "cannot be read as .txt"),
+    (["--prompts", "{table}"], "must be .txt, .json or .jsonl"),
+    (["--prompts", "{object}"], "must hold a list of prompts"),
+    (["--prompts", "{lines}"], "cannot be read as .jsonl"),
+    (["--updates-per-epoch", "0"], "--updates-per-epoch 0: must be at least 1"),
+    (["--prompts-per-epoch", "0"], "--prompts-per-epoch 0: must be at least 1"),
+    (["--microbatch", "0"], "--microbatch 0: must be at least 1"),
+    (["--save-every", "0"], "--save-every 0: must be at least 1"),
+    (["--seed", "-1"], "--seed -1: must be at least 0"),
+    (["--weight-decay", "-0.1"], "--weight-decay -0.1: must be at least 0"),
+    (["--guidance-scale", "-1"], "--guidance-scale -1.0: must be at least 0"),
+    (["--max-grad-norm", "0"], "--max-grad-norm 0.0: must be greater than 0"),
+    (["--ddpm-steps", "600"], "--ddpm-steps 600: does not divide"),
+    (["--model", "{latin}"], "no Stable Diffusion folder"),
+    (["--model", "{sdxl}"], "a StableDiffusionXLPipeline; only Stable Diffusion 1.x and 2.x"),
+    (["--model", "{flux}"], "a FluxPipeline; only Stable Diffusion 1.x and 2.x"),
+    (["--out", "{latin}/run"], "cannot be made (Not a directory)"),
+    (["--out", "{latin}"], "already in use"),
+    (["--resume", "{torn}"], "config.json: damaged"),
+    (["--reward", "x.py"], "no reward 'x.py'"),
+    (["--reward", "beauty"], "no reward 'beauty'; choose from hpsv2"),
     (["--reward", "incompressibility=x"], "'x' is no weight"),
     (["--reward", "incompressibility=nan"], "'nan' is no weight"),
     (["--reward", "incompressibility=1,incompressibility=2"], "names incompressibility twice"),
@@ -1461,9 +1539,9 @@ BAD_INPUT = [
     (["--clip-range", "nan"], "--clip-range nan: must be greater than 0"),
     (["--learning-rate", "-1"], "--learning-rate -1.0: must be greater than 0"),
     (["--microbatch", "7"], "--microbatch 7: must divide the 64 images"),
-    (["--ddpm-steps", "1001"], "between 1 and the model's 1000"),
+    (["--ddpm-steps", "1001"], "--ddpm-steps 1001: does not divide the model's 1000 training steps"),
     (["--model", "/nowhere/sd"], "run --preset toy"),
-    (["--model", "{empty_folder}"], "no Stable Diffusion in diffusers layout"),
+    (["--model", "{empty_folder}"], "no Stable Diffusion folder in diffusers layout"),
     (["--out", "{used}"], "already in use"),
     (["--resume", "{empty_folder}"], "no config.json there"),
     (["--preset", "huge"], "invalid choice: 'huge'"),
@@ -1475,16 +1553,28 @@ BAD_INPUT = [
 @pytest.mark.parametrize(("arguments", "sentence"), BAD_INPUT)
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    files = {"empty": ("empty.txt", "# nothing\n\n"), "broken": ("b.json", "["), "numbers": ("n.json", '["a", 3]')}
+    files = {
+        "empty": ("empty.txt", "# nothing\n\n"),
+        "broken": ("b.json", "["),
+        "numbers": ("n.json", '["a", 3]'),
+        "latin": ("l.txt", "caf\xe9"),
+        "table": ("t.csv", "prompt\na cat\n"),
+        "object": ("o.json", '{"prompt": "a cat"}'),
+        "lines": ("l.jsonl", '"a cat"\n{"prompt": \n'),
+    }
     paths = {key: tmp_path / name for key, (name, _) in files.items()}
     for key, (_, text) in files.items():
-        paths[key].write_text(text)
-    for key in ("used", "empty_folder"):
+        paths[key].write_text(text, encoding="latin-1")
+    for key in ("used", "empty_folder", "sdxl", "flux", "torn"):
         paths[key] = tmp_path / key
         paths[key].mkdir()
+    for key, kind in (("sdxl", "StableDiffusionXLPipeline"), ("flux", "FluxPipeline")):
+        (paths[key] / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    (paths["torn"] / "config.json").write_text('{"preset": "to')
     (paths["used"] / "metrics.jsonl").write_text("precious")
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
-    base = [] if "--preset" in arguments else ["--preset", "toy"]
+    base = [] if {"--preset", "--resume"} & set(arguments) else ["--preset", "toy"]
+    out = [] if "--resume" in arguments else out
     code, message = run_cli(*base, *out, *(a.format(**paths) for a in arguments), capsys=capsys)
     assert code == 2 and sentence in message
     assert message.startswith("prdp.py: ") and message.count("\n") == 1 and "Traceback" not in message

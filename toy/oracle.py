@@ -66,6 +66,8 @@ def main() -> None:
     sys.path.insert(0, str(HERE.parent))
     import prdp
 
+    if args.images_per_prompt < 2:
+        parser.exit(2, f"oracle.py: --images-per-prompt {args.images_per_prompt}: must be at least 2.\n")
     if args.run and not (args.run / "pipeline").is_dir():
         parser.exit(2, f"oracle.py: {args.run}: no pipeline/ there; it is written when a run ends.\n")
     oracle = load_oracle()
