@@ -66,9 +66,11 @@ HERE = Path(__file__).resolve().parent
 VERSION = 1  # of the checkpoint's layout
 
 
-def flag(default, text: str, **argparse_options):
-    """A Config field that is also a command line flag; `text` is its --help."""
-    return dataclasses.field(default=default, metadata={"help": text, **argparse_options})
+def flag(default, text: str, low: float = -math.inf, above: float = -math.inf, **argparse_options):
+    """A Config field that is also a command line flag: its --help, its smallest value, or a value it must exceed."""
+    return dataclasses.field(
+        default=default, metadata={"low": low, "above": above, "argparse": {"help": text, **argparse_options}}
+    )
 
 
 @dataclass
@@ -81,24 +83,24 @@ class Config:
     prompts: str = flag(str(HERE / "prompts" / "animals.txt"), "training prompts: .txt, .json or .jsonl")
     out: str = flag("", "run folder, new or empty (default: runs/PRESET)")
     resume: str = flag("", "run folder to go on with, under its own settings", metavar="RUN")
-    seed: int = flag(0, "of the prompts drawn and of the noise")
+    seed: int = flag(0, "of the prompts drawn and of the noise", low=0)
     # Table 4, row by row
-    epochs: int = flag(100, "E, rounds of sampling and learning")
-    updates_per_epoch: int = flag(10, "K, gradient updates per epoch")
-    prompts_per_epoch: int = flag(32, "N, drawn with replacement")
-    images_per_prompt: int = flag(16, "B, at least 2")
-    kl_weight: float = flag(3e-5, "beta; unit: reward per nat per latent dimension")
-    ddpm_steps: int = flag(50, "T, denoising steps")
-    clip_range: float = flag(1e-6, "epsilon of Eq. 20; unit: nats per latent dimension; inf: no clipping")
-    guidance_scale: float = flag(5.0, "of classifier-free guidance, in sampling and in training")
-    learning_rate: float = flag(1e-5, "of AdamW")
-    weight_decay: float = flag(1e-4, "of AdamW")
-    max_grad_norm: float = flag(1.0, "gradients longer than this are scaled down to it")
+    epochs: int = flag(100, "E, rounds of sampling and learning", low=1)
+    updates_per_epoch: int = flag(10, "K, gradient updates per epoch", low=1)
+    prompts_per_epoch: int = flag(32, "N, drawn with replacement", low=1)
+    images_per_prompt: int = flag(16, "B, at least 2", low=2)
+    kl_weight: float = flag(3e-5, "beta; unit: reward per nat per latent dimension", above=0)
+    ddpm_steps: int = flag(50, "T, denoising steps", low=1)
+    clip_range: float = flag(1e-6, "epsilon of Eq. 20; unit: nats per latent dimension; inf: no clipping", above=0)
+    guidance_scale: float = flag(5.0, "of classifier-free guidance, in sampling and in training", low=0)
+    learning_rate: float = flag(1e-5, "of AdamW", above=0)
+    weight_decay: float = flag(1e-4, "of AdamW", low=0)
+    max_grad_norm: float = flag(1.0, "gradients longer than this are scaled down to it", above=0)
     # the machine
-    microbatch: int = flag(8, "images per network pass; must divide N*B")
+    microbatch: int = flag(8, "images per network pass; must divide N*B", low=1)
     dtype: str = flag("fp32", "of the network passes; weights stay fp32", choices=("fp32", "bf16", "fp16"))
-    save_every: int = flag(1, "epochs between checkpoints")
-    sample_every: int = flag(10, "epochs between sample grids")
+    save_every: int = flag(1, "epochs between checkpoints", low=1)
+    sample_every: int = flag(10, "epochs between sample grids", low=1)
 
 
 PRESETS = {
@@ -126,8 +128,9 @@ def parse_args(argv: list[str]) -> Config:
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see --help")
     for f in dataclasses.fields(Config):
-        text = f.metadata["help"] + (f" (default: {f.default})" if f.default != "" else "")
-        parser.add_argument("--" + f.name.replace("_", "-"), type=type(f.default), **{**f.metadata, "help": text})
+        options = {"type": type(f.default), **f.metadata["argparse"]}
+        options["help"] += f" (default: {f.default})" if f.default != "" else ""
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
     if "resume" not in given:
         preset = given.get("preset", "small")
@@ -151,16 +154,12 @@ def parse_args(argv: list[str]) -> Config:
 
 def check_config(config: Config) -> Config:
     """Refuse settings that cannot run, before anything is loaded."""
-    at_least = dict(
-        epochs=1, updates_per_epoch=1, prompts_per_epoch=1, images_per_prompt=2, ddpm_steps=1, microbatch=1,
-        save_every=1, sample_every=1, seed=0, weight_decay=0, guidance_scale=0,
-    )  # fmt: skip
-    for name, low in at_least.items():
-        if not getattr(config, name) >= low:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {low}.")
-    for name in ("kl_weight", "clip_range", "learning_rate", "max_grad_norm"):
-        if not getattr(config, name) > 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be greater than 0.")
+    for f in dataclasses.fields(Config):
+        option, value = "--" + f.name.replace("_", "-"), getattr(config, f.name)
+        if f.metadata["low"] > -math.inf and not value >= f.metadata["low"]:
+            raise InputError(f"{option} {value}: must be at least {f.metadata['low']}.")
+        if f.metadata["above"] > -math.inf and not value > f.metadata["above"]:
+            raise InputError(f"{option} {value}: must be greater than {f.metadata['above']}.")
     share, rest = divmod(config.prompts_per_epoch, int(os.environ.get("WORLD_SIZE", 1)))
     if rest:
         raise InputError(f"--prompts-per-epoch {config.prompts_per_epoch}: must be a multiple of the processes.")
@@ -464,16 +463,10 @@ def collect(config: Config, models: Models, epoch: int, prompts: list[str], seco
     return Batch(prompts, trajectories, log_probs_ref, images, rewards, models.reward.parts)
 
 
-class Samples(NamedTuple):
-    """Images of all processes for fixed prompts and seeds, to be looked at."""
-
-    prompts: list[str]
-    images: Tensor  # (M, 3, 8H, 8W) uint8, on the CPU
-    rewards: Tensor  # (M,) float32, on the CPU
-
-
-def to_show(batch: Batch, prompts: list[str]) -> Samples:
-    return Samples(prompts, gather(batch.images).cpu(), gather(batch.rewards).cpu())
+def to_show(batch: Batch, prompts: list[str]) -> Batch:
+    """The images and rewards of all processes, on the CPU, for the prompts they shared; without the rest."""
+    images, rewards = gather(batch.images).cpu(), gather(batch.rewards).cpu()
+    return batch._replace(prompts=prompts, trajectories=None, log_probs_ref=None, images=images, rewards=rewards)
 
 
 def train(config: Config, models: Models, optimizer: torch.optim.Optimizer, prompts: list[str], start: int) -> None:
@@ -763,7 +756,7 @@ def log_epoch(config: Config, metrics: dict[str, float], header: bool) -> None:
     plot_rewards(config)
 
 
-def save_samples(config: Config, epoch: int, samples: Samples) -> None:
+def save_samples(config: Config, epoch: int, samples: Batch) -> None:
     """samples/epoch_NNNN.png, a row of images for each of the first 8 prompts, and .json with every reward."""
     from PIL import Image
 
@@ -797,7 +790,7 @@ def plot_rewards(config: Config) -> None:
     figure.savefig(folder / "reward.png", dpi=120)
 
 
-def plot_before_after(config: Config, before: Samples, after: Samples) -> None:
+def plot_before_after(config: Config, before: Batch, after: Batch) -> None:
     """before_after.png: 2 images for each of 8 prompts, base above, finetuned below, of the same seed."""
     from matplotlib.figure import Figure
 
@@ -903,10 +896,9 @@ def run(config: Config) -> None:
             print(f"warning: {long} prompts are longer than {context} tokens; the model sees their beginnings.")
 
     shown = fixed_prompts(config, prompts)
-    first = collect(config, models._replace(policy=models.reference), 0, shown, {})
-    check_on_policy(models, first.trajectories)
-    before = to_show(first, shown)
-    del first
+    before = collect(config, models._replace(policy=models.reference), 0, shown, {})
+    check_on_policy(models, before.trajectories)
+    before = to_show(before, shown)
     save_samples(config, 0, before)
     start = load_checkpoint(config, unet, optimizer) if config.resume else 1
     try:
@@ -964,9 +956,7 @@ def main(argv: list[str] | None = None) -> None:
     except InputError as error:
         fail(str(error))
     except torch.OutOfMemoryError:
-        fail(
-            f"out of GPU memory with --microbatch {config.microbatch}: try --microbatch {max(1, config.microbatch // 2)}."
-        )
+        fail(f"out of GPU memory with --microbatch {config.microbatch}: try {max(1, config.microbatch // 2)}.")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
