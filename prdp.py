@@ -68,9 +68,8 @@ VERSION = 1  # of the checkpoint's layout
 
 def flag(default, text: str, low: float = -math.inf, above: float = -math.inf, **argparse_options):
     """A Config field that is also a command line flag: its --help, its smallest value, or a value it must exceed."""
-    return dataclasses.field(
-        default=default, metadata={"low": low, "above": above, "argparse": {"help": text, **argparse_options}}
-    )
+    argparse_options["help"] = text
+    return dataclasses.field(default=default, metadata={"low": low, "above": above, "argparse": argparse_options})
 
 
 @dataclass
@@ -679,6 +678,11 @@ def gather(x: Tensor) -> Tensor:
 STOP: list[int] = []  # the signal that asked this run to stop
 
 
+def ask_to_stop(number: int, frame) -> None:
+    STOP.append(number)
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+
 def progress(label: str, total: int):
     """A progress bar on a terminal, nothing elsewhere. Its update is where Ctrl-C and SIGTERM take effect: between
     two microbatches, never within an optimizer step or a write."""
@@ -837,6 +841,8 @@ def load_checkpoint(config: Config, unet: nn.Module, optimizer: torch.optim.Opti
         state = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {"epoch": 0}
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"{path}: damaged; move it away to begin again with the run's settings.") from error
+    if state.get("version", VERSION) != VERSION:
+        raise InputError(f"{path}: written by version {state['version']} of prdp.py, and this is version {VERSION}.")
     if state["epoch"]:
         unet.load_state_dict(state["unet"])
         optimizer.load_state_dict(state["optimizer"])
@@ -888,9 +894,7 @@ def run(config: Config) -> None:
         settings = json.dumps(vars(dataclasses.replace(config, resume="")), indent=1).encode()
         write_file(out / "config.json", lambda file: file.write(settings))
         millions, context = sum(p.numel() for p in unet.parameters()) / 1e6, models.pipe.tokenizer.model_max_length
-        print(
-            f"{config.model}: UNet of {millions:.1f} M parameters, passes in {config.dtype}, {processes()} process(es)"
-        )
+        print(f"{config.model}: UNet of {millions:.1f} M parameters in {config.dtype}, {processes()} process(es)")
         print(f"reward {config.reward}; {len(prompts)} prompts from {config.prompts}; results in {out}")
         if long := sum(len(ids) > context for ids in models.pipe.tokenizer(prompts).input_ids):
             print(f"warning: {long} prompts are longer than {context} tokens; the model sees their beginnings.")
@@ -901,6 +905,8 @@ def run(config: Config) -> None:
     before = to_show(before, shown)
     save_samples(config, 0, before)
     start = load_checkpoint(config, unet, optimizer) if config.resume else 1
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask_to_stop)
     try:
         train(config, models, optimizer, prompts, start)
     except SystemExit as stop:
@@ -909,13 +915,15 @@ def run(config: Config) -> None:
         epoch, partial = divmod(steps, config.updates_per_epoch)
         if epoch >= start and not partial:
             save_checkpoint(config, unet, optimizer, epoch)
-        print(f"stopped by signal {stop.code - 128}; go on with: python prdp.py --resume {out}", file=sys.stderr)
+        if rank() == 0:
+            print(f"stopped by signal {stop.code - 128}; go on with: python prdp.py --resume {out}", file=sys.stderr)
         raise
 
     after = to_show(collect(config, models, 0, shown, {}), shown)
     save_samples(config, config.epochs, after)
     if rank() == 0:
         save_pipeline(config, models.pipe)
+        plot_rewards(config)
         plot_before_after(config, before, after)
         rise = (after.rewards - before.rewards).double()
         error = rise.std() / len(rise) ** 0.5
@@ -950,9 +958,9 @@ def main(argv: list[str] | None = None) -> None:
     STOP.clear()
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: STOP.append(number))
         run(config)
+    except KeyboardInterrupt:  # before training; from then on see `ask_to_stop`
+        raise SystemExit(130) from None
     except InputError as error:
         fail(str(error))
     except torch.OutOfMemoryError:
