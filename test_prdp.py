@@ -365,11 +365,17 @@ def draw(models: prdp.Models) -> Trajectories:
     return prdp.sample_trajectories(models.policy, text, prdp.image_generators(0, 1, range(3), 4), models.latent_shape)
 
 
-def test_images_equal_the_pipelines_own(tiny_sd):
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_images_equal_the_pipelines_own(tiny_sd, tmp_path, prediction_type):
     """Our sampler against diffusers' pipeline with DDIM, eta = 1, and the same generators: the same pictures."""
+    import shutil
+
     from diffusers import DDIMScheduler
 
-    models = prdp.load_models(tiny_config(tiny_sd), CPU)
+    folder = shutil.copytree(tiny_sd, tmp_path / "sd")
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": prediction_type}))
+    models = prdp.load_models(tiny_config(str(folder)), CPU)
     latents = draw(models).latents[:, -1]
     pipe = models.pipe
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="leading", clip_sample=False)
@@ -385,7 +391,7 @@ def test_images_equal_the_pipelines_own(tiny_sd):
     assert (images - 255 * floats).abs().max() <= 0.5 + 1e-3 and images.dtype == torch.uint8
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_on_policy_gap_is_exactly_zero(tiny_sd, dtype):
     """Scoring reproduces sampling bit for bit, and so does the reference, whose weights are cast once; another microbatch does
     not reproduce it, which is why the passes share one."""
