@@ -18,7 +18,8 @@ the network's epsilon   noise_pred       (M, C, H, W)            guided output, 
 sigma_t, Eq. 2          sigma            (T,)
 
 Units, said once: log_probs are means over C*H*W and the loss takes a mean over T (App. G), where Eqs. 4, 10 and 21
-sum. That rescales beta, epsilon and the loss: the beta of Eq. 5 is kl_weight / (T*C*H*W). Table 4's numbers are ours.
+sum. That rescales beta, epsilon and the loss: the beta of Eq. 5 is kl_weight / (T*C*H*W). Table 4 is read in these
+units.
 
 Departures from the paper, and choices where it is silent or says two things:
  1. The loss takes the mean over T (App. G), not the sum of Eqs. 10, 19 and 21:
@@ -203,6 +204,7 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
         betas = torch.linspace(start, end, train_steps, dtype=torch.float64)
     else:
         raise InputError(f"the model's scheduler has beta_schedule {config['beta_schedule']!r}: not supported.")
+
     stride = train_steps // max(num_steps, 1)
     timesteps = torch.arange(num_steps - 1, -1, -1) * stride + config["steps_offset"]
     if num_steps < 1 or stride * num_steps < 0.8 * train_steps or timesteps[0] >= train_steps:
