@@ -394,21 +394,26 @@ def backward_trajectories(policy: Policy, trajectories: Trajectories, weights: T
     pair), and the rest packed densely, steps of different images and times together.
     """
     assert weights.shape == trajectories.log_probs.shape, (weights.shape, trajectories.log_probs.shape)
-    scale, grads = 1.0, lambda: [p.grad for p in policy.unet.parameters() if p.grad is not None]
+    scale, parameters = 1.0, list(policy.unet.parameters())
     if policy.autocast == torch.float16 and weights.any():
         # The gradient of a mean over C*H*W would underflow in fp16. A power of two scales it up exactly, to about 1/64
-        # per latent element, which leaves room for sums over positions.
+        # per latent element, which leaves room for sums over positions. What is in `.grad` already goes along.
         scale = 2.0 ** round(math.log2(trajectories.latents[0, 0].numel() / weights.abs().max().item()) - 6)
-    for grad in grads():
-        grad.mul_(scale)
+        scale_gradients(parameters, scale)
     entries = weights.nonzero()  # (entries, 2): image, step
     with progress("update", len(entries)) as bar:
         for images, steps in (chunk.unbind(1) for chunk in entries.split(policy.microbatch) if len(chunk)):
             log_prob = step_log_prob(policy, trajectories, images, steps)
             (scale * weights[images, steps] * log_prob).sum().backward()
             bar.update(len(images))
-    for grad in grads():
-        grad.div_(scale)
+    if scale != 1.0:
+        scale_gradients(parameters, 1 / scale)
+
+
+def scale_gradients(parameters: list[nn.Parameter], factor: float) -> None:
+    for p in parameters:
+        if p.grad is not None:
+            p.grad.mul_(factor)
 
 
 def reduce_gradients(unet: nn.Module) -> None:
@@ -941,7 +946,7 @@ def run(config: Config) -> None:
 def start_processes() -> torch.device:
     """Join the other processes where torchrun started this one; the device of this one."""
     cuda = torch.cuda.is_available()
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if cuda else "gloo")

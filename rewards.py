@@ -62,7 +62,7 @@ def checked(name: str, scorer: Scorer, images: Tensor, prompts: list[str]) -> Te
     try:
         scores = torch.as_tensor(scorer(images, prompts), dtype=torch.float32, device=images.device).detach()
     except Exception as error:
-        raise InputError(f"reward {name} failed: {last_line(error)}.") from error
+        raise InputError(f"reward {name} failed: {on_one_line(error)}.") from error
     if scores.shape != (len(prompts),):
         raise InputError(f"reward {name} returned numbers of shape {tuple(scores.shape)} for {len(prompts)} images.")
     if not scores.isfinite().all():
@@ -116,22 +116,22 @@ def load_reward(spec: str, device: torch.device | str) -> Reward:
     return Reward(loaded)
 
 
-def last_line(error: Exception) -> str:
-    """What failed and where, in a line."""
+def on_one_line(error: Exception) -> str:
+    """What failed and where, on one line."""
     where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
+    return f"{type(error).__name__}: {' '.join(str(error).split())} ({Path(where.filename).name}, line {where.lineno})"
 
 
 def load_function(file: str, function: str) -> Scorer:
     """Your own reward: `function` of the Python file `file`."""
     if not Path(file).is_file():
         raise InputError(f"--reward {file}:{function}: no such file.")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    spec = importlib.util.spec_from_file_location(f"reward_file_{Path(file).stem}", file)  # shadows no other module
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise InputError(f"--reward {file}:{function}: cannot be imported: {last_line(error)}.") from error
+        raise InputError(f"--reward {file}:{function}: cannot be imported: {on_one_line(error)}.") from error
     if not callable(getattr(module, function, None)):
         raise InputError(f"--reward {file}:{function}: the file has no function {function!r}.")
     return getattr(module, function)

@@ -963,6 +963,7 @@ def words(images, prompts): return ["good"] * len(prompts)
 def raises(images, prompts): return 1 / 0
 def matrix(images, prompts): return [[1.0]] * len(prompts)
 def nothing(images, prompts): return None
+def verbose(images, prompts): raise RuntimeError("first" + chr(10) + "second")
 number = 3
 """
 
@@ -970,13 +971,15 @@ number = 3
 def test_reward_sums_and_functions_of_your_own(tmp_path):
     (tmp_path / "mine.py").write_text(MY_REWARDS)
     images = noise_images(3, 3, 16, 16)
-    spec = f"{tmp_path}/mine.py:brightness=0.5, {tmp_path}/mine.py:lengths=-2,incompressibility"
+    (tmp_path / "rewards.py").write_text(MY_REWARDS)  # a name that is taken
+    spec = f"{tmp_path}/mine.py:brightness=0.5, {tmp_path}/rewards.py:lengths=-2,incompressibility"
     reward = rewards.load_reward(spec, "cpu")
     total = reward(images, ["a", "bb", "ccc"])
     bright = images.double().mean((1, 2, 3)) / 255
     expected = 0.5 * bright - 2 * torch.tensor([1.0, 2.0, 3.0]) + rewards.jpeg_kilobytes(images)
     torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-6)
     assert list(reward.parts) == ["brightness", "lengths", "incompressibility"]
+    assert sys.modules["rewards"] is rewards
     assert reward.parts["lengths"].tolist() == [1, 2, 3] and total.dtype == torch.float32
 
 
@@ -990,6 +993,7 @@ def test_reward_sums_and_functions_of_your_own(tmp_path):
         ("raises", "failed: ZeroDivisionError: division by zero (mine.py, line 12)"),
         ("matrix", "shape (3, 1) for 3 images"),
         ("nothing", "failed: "),
+        ("verbose", "failed: RuntimeError: first second (mine.py"),
         ("number", "has no function 'number'"),
         ("missing", "has no function 'missing'"),
     ],
@@ -1007,25 +1011,14 @@ def test_reward_that_is_not_finite_stops_the_run_before_any_update(tiny_sd, tmp_
     (tmp_path / "mine.py").write_text(
         code + "    return [float('nan') if bad else float(i) for i in range(len(prompts))]\n"
     )
-    flags = ["--preset", "toy", "--model", tiny_sd, "--reward", f"{tmp_path}/mine.py:r", "--prompts-per-epoch", "2"]
-    flags += ["--images-per-prompt", "2", "--microbatch", "4", "--ddpm-steps", "2", "--out", str(tmp_path / "run")]
+    flags = [*SMALL_RUN, "--model", tiny_sd, "--reward", f"{tmp_path}/mine.py:r", "--out", str(tmp_path / "run")]
     exit_code, message = run_cli(*flags, capsys=capsys)
     assert exit_code == 2 and "epoch 2: reward r returned nan for the prompt 'a" in message and message.count("\n") == 1
     assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["epoch"] == 1
 
 
 def test_reward_components_are_logged(tiny_sd, tmp_path, capsys):
-    flags = [
-        "--preset",
-        "toy",
-        "--model",
-        tiny_sd,
-        "--reward",
-        "incompressibility=3,compressibility=1",
-        "--epochs",
-        "1",
-    ]
-    flags += ["--prompts-per-epoch", "2", "--images-per-prompt", "2", "--microbatch", "4", "--ddpm-steps", "2"]
+    flags = [*SMALL_RUN, "--model", tiny_sd, "--reward", "incompressibility=3,compressibility=1", "--epochs", "1"]
     prdp.main([*flags, "--out", str(tmp_path / "run")])
     assert "reward_mean/compressibility" in capsys.readouterr().out
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
@@ -1173,30 +1166,8 @@ def test_cli_run_folder(tiny_sd, tmp_path, capsys):
     from diffusers import StableDiffusionPipeline
 
     out = tmp_path / "run"
-    flags = [
-        "--preset",
-        "toy",
-        "--model",
-        tiny_sd,
-        "--reward",
-        "incompressibility",
-        "--epochs",
-        "2",
-        "--updates-per-epoch",
-        "2",
-    ]
-    flags += [
-        "--prompts-per-epoch",
-        "2",
-        "--images-per-prompt",
-        "4",
-        "--microbatch",
-        "8",
-        "--ddpm-steps",
-        "3",
-        "--out",
-        str(out),
-    ]
+    flags = [*SMALL_RUN, "--model", tiny_sd, "--epochs", "2", "--images-per-prompt", "4", "--microbatch", "8"]
+    flags += ["--out", str(out)]
     assert run_cli(*flags, capsys=capsys)[0] == 0
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]

@@ -30,8 +30,9 @@ from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 from oracle import COLOURS, SHAPES, Oracle, caption  # noqa: E402
+from rewards import normalise  # noqa: E402
 
 PIXELS = 32
 SHADED_SHARE = 0.25  # of the world's pictures
@@ -310,8 +311,6 @@ def make_pickscore(vae: AutoencoderKL, tokenizer: CLIPTokenizer, generator: torc
             projection_dim=64,
         )
     )  # fmt: skip
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
     pairs = 64
 
     def loss_fn() -> Tensor:
@@ -329,7 +328,7 @@ def make_pickscore(vae: AutoencoderKL, tokenizer: CLIPTokenizer, generator: torc
             utilities.append(2 * right + 2 * scene["shading"] - 3 * wear)
             pictures.append(worn(vae, render(scene), wear, generator))
         chosen = torch.bernoulli(torch.sigmoid(utilities[0] - utilities[1]), generator=generator)
-        out = model(input_ids=tokenize(tokenizer, captions(named)), pixel_values=(torch.cat(pictures) - mean) / std)
+        out = model(input_ids=tokenize(tokenizer, captions(named)), pixel_values=normalise(torch.cat(pictures)))
         cosine = (out.image_embeds.view(2, pairs, -1) * out.text_embeds).sum(-1)
         return F.binary_cross_entropy_with_logits(model.logit_scale.exp() * (cosine[0] - cosine[1]), chosen)
 
