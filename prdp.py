@@ -4,8 +4,8 @@
     python prdp.py --reward hpsv2 --prompts prompts/animals.txt     # SD v1.4, one GPU, Table 4 small-scale
 
 In reading order: settings (Table 4), the DDPM policy (Sec. 2), sampling and scoring of trajectories (Eqs. 1 to 4),
-the loss (Secs. 3.1 and 3.3, App. G), its exact gradient in the memory of one microbatch, the online loop (Sec. 3.2,
-Algorithm 1), then plumbing. The loss stands before the loop because Algorithm 1 calls it.
+the loss (Secs. 3.1 and 3.3, App. G), its exact gradient in the memory of one microbatch, the online loop that calls
+it (Sec. 3.2, Algorithm 1), baselines, then plumbing. The Gaussian of Eqs. 2 and 4 is in kernels/log_prob.py.
 
 Paper                   Here             Shape (M = N*B images)  Note
 x_t                     latents[:, k]    (M, T+1, C, H, W)       float32; k counts along the trajectory, from x_T
@@ -21,16 +21,13 @@ Units, said once: log_probs are means over C*H*W and the loss takes a mean over 
 sum. That rescales beta, epsilon and the loss: the beta of Eq. 5 is kl_weight / (T*C*H*W). Table 4 is read in these
 units.
 
-Departures from the paper, and choices where it is silent or says two things:
- 1. The loss takes the mean over T (App. G), not the sum of Eqs. 10, 19 and 21:
-    loss_sum(beta) == T**2 * loss_mean(beta * T).
- 2. log_prob is a mean over latent dimensions. The paper does not say; DDPO's code does so, and its clip range, 1e-4,
-    is the one of Table 4's large-scale columns.
+Departures from the paper, and choices where it is silent or says two things (the README says why):
+ 1. The loss takes the mean over T (App. G), not Eqs. 10, 19 and 21's sum: loss_sum(beta) == T**2 * loss_mean(beta * T).
+ 2. log_prob is a mean over latent dimensions, as in DDPO's code, whose clip range is Table 4's large-scale one.
  3. The loss averages over pairs whose rewards differ (App. G); Alg. 1, line 10 divides by B(B-1)/2, ties included. A
     prompt whose rewards all tie contributes 0, where App. G gives NaN.
- 4. After the last step alpha-bar is alphas_cumprod[0], as in Stable Diffusion's samplers; the paper does not say.
- 5. With K = 1 theta is theta_old at the only update, so Eq. 18 changes nothing: the clip range of Table 4's two
-    large-scale columns never acts. Kept as printed.
+ 4. After the last step alpha-bar is alphas_cumprod[0], as in Stable Diffusion's samplers.
+ 5. With K = 1 (large scale) theta is theta_old at the only update, and the clip of Eq. 18 never acts. Kept as printed.
  6. The number format of the network passes (`dtype` in each preset); the paper gives none.
 """
 
@@ -39,19 +36,19 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import errno
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import pickle
 import signal
 import sys
-import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -59,12 +56,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import kernels
+from kernels import gaussian_log_prob, guided_log_prob, guided_sample  # noqa: F401  (the first for other code)
+from prompts import evaluation, load_prompts
 from rewards import InputError, Reward, load_reward, parse_reward
 
 # ---- 1. Settings: Table 4 ----------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
-VERSION = 1  # of the checkpoint's layout
+ANIMALS = str(HERE / "prompts" / "animals.txt")
+VERSION = 2  # of the checkpoint's layout
 
 
 def flag(default, text: str, low: float = -math.inf, above: float = -math.inf, **argparse_options):
@@ -80,15 +81,19 @@ class Config:
     preset: str = flag("small", "a column of Table 4, or the toy", choices=("small", "large", "multi", "toy"))
     model: str = flag("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1.x or 2.x, diffusers hub id or folder")
     reward: str = flag("hpsv2", "reward to maximise, see rewards.py")
-    prompts: str = flag(str(HERE / "prompts" / "animals.txt"), "training prompts: .txt, .json or .jsonl")
-    out: str = flag("", "run folder, new or empty (default: runs/PRESET)")
+    prompts: tuple[str, ...] = flag((ANIMALS,), "files: .txt, .json or .jsonl", nargs="+", type=str, metavar="FILE")
+    loss: str = flag("prdp", "PRDP, or a baseline", choices=("prdp", "ddpo", "ddpo-sf", "rwr", "rwr-sparse", "dpo"))
+    out: str = flag("", "run folder, new or empty (default: runs/PRESET; of --evaluate: RUN/evaluation)")
     resume: str = flag("", "run folder to go on with, under its own settings", metavar="RUN")
+    evaluate: str = flag("", "a run, folder or hub model to measure instead of training", metavar="RUN_OR_MODEL")
+    against: str = flag("", "model to compare that one with (default: the one RUN began from)", metavar="BASE")
+    samples_per_prompt: int = flag(64, "images of each prompt that --evaluate draws", low=2)
     seed: int = flag(0, "of the prompts drawn and of the noise", low=0)
     # Table 4, row by row
     epochs: int = flag(100, "E, rounds of sampling and learning", low=1)
     updates_per_epoch: int = flag(10, "K, gradient updates per epoch", low=1)
     prompts_per_epoch: int = flag(32, "N, drawn with replacement", low=1)
-    images_per_prompt: int = flag(16, "B, at least 2", low=2)
+    images_per_prompt: int = flag(16, "B, at least 2 where the loss compares images", low=1)
     kl_weight: float = flag(3e-5, "beta; unit: reward per nat per latent dimension", above=0)
     ddpm_steps: int = flag(50, "T, denoising steps", low=1)
     clip_range: float = flag(1e-6, "epsilon of Eq. 20; unit: nats per latent dimension; inf: no clipping", above=0)
@@ -96,29 +101,34 @@ class Config:
     learning_rate: float = flag(1e-5, "of AdamW", above=0)
     weight_decay: float = flag(1e-4, "of AdamW", low=0)
     max_grad_norm: float = flag(1.0, "gradients longer than this are scaled down to it", above=0)
+    # ablations
+    advantage: str = flag("per-prompt", "reward statistics of --loss ddpo, ddpo-sf", choices=("per-prompt", "global"))
+    offline: bool = flag(False, "learn from trajectories of the pretrained model only (Sec. 4.3)")
+    share_initial_noise: bool = flag(False, "the B images of a prompt share x_T; not in the paper")
     # the machine
     microbatch: int = flag(8, "images per network pass; must divide N*B", low=1)
     dtype: str = flag("fp32", "of the network passes; weights stay fp32", choices=("fp32", "bf16", "fp16"))
     save_every: int = flag(1, "epochs between checkpoints", low=1)
     sample_every: int = flag(10, "epochs between sample grids", low=1)
+    log_to: str = flag("", "also send metrics there", choices=("tensorboard", "wandb"))
 
 
 PRESETS = {
     "small": {},
     "large": dict(
         epochs=1000, updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8, kl_weight=3e-6,
-        clip_range=1e-4, learning_rate=7e-6, dtype="bf16", prompts=str(HERE / "prompts" / "hpdv2_train.json"),
+        clip_range=1e-4, learning_rate=7e-6, dtype="bf16", prompts=(str(HERE / "prompts" / "hpdv2_train.json"),),
     ),
     "multi": dict(
         epochs=1000, updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8, kl_weight=3e-5,
         clip_range=1e-4, learning_rate=1e-5, dtype="bf16", reward="pickscore=10,hpsv2=2,aesthetic=0.05",
-        prompts=str(HERE / "prompts" / "pickapic_train.jsonl"),
+        prompts=(str(HERE / "prompts" / "pickapic_train.jsonl"),),
     ),
     "toy": dict(
         epochs=30, updates_per_epoch=4, prompts_per_epoch=8, images_per_prompt=8, kl_weight=3e-5,
         clip_range=1e-3, learning_rate=2e-4, ddpm_steps=10, microbatch=64, sample_every=5,
         model=str(HERE / "toy" / "sd"), reward=f"pickscore:{HERE / 'toy' / 'pickscore'}",
-        prompts=str(HERE / "prompts" / "shapes.txt"),
+        prompts=(str(HERE / "prompts" / "shapes.txt"),),
     ),
 }  # fmt: skip
 
@@ -128,31 +138,37 @@ def parse_args(argv: list[str]) -> Config:
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message}; see --help")
     for f in dataclasses.fields(Config):
-        options = {"type": type(f.default), **f.metadata["argparse"]}
-        options["help"] += f" (default: {f.default})" if f.default != "" else ""
+        options = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
+        options |= f.metadata["argparse"]
+        options["help"] += f" (default: {f.default})" if f.default not in ("", False) else ""
         parser.add_argument("--" + f.name.replace("_", "-"), **options)
     given = vars(parser.parse_args(argv))
-    if "resume" not in given:
-        preset = given.get("preset", "small")
-        config = Config(**{"out": f"runs/{preset}", **PRESETS[preset], **given})
-        config.prompts = str(Path(config.prompts).resolve())  # so that --resume finds it from anywhere
-        config.model = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
-        return check_config(config)
-    path = Path(given["resume"]) / "config.json"
-    if not path.is_file():
-        raise InputError(f"--resume {given['resume']}: no config.json there, so it is no run folder.")
-    try:
-        saved = dataclasses.asdict(Config(**json.loads(path.read_text())))
-    except (json.JSONDecodeError, TypeError) as error:
-        raise InputError(f"{path}: damaged, or of another version ({error}).") from error
-    for name, value in given.items():
-        if name not in ("resume", "out", "epochs", "save_every", "sample_every") and value != saved[name]:
-            option = "--" + name.replace("_", "-")
-            raise InputError(f"{option} {value}: would change the result of the run, which has {saved[name]}.")
-    return check_config(Config(**{**saved, **given, "out": given["resume"]}))
+    preset, run = given.get("preset", "small"), Path(given.get("resume") or given.get("evaluate", ""))
+    settings = {"out": f"runs/{preset}", **PRESETS[preset]}
+    if "resume" in given or "evaluate" in given and (run / "config.json").is_file():
+        try:
+            settings = vars(Config(**json.loads((run / "config.json").read_text())))
+        except FileNotFoundError:
+            raise InputError(f"--resume {run}: no config.json there, so it is no run folder.") from None
+        except (json.JSONDecodeError, TypeError) as error:
+            raise InputError(f"{run / 'config.json'}: damaged, or of another version ({error}).") from error
+    if "resume" in given:
+        for name in sorted(given.keys() - {"resume", "out", "epochs", "save_every", "sample_every", "log_to"}):
+            if given[name] != settings[name]:
+                option = f"--{name.replace('_', '-')} {given[name]}"
+                raise InputError(f"{option}: would change the result of the run, which has {settings[name]}.")
+        given["out"] = given["resume"]
+    elif "evaluate" in given and (run / "config.json").is_file():
+        settings |= {"out": str(run / "evaluation"), "against": settings["model"], "model": str(run / "pipeline")}
+    elif "evaluate" in given:
+        settings |= {"out": "evaluation", "model": str(run)}
+    config = Config(**{**settings, **given})
+    config.prompts = [str(Path(path).resolve()) for path in config.prompts]  # so that --resume finds it from anywhere
+    config.model = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
+    return check_config(config, given)
 
 
-def check_config(config: Config) -> Config:
+def check_config(config: Config, given: dict) -> Config:
     """Refuse settings that cannot run, before anything is loaded."""
     for f in dataclasses.fields(Config):
         option, value = "--" + f.name.replace("_", "-"), getattr(config, f.name)
@@ -161,10 +177,20 @@ def check_config(config: Config) -> Config:
         if f.metadata["above"] > -math.inf and not value > f.metadata["above"]:
             raise InputError(f"{option} {value}: must be greater than {f.metadata['above']}.")
     share, rest = divmod(config.prompts_per_epoch, int(os.environ.get("WORLD_SIZE", 1)))
-    if rest:
-        raise InputError(f"--prompts-per-epoch {config.prompts_per_epoch}: must be a multiple of the processes.")
-    if (images := share * config.images_per_prompt) % config.microbatch:
-        raise InputError(f"--microbatch {config.microbatch}: must divide the {images} images of an epoch and process.")
+    size, loss, log = config.microbatch, config.loss, config.log_to
+    images, alone = share * config.images_per_prompt, config.images_per_prompt == 1 and not loss.startswith("ddpo")
+    for wrong, sentence in (
+        (rest, f"--prompts-per-epoch {config.prompts_per_epoch}: must be a multiple of the processes."),
+        (images % size and not config.evaluate, f"--microbatch {size}: must divide the {images} images per process."),
+        (alone, f"--images-per-prompt 1: --loss {loss} compares images of a prompt, and needs 2 or more."),
+        (loss == "ddpo-sf" and config.updates_per_epoch > 1, "--loss ddpo-sf: needs --updates-per-epoch 1."),
+        (loss.startswith("ddpo") and config.offline, f"--offline: not with {loss}, which learns from its own images."),
+        (config.evaluate and "model" in given, "--model: --evaluate names the model, and --against the other one."),
+        (config.evaluate and "WORLD_SIZE" in os.environ, "--evaluate: runs in one process, without torchrun."),
+        (log and not importlib.util.find_spec(log), f"--log-to {log}: not installed; pip install {log}."),
+    ):
+        if wrong:
+            raise InputError(sentence)
     parse_reward(config.reward)
     return config
 
@@ -195,15 +221,15 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     Raises InputError for another kind of schedule, and for sigma == 0, where log-probabilities do not exist.
     """
     config = {**SD_SCHEDULER, **scheduler_config}
-    train_steps, start, end = config["num_train_timesteps"], config["beta_start"], config["beta_end"]
-    if config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr"):
-        raise InputError("the model's scheduler sets trained_betas or rescale_betas_zero_snr: not supported.")
-    if config["beta_schedule"] == "scaled_linear":
-        betas = torch.linspace(start**0.5, end**0.5, train_steps, dtype=torch.float64) ** 2
-    elif config["beta_schedule"] == "linear":
-        betas = torch.linspace(start, end, train_steps, dtype=torch.float64)
-    else:
-        raise InputError(f"the model's scheduler has beta_schedule {config['beta_schedule']!r}: not supported.")
+    for name, supported in (
+        ("beta_schedule", ("scaled_linear", "linear")), ("prediction_type", ("epsilon", "v_prediction")),
+        ("trained_betas", (None,)), ("rescale_betas_zero_snr", (False,)),
+    ):  # fmt: skip
+        if config.get(name, supported[0]) not in supported:
+            raise InputError(f"the model's scheduler has {name} {config[name]!r}: not supported.")
+    train_steps, power = config["num_train_timesteps"], 2 if config["beta_schedule"] == "scaled_linear" else 1
+    start, end = config["beta_start"] ** (1 / power), config["beta_end"] ** (1 / power)
+    betas = torch.linspace(start, end, train_steps, dtype=torch.float64) ** power
 
     stride = train_steps // max(num_steps, 1)
     timesteps = torch.arange(num_steps - 1, -1, -1) * stride + config["steps_offset"]
@@ -224,25 +250,10 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
             "the model's scheduler gives sigma = 0 at its last step, where log-probabilities do not exist: set "
             "steps_offset to 1 and set_alpha_to_one to false in its scheduler_config.json."
         )
-    if config["prediction_type"] == "epsilon":
-        coef_sample, coef_noise = alpha.rsqrt(), -(1 - alpha) / ((1 - bar) * alpha).sqrt()
-    elif config["prediction_type"] == "v_prediction":  # put epsilon = sqrt(bar) * v + sqrt(1 - bar) * x_t into it
-        coef_sample, coef_noise = alpha.sqrt(), -(1 - alpha) * (bar / ((1 - bar) * alpha)).sqrt()
-    else:
-        raise InputError(f"the model's scheduler has prediction_type {config['prediction_type']!r}: not supported.")
+    coef_sample, coef_noise = alpha.rsqrt(), -(1 - alpha) / ((1 - bar) * alpha).sqrt()
+    if config["prediction_type"] == "v_prediction":  # put epsilon = sqrt(bar) * v + sqrt(1 - bar) * x_t into it
+        coef_sample, coef_noise = alpha.sqrt(), coef_noise * bar.sqrt()
     return Schedule(timesteps, coef_sample, coef_noise, sigma)
-
-
-def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
-    """log N(sample; mean, sigma^2 I) of Eqs. 2 and 4, a mean over latent dimensions: (M, ...), (M, ...), (M,) -> (M,).
-
-    float64 whatever comes in: at the last step a log-prob is about 2.5, where float32 numbers lie 2.4e-7 apart, a
-    quarter of Table 4's smallest clip_range. (Summed over 4*64*64 dimensions it would be 40,000: far worse.)
-    """
-    assert sample.shape == mean.shape and sigma.shape == sample.shape[:1], (sample.shape, mean.shape, sigma.shape)
-    squared = (sample.double() - mean.double()).square().flatten(1).mean(1)
-    sigma = sigma.double()
-    return -squared / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
 
 
 class Policy(NamedTuple):
@@ -256,21 +267,14 @@ class Policy(NamedTuple):
     autocast: torch.dtype | None = None  # None: the network runs in its own dtype
 
 
-def guided_noise_pred(policy: Policy, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-    """Classifier-free guidance (Sec. 4.1), both branches in one pass and both with gradient: (M, C, H, W) float64."""
+def predict_noise(policy: Policy, sample: Tensor, text: Tensor, steps: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The network's output for both branches of guidance (Sec. 4.1), in one pass: (2M, C, H, W), the unconditional
+    half first; and coef_sample, coef_noise, sigma of Eq. 2, each (M,). steps (M,) count from x_T, each row its own."""
+    timesteps, *coefficients = (column[steps] for column in policy.schedule)
     both = torch.cat([policy.null_text.expand_as(text), text])  # (2M, L, D)
     with torch.autocast(sample.device.type, policy.autocast, enabled=policy.autocast is not None):
-        out = policy.unet(torch.cat([sample, sample]), timestep.repeat(2), encoder_hidden_states=both).sample
-    unconditional, conditional = out.double().chunk(2)
-    return unconditional + policy.guidance_scale * (conditional - unconditional)
-
-
-def denoising_gaussian(policy: Policy, sample: Tensor, text: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (M, C, H, W) and sigma (M,) of Eq. 2, float64. steps (M,) count from x_T and may differ by row."""
-    timesteps, coef_sample, coef_noise, sigma = (column[steps] for column in policy.schedule)
-    noise_pred = guided_noise_pred(policy, sample, timesteps, text)
-    mean = coef_sample.view(-1, 1, 1, 1) * sample.double() + coef_noise.view(-1, 1, 1, 1) * noise_pred
-    return mean, sigma
+        out = policy.unet(torch.cat([sample, sample]), timesteps.repeat(2), encoder_hidden_states=both).sample
+    return out, coefficients
 
 
 # ---- 3. Trajectories: sampling and scoring (Eqs. 1 to 4) ---------------------------------------------------
@@ -284,40 +288,39 @@ class Trajectories(NamedTuple):
     text: Tensor  # (M, L, D), the embedding of each image's prompt
 
 
-def image_generators(seed: int, epoch: int, prompts: range, images: int) -> list[torch.Generator]:
+def image_generators(seed: int, epoch: int, prompts: Sequence[int], images: int) -> list[torch.Generator]:
     """One CPU generator per image: its noise depends on no microbatch, no device and no other image."""
 
-    def key(prompt: int, image: int) -> int:
-        digest = hashlib.sha256(f"{seed} {epoch} {prompt} {image}".encode()).digest()
-        return int.from_bytes(digest[:8], "little", signed=True)
-
-    return [torch.Generator().manual_seed(key(n, i)) for n in prompts for i in range(images)]
+    keys = (hashlib.sha256(f"{seed} {epoch} {n} {i}".encode()).digest() for n in prompts for i in range(images))
+    return [torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True)) for key in keys]
 
 
 @torch.no_grad()
 def sample_trajectories(
-    policy: Policy, text: Tensor, generators: list[torch.Generator], shape: tuple[int, int, int]
-) -> Trajectories:
+    policy: Policy, text: Tensor, generators: list[torch.Generator], shape: tuple[int, int, int],
+    initial: list[torch.Generator] | None = None,
+) -> Trajectories:  # fmt: skip
     """Draw x_T, ..., x_0 by ancestral sampling (Eq. 1; Alg. 1, line 6), with the log-prob of every step.
 
-    text (M, L, D), a generator per image, shape (C, H, W). Latents are rounded to float32 *before* they are scored:
-    the log-prob is that of the stored tensor, so that scoring it again under the same weights gives the same bits.
+    text (M, L, D), a generator per image (`initial` for x_T, if given), shape (C, H, W). Latents are rounded to float32
+    *before* they are scored, so that scoring what is stored again, under the same weights, gives the same bits.
     """
     images, num_steps, device = len(text), len(policy.schedule.timesteps), text.device
     assert len(generators) == images, (len(generators), text.shape)
 
-    def noise(rows: Tensor) -> Tensor:
+    def noise(rows: Tensor, generators: list[torch.Generator] = generators) -> Tensor:
         return torch.stack([torch.randn(shape, generator=generators[m]) for m in rows.tolist()]).to(device)
 
     latents = torch.empty(images, num_steps + 1, *shape, dtype=torch.float32, device=device)
     log_probs = torch.empty(images, num_steps, dtype=torch.float64, device=device)
     with progress("sample", images * num_steps) as bar:
         for rows in torch.arange(images, device=device).split(policy.microbatch):
-            latents[rows, 0] = noise(rows)
+            latents[rows, 0] = noise(rows, initial or generators)
             for k in range(num_steps):
-                mean, sigma = denoising_gaussian(policy, latents[rows, k], text[rows], torch.full_like(rows, k))
-                latents[rows, k + 1] = (mean + sigma.view(-1, 1, 1, 1) * noise(rows)).float()
-                log_probs[rows, k] = gaussian_log_prob(latents[rows, k + 1], mean, sigma)
+                x_t = latents[rows, k]
+                noise_pred, coefficients = predict_noise(policy, x_t, text[rows], torch.full_like(rows, k))
+                drawn = guided_sample(noise_pred, x_t, noise(rows), *coefficients, policy.guidance_scale)
+                latents[rows, k + 1], log_probs[rows, k] = drawn
                 bar.update(len(rows))
     return Trajectories(latents, log_probs, text)
 
@@ -341,9 +344,9 @@ def score_trajectories(policy: Policy, trajectories: Trajectories, label: str = 
 
 def step_log_prob(policy: Policy, trajectories: Trajectories, images: Tensor, steps: Tensor) -> Tensor:
     """log pi_theta(x_{t-1} | x_t, c) of Eq. 2, with gradient, for P pairs of image and step: (P,), (P,) -> (P,)."""
-    latents, text = trajectories.latents, trajectories.text
-    mean, sigma = denoising_gaussian(policy, latents[images, steps], text[images], steps)
-    return gaussian_log_prob(latents[images, steps + 1], mean, sigma)
+    x_t, x_prev = trajectories.latents[images, steps], trajectories.latents[images, steps + 1]
+    noise_pred, coefficients = predict_noise(policy, x_t, trajectories.text[images], steps)
+    return guided_log_prob(noise_pred, x_t, x_prev, *coefficients, policy.guidance_scale)
 
 
 # ---- 4. The loss: reward difference prediction with proximal updates (Secs. 3.1 and 3.3, App. G) -----------
@@ -442,53 +445,74 @@ class Batch(NamedTuple):
     images: Tensor  # (M, 3, 8H, 8W) uint8
     rewards: Tensor  # (M,) float32
     reward_parts: dict[str, Tensor]  # the components of a summed reward, each (M,)
+    targets: Tensor  # (M,), what the loss is given: the rewards, or for DDPO `advantages`
+    history: dict[str, list[float]]  # and what those add to the prompts' reward statistics
 
 
-def collect(config: Config, models: Models, epoch: int, prompts: list[str], seconds: dict[str, float]) -> Batch:
+def collect(
+    config: Config, models: Models, epoch: int, prompts: list[str], seconds: dict[str, float], mine: Sequence[int] = ()
+) -> Batch:
     """Alg. 1, lines 5 to 8: B trajectories for each prompt, their log-probs under pi_ref, their rewards.
 
-    Each of several processes takes its own share of the prompts; noise does not depend on the number of processes.
+    `mine` are the indices of the prompts to take, on which the noise depends; by default this process's share of all.
     """
     with timed(seconds, "sample"):
-        mine = range(len(prompts) // processes() * rank(), len(prompts) // processes() * (rank() + 1))
-        prompts = [prompts[n] for n in mine]
-        text = encode(models.pipe, prompts).repeat_interleave(config.images_per_prompt, dim=0)
-        generators = image_generators(config.seed, epoch, mine, config.images_per_prompt)
-        trajectories = sample_trajectories(models.policy, text, generators, models.latent_shape)
+        mine = mine or range(len(prompts) // processes() * rank(), len(prompts) // processes() * (rank() + 1))
+        everyones, prompts, repeats = prompts, [prompts[n] for n in mine], config.images_per_prompt
+        text = encode(models.pipe, prompts).repeat_interleave(repeats, dim=0)
+        generators = initial = image_generators(config.seed, epoch, mine, repeats)
+        if config.share_initial_noise and epoch > 0:  # x_T from generators of its own, equal for images of a prompt
+            initial = image_generators(config.seed, epoch, [-1 - n for n in mine for _ in range(repeats)], 1)
+        offline = config.offline and epoch > 0
+        sampler = models.reference if offline else models.policy
+        trajectories = sample_trajectories(sampler, text, generators, models.latent_shape, initial)
         require_finite(f"epoch {epoch}, sampling: a log-prob", trajectories.log_probs, prompts)
+    log_probs_ref = trajectories.log_probs  # until the first update, pi_theta is pi_ref
     with timed(seconds, "reference"):
-        log_probs_ref = trajectories.log_probs  # until the first update, pi_theta is pi_ref
-        if epoch > 1:
+        if epoch > 1 and offline:  # theta_old is the policy as the epoch begins, though it drew nothing
+            trajectories = trajectories._replace(log_probs=score_trajectories(models.policy, trajectories, "old"))
+        elif epoch > 1:
             log_probs_ref = score_trajectories(models.reference, trajectories, "reference")
     with timed(seconds, "reward"):
         images = decode(models, trajectories.latents[:, -1])
         try:
-            rewards = models.reward(images, [p for p in prompts for _ in range(config.images_per_prompt)])
+            rewards = models.reward(images, [p for p in prompts for _ in range(repeats)])
         except InputError as error:
             raise InputError(f"epoch {epoch}: {error}") from error
-    return Batch(prompts, trajectories, log_probs_ref, images, rewards, models.reward.parts)
+    targets, history = rewards, {}
+    if config.loss.startswith("ddpo") and epoch > 0:
+        targets, history = advantages(gather(rewards), everyones, models.history, config.advantage)
+        targets = targets.to(rewards.device).chunk(processes())[rank()]
+    return Batch(prompts, trajectories, log_probs_ref, images, rewards, models.reward.parts, targets, history)
 
 
-def to_show(batch: Batch, prompts: list[str]) -> Batch:
-    """The images and rewards of all processes, on the CPU, for the prompts they shared; without the rest."""
-    images, rewards = gather(batch.images).cpu(), gather(batch.rewards).cpu()
-    return batch._replace(prompts=prompts, trajectories=None, log_probs_ref=None, images=images, rewards=rewards)
+def show(config: Config, models: Models, epoch: int, prompts: list[str]) -> evaluation.Samples:
+    """Samples of N prompts spread evenly over the file, with the noise of epoch 0; saved in samples/ under `epoch`."""
+    prompts = [prompts[n * len(prompts) // config.prompts_per_epoch] for n in range(config.prompts_per_epoch)]
+    batch = collect(config, models, 0, prompts, {})
+    if epoch == 0:
+        check_on_policy(models, batch.trajectories)
+    samples = evaluation.Samples(prompts, gather(batch.images).cpu(), gather(batch.rewards).cpu())
+    if rank() == 0:
+        evaluation.save_grid(Path(config.out) / "samples" / f"epoch_{epoch:04d}", samples)
+    return samples
 
 
 def train(config: Config, models: Models, optimizer: torch.optim.Optimizer, prompts: list[str], start: int) -> None:
     """Algorithm 1. Its line 1, pi_theta <- pi_ref, is in `load_models`."""
-    policy, groups = models.policy, (-1, config.images_per_prompt)  # (N, B): the loss pairs images of a prompt
+    policy, loss_function = models.policy, LOSSES[config.loss]  # `prdp_loss`, or a baseline
+    groups = (-1, config.images_per_prompt)  # (N, B): the loss pairs images of a prompt
     for epoch in range(start, config.epochs + 1):  # Alg. 1, line 2
         seconds: dict[str, float] = {}
         batch = collect(config, models, epoch, draw_prompts(config, prompts, epoch), seconds)  # lines 4 to 8
         log_probs_old = batch.trajectories.log_probs  # line 3: all that is needed of the snapshot theta_old
-        fixed = [x.unflatten(0, groups) for x in (log_probs_old, batch.log_probs_ref, batch.rewards)]
+        fixed = [x.unflatten(0, groups) for x in (log_probs_old, batch.log_probs_ref, batch.targets)]
         updates = []
         for k in range(config.updates_per_epoch):  # line 9
             with timed(seconds, "score"):
                 log_probs = score_trajectories(policy, batch.trajectories) if k else log_probs_old.clone()
             log_probs.requires_grad_()
-            loss = prdp_loss(log_probs.unflatten(0, groups), *fixed, config.clip_range, config.kl_weight)  # line 10
+            loss = loss_function(log_probs.unflatten(0, groups), *fixed, config.clip_range, config.kl_weight)  # line 10
             (weights,) = torch.autograd.grad(loss, log_probs)
             with timed(seconds, "update"):  # line 11
                 require_finite(f"epoch {epoch}, update {k + 1}: the loss", loss)
@@ -498,50 +522,116 @@ def train(config: Config, models: Models, optimizer: torch.optim.Optimizer, prom
                 require_finite(f"epoch {epoch}, update {k + 1}: the gradient", grad_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            updates.append(update_metrics(config, loss, log_probs.detach(), fixed, weights, grad_norm))
-        log_epoch(config, epoch_metrics(epoch, batch, updates, seconds), header=(epoch - start) % 20 == 0)
+            updates.append((loss.detach(), log_probs.detach(), weights, grad_norm))
+        models.history.update(batch.history)
+        metrics = epoch_metrics(config, epoch, batch, fixed, updates, seconds)
+        log_epoch(config, metrics, header=(epoch - start) % 20 == 0)
         if epoch % config.sample_every == 0 and epoch < config.epochs:
-            shown = fixed_prompts(config, prompts)
-            save_samples(config, epoch, to_show(collect(config, models, 0, shown, {}), shown))
+            show(config, models, epoch, prompts)
         if epoch % config.save_every == 0 or epoch == config.epochs:
-            save_checkpoint(config, policy.unet, optimizer, epoch)
+            save_checkpoint(config, models, optimizer, epoch)
 
 
-def update_metrics(
-    config: Config, loss: Tensor, log_probs: Tensor, fixed: list[Tensor], weights: Tensor, grad_norm: Tensor
+def epoch_metrics(
+    config: Config, epoch: int, batch: Batch, fixed: list[Tensor], updates: list[tuple], seconds: dict[str, float]
 ) -> dict[str, float]:
-    """Diagnostics of one gradient update, of the policy as it was before it; `fixed` as in `train`."""
-    log_probs = log_probs.view_as(fixed[0])
+    """A line of metrics.jsonl (fields defined in the README); figures of updates are means over the K updates, each of
+    the policy as it was before the update. `fixed` and `updates` as in `train`."""
+    losses, log_probs, weights, grad_norms = (torch.stack(column) for column in zip(*updates, strict=True))
+    log_probs = log_probs.view(-1, *fixed[0].shape)  # (K, N, B, T)
+    unclipped = [LOSSES[config.loss](x, *fixed, math.inf, config.kl_weight) for x in log_probs]  # Eq. 14
     moved = (log_probs - fixed[0]).abs()
-    return {
-        "loss": loss.item(),
-        "loss_unclipped": prdp_loss(log_probs, *fixed, math.inf, config.kl_weight).item(),  # Eq. 14
-        "clip_fraction": (moved > config.clip_range).double().mean().item(),
-        "skipped_fraction": (weights == 0).double().mean().item(),
-        "log_ratio_old": moved.mean().item(),
-        "grad_norm": grad_norm.item(),
-    }
-
-
-def epoch_metrics(epoch: int, batch: Batch, updates: list[dict], seconds: dict[str, float]) -> dict[str, float]:
-    """A line of metrics.jsonl (fields defined in the README); figures of updates are means over the K updates."""
-    rewards, log_ratio = gather(batch.rewards), gather(batch.trajectories.log_probs - batch.log_probs_ref)
+    means = {
+        "loss": losses, "loss_unclipped": torch.stack(unclipped), "clip_fraction": moved > config.clip_range,
+        "skipped_fraction": weights == 0, "log_ratio_old": moved, "grad_norm": grad_norms,
+        "log_ratio_ref": batch.trajectories.log_probs - batch.log_probs_ref,
+    }  # fmt: skip
+    mean_of = {name: gather(x.double().mean()[None]).mean().item() for name, x in means.items()}
+    rewards = gather(batch.rewards)
     return {
         "epoch": epoch,
         "reward_mean": rewards.mean().item(),
         "reward_std": rewards.std().item(),
         "reward_se": rewards.std().item() / len(rewards) ** 0.5,
         **{f"reward_mean/{label}": gather(part).mean().item() for label, part in batch.reward_parts.items()},
-        **{name: gather(torch.tensor([u[name] for u in updates])).mean().item() for name in updates[0]},
-        "log_ratio_ref": log_ratio.mean().item(),
-        "kl_nats": log_ratio.mean().item() * log_ratio.shape[1] * batch.trajectories.latents[0, 0].numel(),  # Eq. 6
+        **mean_of,
+        "kl_nats": mean_of["log_ratio_ref"] * batch.trajectories.latents[0, 1:].numel(),  # Eq. 6
         **{f"seconds_{name}": value for name, value in seconds.items()},
         "images_per_second": len(rewards) / sum(seconds.values()),
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0,
     }
 
 
-# ---- 7. Plumbing: models, rewards, prompts -----------------------------------------------------------------
+# ---- 7. Baselines in the same loop (--loss) ----------------------------------------------------------------
+# Pure functions with the arguments of `prdp_loss`, (..., B, T) and (..., B), whether used or not, and a scalar out: the
+# loop need not know which it runs.
+
+
+def ddpo_loss(log_probs, log_probs_old, log_probs_ref, rewards, clip_range, kl_weight) -> Tensor:
+    """DDPO_IS (Black et al. 2024, Apps. C.3 and F.1): PPO's clipped surrogate, each denoising step an action.
+
+    `rewards` are `advantages`; clip_range is the importance weight's (App. F.6: 1e-4). There is no KL term.
+    """
+    ratio = torch.exp(log_probs - log_probs_old)
+    clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
+    advantage = rewards.to(log_probs.dtype).unsqueeze(-1)  # (..., B, 1)
+    return -torch.minimum(ratio * advantage, clipped_ratio * advantage).mean()
+
+
+def ddpo_sf_loss(log_probs, log_probs_old, log_probs_ref, rewards, clip_range, kl_weight) -> Tensor:
+    """DDPO_SF, the score function estimator (Black et al. 2024, App. C.3): REINFORCE, for one update per epoch."""
+    return -(log_probs * rewards.to(log_probs.dtype).unsqueeze(-1)).mean()
+
+
+def rwr_loss(log_probs, log_probs_old, log_probs_ref, rewards, clip_range, kl_weight) -> Tensor:
+    """Reward-weighted regression (Black et al. 2024, Apps. C.2 and F.2): weights exp(r / kl_weight), normalised per
+    prompt; App. F.6's inverse temperature 0.2 is kl_weight 5. Theirs weights the denoising loss, a bound on the
+    likelihood of x_0; this weights the exact log-likelihood of the sampled trajectory."""
+    weights = torch.softmax(rewards.to(log_probs.dtype) / kl_weight, dim=-1)  # (..., B)
+    return -(weights * log_probs.mean(-1)).sum(-1).mean()
+
+
+def rwr_sparse_loss(log_probs, log_probs_old, log_probs_ref, rewards, clip_range, kl_weight) -> Tensor:
+    """The same with binary weights: the best tenth of a prompt's images (at least one), equally (App. F.6)."""
+    best = (rewards >= rewards.quantile(0.9, dim=-1, keepdim=True)).to(log_probs.dtype)  # (..., B)
+    return -(best * log_probs.mean(-1)).sum(-1).div(best.sum(-1)).mean()
+
+
+def dpo_loss(log_probs, log_probs_old, log_probs_ref, rewards, clip_range, kl_weight) -> Tensor:
+    """Diffusion-DPO (Wallace et al. 2024, Eqs. 8 and 11) on the sampled trajectories themselves, all pairs of a
+    prompt whose rewards differ, ranked by them (Sec. 5.4). kl_weight: logits per nat per latent dimension."""
+    log_ratio = (log_probs - log_probs_ref).mean(-1)  # (..., B)
+    log_ratio_diff = log_ratio.unsqueeze(-1) - log_ratio.unsqueeze(-2)  # (..., B, B)
+    wins = rewards.unsqueeze(-1) > rewards.unsqueeze(-2)
+    loss = torch.where(wins, -nn.functional.logsigmoid(kl_weight * log_ratio_diff), 0.0)
+    return (loss.sum((-2, -1)) / wins.sum((-2, -1)).clamp(min=1)).mean()
+
+
+LOSSES = {
+    "prdp": prdp_loss, "ddpo": ddpo_loss, "ddpo-sf": ddpo_sf_loss, "rwr": rwr_loss, "rwr-sparse": rwr_sparse_loss,
+    "dpo": dpo_loss,
+}  # fmt: skip
+
+
+def advantages(rewards: Tensor, prompts: list[str], history: dict, kind: str) -> tuple[Tensor, dict[str, list[float]]]:
+    """DDPO's normalised rewards (App. F.3), (N*B,) -> (N*B,), and what to add to `history` once the epoch is over.
+
+    "global": minus the mean of this epoch's rewards, over their standard deviation. "per-prompt": those of the
+    prompt's last 32 rewards, this epoch's included; while they are fewer than 16, as in DDPO's code, the epoch's.
+    """
+    rows = rewards.unflatten(0, (len(prompts), -1))  # (N, B)
+    latest = {prompt: history.get(prompt, []) for prompt in prompts}
+    for prompt, row in zip(prompts, rows.tolist(), strict=True):
+        latest[prompt] = (latest[prompt] + row)[-32:]
+    normalised = []
+    for prompt, row in zip(prompts, rows, strict=True):
+        own = kind == "per-prompt" and len(latest[prompt]) >= 16
+        seen = torch.tensor(latest[prompt], device=row.device) if own else rewards
+        normalised.append((row - seen.mean()) / (seen.std(correction=0) + 1e-6))
+    return torch.cat(normalised), latest
+
+
+# ---- 8. Plumbing: models, rewards, prompts -----------------------------------------------------------------
 
 
 class Models(NamedTuple):
@@ -552,6 +642,7 @@ class Models(NamedTuple):
     reference: Policy
     reward: Reward
     latent_shape: tuple[int, int, int]
+    history: dict[str, list[float]]  # each prompt's last rewards, see `advantages`
 
 
 def load_models(config: Config, device: torch.device) -> Models:
@@ -570,19 +661,14 @@ def load_models(config: Config, device: torch.device) -> Models:
             config.model, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
         ).to(device)
     except (OSError, ValueError) as error:
-        if Path(config.model).exists():
-            raise InputError(f"--model {config.model}: no Stable Diffusion folder in diffusers layout.") from error
-        raise InputError(
-            f"--model {config.model}: no such folder, not in the local cache, and the hub cannot be reached or does "
-            "not have it; without a network, run --preset toy."
-        ) from error
-    reward = load_reward(config.reward, device)
-    unet, vae = pipe.unet, pipe.vae
-    channels = unet.config.in_channels, vae.config.latent_channels
-    if channels[0] != channels[1]:
-        raise InputError(
-            f"--model {config.model}: UNet of {channels[0]} channels, VAE of {channels[1]}; must be equal."
-        )
+        why = "no Stable Diffusion folder in diffusers layout"
+        if not Path(config.model).exists():
+            why = "no such folder, not in the local cache, and not to be had from the hub; offline, run --preset toy"
+        raise InputError(f"--model {config.model}: {why}.") from error
+    reward, unet, vae = load_reward(config.reward, device), pipe.unet, pipe.vae
+    channels, expected = unet.config.in_channels, vae.config.latent_channels
+    if channels != expected:
+        raise InputError(f"--model {config.model}: UNet of {channels} channels, VAE of {expected}; must be equal.")
     torch.backends.cudnn.allow_tf32 = config.dtype != "fp32"  # TF32 convolutions round like fp16
     vae.requires_grad_(False)
     pipe.text_encoder.requires_grad_(False)
@@ -594,10 +680,12 @@ def load_models(config: Config, device: torch.device) -> Models:
         if autocast is not None and isinstance(layer, (nn.Linear, nn.Conv2d)):
             layer.to(autocast)
     schedule = Schedule(*(column.to(device) for column in ddpm_schedule(pipe.scheduler.config, config.ddpm_steps)))
+    settings = {**SD_SCHEDULER, **pipe.scheduler.config, "timestep_spacing": "leading", "clip_sample": False}
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(settings)  # with eta = 1 it samples this policy
     policy = Policy(unet, schedule, encode(pipe, [""])[0], config.guidance_scale, config.microbatch, autocast)
     size = unet.config.sample_size
-    latent_shape = (channels[0], *(size if isinstance(size, (list, tuple)) else (size, size)))
-    return Models(pipe, policy, policy._replace(unet=reference), reward, latent_shape)
+    latent_shape = (channels, *(size if isinstance(size, (list, tuple)) else (size, size)))
+    return Models(pipe, policy, policy._replace(unet=reference), reward, latent_shape, {})
 
 
 @torch.no_grad()
@@ -625,41 +713,6 @@ def draw_prompts(config: Config, prompts: list[str], epoch: int) -> list[str]:
     (generator,) = image_generators(config.seed, -epoch, range(1), 1)
     drawn = torch.randint(len(prompts), (config.prompts_per_epoch,), generator=generator)
     return [prompts[i] for i in drawn]
-
-
-def fixed_prompts(config: Config, prompts: list[str]) -> list[str]:
-    """N prompts spread evenly over the file, for the samples that a run shows. Their noise is that of epoch 0."""
-    return [prompts[n * len(prompts) // config.prompts_per_epoch] for n in range(config.prompts_per_epoch)]
-
-
-def load_prompts(path: str) -> list[str]:
-    """Prompts of a .txt (a line each; blank and # lines skipped), .json or .jsonl file (strings, or objects with a
-    "prompt" or "caption" field), in their order, repeats dropped."""
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"--prompts {path}: no such file.")
-    try:
-        text, kind = file.read_text(encoding="utf-8-sig"), file.suffix.lower()
-        if kind == ".json":
-            records = json.loads(text)
-        elif kind == ".jsonl":  # not splitlines(): JSON strings may hold other line separators
-            records = [json.loads(line) for line in text.split("\n") if line.strip()]
-        elif kind in (".txt", ""):
-            records = [line for line in text.split("\n") if not line.lstrip().startswith("#")]
-        else:
-            raise InputError(f"--prompts {path}: must be .txt, .json or .jsonl.")
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"--prompts {path}: cannot be read as {file.suffix or 'text'}: {error}.") from error
-    if not isinstance(records, list):
-        raise InputError(f"--prompts {path}: must hold a list of prompts.")
-    prompts = [r.get("prompt", r.get("caption")) if isinstance(r, dict) else r for r in records]
-    for number, prompt in enumerate(prompts, 1):
-        if not isinstance(prompt, str):
-            raise InputError(f'--prompts {path}: entry {number} is neither a string nor an object with a "prompt".')
-    prompts = list(dict.fromkeys(p.strip() for p in prompts if p.strip()))
-    if not prompts:
-        raise InputError(f"--prompts {path}: holds no prompt.")
-    return prompts
 
 
 def processes() -> int:
@@ -727,30 +780,61 @@ def require_finite(what: str, values: Tensor, prompts: list[str] | None = None) 
 
 
 def check_on_policy(models: Models, trajectories: Trajectories) -> None:
-    """Score a fresh microbatch again, under the policy and the reference: both must return the very same bits.
-
-    Eq. 20 compares two passes over one trajectory to within clip_range, 1e-6 to 1e-4 in Table 4. If an unchanged
-    network does not reproduce its own log-probs, the clip acts on noise.
-    """
+    """Score a fresh microbatch again, under policy and reference: both must return the very same bits, because Eq. 20
+    compares two passes to within clip_range, 1e-6 to 1e-4 in Table 4, and would otherwise clip noise."""
     first = Trajectories(*(x[: models.policy.microbatch] for x in trajectories))
     for name, policy in (("policy", models.policy), ("reference", models.reference)):
         gap = (score_trajectories(policy, first) - first.log_probs).abs().max().item()
         if rank() == 0:
             print(f"on-policy gap of the {name}: {gap:.1e}")
         if gap != 0:
-            raise InputError(
-                f"the {name} scores its own trajectory {gap:.1e} off, and clipping would act on noise: switch off "
-                "torch.backends.cudnn.benchmark and other nondeterminism, or try --dtype fp32."
-            )
+            hint = "clipping would act on noise; switch off cudnn.benchmark and the like, or try --dtype fp32"
+            raise InputError(f"the {name} scores its own trajectory {gap:.1e} off: {hint}.")
 
 
-# ---- 8. Samples, metrics, checkpoints ----------------------------------------------------------------------
+# ---- 9. What a run writes ----------------------------------------------------------------------------------
 
 UNBORN = {".lock", "config.json.tmp"}  # all that a run killed before its config.json leaves behind
 COLUMNS = (
     "epoch", "reward_mean", "reward_std", "loss", "clip_fraction", "skipped_fraction", "log_ratio_old",
     "log_ratio_ref", "grad_norm", "images_per_second",
 )  # fmt: skip
+
+
+def hold(folder: Path) -> BinaryIO:
+    """Make a folder, and keep other processes out of it for as long as this one lives, however it ends."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another process is running there; wait for it, or stop it.") from None
+    return file
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write under another name, flush to the disk, rename: after a crash there is the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@cache
+def open_log(config_out: str, kind: str) -> Callable[[dict[str, float]], object]:
+    """The function that sends an epoch's metrics to --log-to."""
+    if kind == "wandb":
+        import wandb
+
+        return wandb.init(project="prdp", name=config_out, dir=config_out).log
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(config_out)
+    return lambda metrics: [writer.add_scalar(k, v, metrics["epoch"]) for k, v in metrics.items()]
 
 
 def log_epoch(config: Config, metrics: dict[str, float], header: bool) -> None:
@@ -764,84 +848,23 @@ def log_epoch(config: Config, metrics: dict[str, float], header: bool) -> None:
     print("  ".join(f"{metrics[name]:>{max(9, len(name))}.4g}" for name in columns), flush=True)
     with open(Path(config.out) / "metrics.jsonl", "a") as file:
         file.write(json.dumps(metrics) + "\n")
-    plot_rewards(config)
+    if config.log_to:
+        open_log(config.out, config.log_to)(metrics)
+    evaluation.plot_rewards(Path(config.out))
 
 
-def save_samples(config: Config, epoch: int, samples: Batch) -> None:
-    """samples/epoch_NNNN.png, a row of images for each of the first 8 prompts, and .json with every reward."""
-    from PIL import Image
-
-    if rank() != 0:
-        return
-    images, rewards = (x.unflatten(0, (len(samples.prompts), -1)) for x in (samples.images, samples.rewards))
-    grid = images[:8, :8].permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows*H, columns*W, 3)
-    path = Path(config.out) / "samples" / f"epoch_{epoch:04d}"
-    path.parent.mkdir(exist_ok=True)
-    Image.fromarray(grid.numpy()).save(path.with_suffix(".png"))
-    table = [{"prompt": p, "rewards": r} for p, r in zip(samples.prompts, rewards.tolist(), strict=True)]
-    path.with_suffix(".json").write_text(json.dumps(table, indent=1))
-
-
-def plot_rewards(config: Config) -> None:
-    """reward.png: mean and standard deviation of each epoch's rewards, and the mean over the fixed samples."""
-    from matplotlib.figure import Figure
-
-    folder = Path(config.out)
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    epochs, mean, std = (torch.tensor([row[k] for row in rows]) for k in ("epoch", "reward_mean", "reward_std"))
-    axes = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
-    axes.fill_between(epochs, mean - std, mean + std, alpha=0.15, lw=0)
-    axes.plot(epochs, mean, label="training images: mean, standard deviation")
-    for path in sorted((folder / "samples").glob("*.json")):
-        rewards = [reward for row in json.loads(path.read_text()) for reward in row["rewards"]]
-        label = "the same prompts and seeds: mean" if path.stem == "epoch_0000" else None
-        axes.plot(int(path.stem.removeprefix("epoch_")), sum(rewards) / len(rewards), "o", color="C1", label=label)
-    axes.set(xlabel="epoch", ylabel="reward")
-    axes.legend(frameon=False)
-    figure.savefig(folder / "reward.png", dpi=120)
-
-
-def plot_before_after(config: Config, before: Batch, after: Batch) -> None:
-    """before_after.png: 2 images for each of 8 prompts, base above, finetuned below, of the same seed."""
-    from matplotlib.figure import Figure
-
-    columns = min(8, len(before.prompts))
-    figure = Figure(figsize=(1.5 * columns + 0.5, 7.6), layout="constrained")
-    for i, half in enumerate(figure.subfigures(2, 1)):
-        axes = half.subplots(2, columns, squeeze=False)
-        for n in range(columns):
-            for row, (name, samples) in enumerate((("base", before), ("finetuned", after))):
-                m = n * config.images_per_prompt + i
-                axes[row, n].imshow(samples.images[m].permute(1, 2, 0).numpy(), interpolation="nearest")
-                axes[row, n].set(xticks=[], yticks=[], ylabel=name if n == 0 else None)
-                axes[row, n].set_xlabel(f"{samples.rewards[m]:.4g}", fontsize=9, labelpad=2)
-            lines = textwrap.wrap(before.prompts[n], 20, max_lines=4, placeholder=" ...")
-            axes[0, n].set_title("\n".join(lines), fontsize=8, parse_math=False)
-    figure.savefig(Path(config.out) / "before_after.png", dpi=120)
-
-
-def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write under another name, flush to the disk, rename: after a crash there is the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def save_checkpoint(config: Config, unet: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+def save_checkpoint(config: Config, models: Models, optimizer: torch.optim.Optimizer, epoch: int) -> None:
     """checkpoint/state.pt, after a whole epoch. Prompts and noise depend on (seed, epoch) alone: no RNG state."""
     if rank() != 0:
         return
     path = Path(config.out) / "checkpoint" / "state.pt"
     path.parent.mkdir(exist_ok=True)
-    state = {"epoch": epoch, "unet": unet.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= {"config": dataclasses.asdict(config), "version": VERSION}
+    state = {"epoch": epoch, "unet": models.policy.unet.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"history": models.history, "config": vars(config), "version": VERSION}
     write_file(path, lambda file: torch.save(state, file))
 
 
-def load_checkpoint(config: Config, unet: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(config: Config, models: Models, optimizer: torch.optim.Optimizer) -> int:
     """Restore the last checkpoint, drop the metrics of later epochs, and return the epoch to go on with."""
     path, metrics = Path(config.out) / "checkpoint" / "state.pt", Path(config.out) / "metrics.jsonl"
     try:
@@ -851,7 +874,8 @@ def load_checkpoint(config: Config, unet: nn.Module, optimizer: torch.optim.Opti
     if state.get("version", VERSION) != VERSION:
         raise InputError(f"{path}: written by version {state['version']} of prdp.py, and this is version {VERSION}.")
     if state["epoch"]:
-        unet.load_state_dict(state["unet"])
+        models.policy.unet.load_state_dict(state["unet"])
+        models.history.update(state["history"])
         optimizer.load_state_dict(state["optimizer"])
     if metrics.is_file():
         lines = metrics.read_bytes().splitlines(keepends=True)[: state["epoch"]]
@@ -859,33 +883,32 @@ def load_checkpoint(config: Config, unet: nn.Module, optimizer: torch.optim.Opti
     return state["epoch"] + 1
 
 
-def hold(folder: Path) -> BinaryIO:
-    """Keep other processes out of a run folder for as long as this one lives, however it ends."""
-    import fcntl
-
-    file = open(folder / ".lock", "wb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{folder}: another process is running there; wait for it, or stop it.") from None
-    return file
+# ---- 10. main ----------------------------------------------------------------------------------------------
 
 
-def save_pipeline(config: Config, pipe) -> None:
-    """pipeline/, for StableDiffusionPipeline.from_pretrained; `pipe(prompt, eta=1.0)` samples the trained policy."""
-    from diffusers import DDIMScheduler
+def evaluate(config: Config) -> None:
+    """--evaluate: the model against the base, by the paper's protocol (Sec. 4.1); see `prompts.evaluation.evaluate`."""
+    out, device = Path(config.out), start_processes()
+    held = hold(out)  # noqa: F841  (until this process ends)
 
-    settings = {**SD_SCHEDULER, **pipe.scheduler.config, "timestep_spacing": "leading", "clip_sample": False}
-    pipe.scheduler = DDIMScheduler.from_config(settings)
-    pipe.save_pretrained(Path(config.out) / "pipeline")
+    def load(model: str) -> evaluation.Draw:
+        models = load_models(dataclasses.replace(config, model=model), device)
 
+        def draw(prompts: list[str], mine: Sequence[int], images: int) -> evaluation.Samples:
+            batch = collect(dataclasses.replace(config, images_per_prompt=images), models, 0, prompts, {}, mine)
+            return evaluation.Samples(batch.prompts, batch.images.cpu(), batch.rewards.cpu())
 
-# ---- 9. main -----------------------------------------------------------------------------------------------
+        return draw
+
+    loaders = {"base": partial(load, config.against)} if config.against else {}
+    loaders["finetuned"] = partial(load, config.model)
+    chunk = max(1, config.microbatch // config.samples_per_prompt)
+    evaluation.evaluate(loaders, config.prompts, config.samples_per_prompt, chunk, out, vars(config))
 
 
 def run(config: Config) -> None:
     """Train from the first epoch or the last checkpoint, then show what changed."""
-    out, prompts = Path(config.out), load_prompts(config.prompts)
+    out, prompts = Path(config.out), [prompt for file in config.prompts for prompt in load_prompts(file)]
     if not config.resume and (out.is_file() or out.is_dir() and {p.name for p in out.iterdir()} - UNBORN):
         raise InputError(f"--out {out}: already in use; choose another folder, or go on with --resume {out}.")
     device = start_processes()  # waits for all of them: none may see another's new folder
@@ -893,25 +916,18 @@ def run(config: Config) -> None:
     unet = models.policy.unet
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     if rank() == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out {out}: cannot be made ({error.strerror}).") from error
         held = hold(out)  # noqa: F841  (until this process ends)
         settings = json.dumps(vars(dataclasses.replace(config, resume="")), indent=1).encode()
         write_file(out / "config.json", lambda file: file.write(settings))
         millions, context = sum(p.numel() for p in unet.parameters()) / 1e6, models.pipe.tokenizer.model_max_length
         print(f"{config.model}: UNet of {millions:.1f} M parameters in {config.dtype}, {processes()} process(es)")
-        print(f"reward {config.reward}; {len(prompts)} prompts from {config.prompts}; results in {out}")
+        print(f"log-probs: {kernels.path(device)}; reward {config.reward}")
+        print(f"{len(prompts)} prompts from {', '.join(config.prompts)}; results in {out}")
         if long := sum(len(ids) > context for ids in models.pipe.tokenizer(prompts).input_ids):
             print(f"warning: {long} prompts are longer than {context} tokens; the model sees their beginnings.")
 
-    shown = fixed_prompts(config, prompts)
-    before = collect(config, models._replace(policy=models.reference), 0, shown, {})
-    check_on_policy(models, before.trajectories)
-    before = to_show(before, shown)
-    save_samples(config, 0, before)
-    start = load_checkpoint(config, unet, optimizer) if config.resume else 1
+    before = show(config, models._replace(policy=models.reference), 0, prompts)
+    start = load_checkpoint(config, models, optimizer) if config.resume else 1
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
     try:
@@ -921,22 +937,20 @@ def run(config: Config) -> None:
         steps = max((int(state["step"]) for state in optimizer.state.values()), default=0)
         epoch, partial = divmod(steps, config.updates_per_epoch)
         if epoch >= start and not partial:
-            save_checkpoint(config, unet, optimizer, epoch)
+            save_checkpoint(config, models, optimizer, epoch)
         if rank() == 0:
             print(f"stopped by signal {stop.code - 128}; go on with: python prdp.py --resume {out}", file=sys.stderr)
         raise
 
-    after = to_show(collect(config, models, 0, shown, {}), shown)
-    save_samples(config, config.epochs, after)
+    after = show(config, models, config.epochs, prompts)
     if rank() == 0:
-        save_pipeline(config, models.pipe)
-        plot_rewards(config)
-        plot_before_after(config, before, after)
-        rise = (after.rewards - before.rewards).double()
-        error = rise.std() / len(rise) ** 0.5
+        models.pipe.save_pretrained(out / "pipeline")
+        evaluation.plot_rewards(out)
+        evaluation.plot_pairs(out / "before_after.png", {"base": before, "finetuned": after})
+        rise, error = evaluation.mean_and_error((after.rewards - before.rewards).unsqueeze(0)).values()
         print(
-            f"mean reward of {len(rise)} images on fixed prompts and seeds: {before.rewards.mean():.4f} -> "
-            f"{after.rewards.mean():.4f}, {rise.mean():+.4f} +- {error:.4f} (standard error of the paired difference)\n"
+            f"mean reward of {len(before.rewards)} images on fixed prompts and seeds: {before.rewards.mean():.4f} -> "
+            f"{after.rewards.mean():.4f}, {rise:+.4f} +- {error:.4f} (standard error of the paired difference)\n"
             f"see {out / 'before_after.png'}"
         )
     if dist.is_initialized():
@@ -965,7 +979,7 @@ def main(argv: list[str] | None = None) -> None:
     STOP.clear()
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
-        run(config)
+        (evaluate if config.evaluate else run)(config)
     except KeyboardInterrupt:  # before training; from then on see `ask_to_stop`
         raise SystemExit(130) from None
     except InputError as error:
@@ -973,9 +987,7 @@ def main(argv: list[str] | None = None) -> None:
     except torch.OutOfMemoryError:
         fail(f"out of GPU memory with --microbatch {config.microbatch}: try {max(1, config.microbatch // 2)}.")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        fail(f"cannot write to {error.filename or config.out}: {error.strerror}; the last checkpoint is intact.")
+        fail(f"{error.filename or config.out}: {error.strerror}; what was saved is intact.")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+# Triton's interpreter runs the kernels on the CPU. It is chosen where they are decorated, so before kernels is imported;
+# the public functions go on running the eager references on CPU tensors, except in tests that use the fixture `fused`.
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
+
+import kernels
 import prdp
 import rewards
 from prdp import Policy, Schedule, Trajectories, prdp_loss
@@ -264,12 +269,291 @@ def test_guidance():
     """u + w (c - u), and a gradient through both branches."""
     policy = linear_policy(guidance_scale=3.0)
     sample, text = torch.randn(4, 2, 3, 3), torch.full((4, 5, 3), 0.7)
-    out = prdp.guided_noise_pred(policy, sample, torch.full((4,), 9), text)
+    both, _ = prdp.predict_noise(policy, sample, text, torch.zeros(4, dtype=torch.long))
+    zeros, ones = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    out = kernels.guided_mean_ref(
+        both, sample, zeros, ones, policy.guidance_scale
+    )  # the mean of Eq. 2 with a = 0, b = 1
     u, c = (s * (1 + 0.3 * sample.double()) for s in (0.1, 0.7))
     torch.testing.assert_close(out, u + 3.0 * (c - u), rtol=1e-6, atol=1e-6)
     out.sum().backward()
     expected = ((0.1 + 3.0 * (0.7 - 0.1)) * sample.double()).sum()
     assert policy.unet.scale.grad.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ kernels
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 4, 8, 8), (3, 3, 5, 7), (2, 4, 64, 64)]  # B = 1; odd and less than a block; several blocks a row
+LAST = 49  # the step of smallest sigma, 0.0206, and of the largest log-prob, about 2.5
+GUIDANCE = 5.3  # no float32 number: a kernel that rounded it would be seen
+
+
+@pytest.fixture
+def fused(monkeypatch) -> None:
+    """kernels' public functions run Triton: on the GPU, or on the CPU in Triton's interpreter."""
+    pytest.importorskip("triton", reason="no triton for this system: only the references run")
+    monkeypatch.setattr("kernels.log_prob.path", lambda device: kernels.log_prob.TRITON)
+
+
+def denoising_step(shape: tuple[int, ...], dtype: torch.dtype, steps: list[int] | None = None) -> dict:
+    """Arguments of `guided_log_prob` as Stable Diffusion gives them; steps mixed by row, x_prev drawn from the policy."""
+    schedule = prdp.ddpm_schedule(SD14_SCHEDULER, 50)
+    steps = steps or [(LAST + 20 * m) % 50 for m in range(shape[0])]
+    a, b, sigma = (column[steps] for column in schedule[1:])
+    noise_pred = torch.randn(2 * shape[0], *shape[1:]).to(dtype)
+    x_t, noise = torch.randn(2, *shape)
+    x_prev = kernels.guided_sample_ref(noise_pred, x_t, noise, a, b, sigma, GUIDANCE)[0]
+    step = dict(noise_pred=noise_pred, x_t=x_t, x_prev=x_prev, coef_sample=a, coef_noise=b, sigma=sigma)
+    return {name: x.to(DEVICE) for name, x in step.items()} | {"guidance_scale": GUIDANCE}
+
+
+def normal_log_prob(noise_pred, x_t, x_prev, coef_sample, coef_noise, sigma, guidance_scale) -> Tensor:
+    """The oracle: guidance as a weighted sum, then torch.distributions, all in float64."""
+    a, b, sigma = (x.view(-1, 1, 1, 1) for x in (coef_sample, coef_noise, sigma))
+    u, c = noise_pred.double().chunk(2)
+    mean = a * x_t.double() + b * ((1 - guidance_scale) * u + guidance_scale * c)
+    return torch.distributions.Normal(mean, sigma).log_prob(x_prev.double()).mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fused_log_prob_and_gradient_equal_float64_autograd(fused, shape, dtype):
+    """Values to rounding in float64, gradients of random upstream ones to twice PyTorch's own rounding to the dtype."""
+    step = denoising_step(shape, dtype)
+    upstream = torch.randn(shape[0], dtype=torch.float64, device=DEVICE)
+    gradients = []
+    for function, kind in (
+        (normal_log_prob, torch.float64),
+        (kernels.guided_log_prob_ref, dtype),
+        (kernels.guided_log_prob, dtype),
+    ):
+        leaf = step["noise_pred"].to(kind, copy=True).requires_grad_()
+        log_prob = function(**{**step, "noise_pred": leaf})
+        (log_prob * upstream).sum().backward()
+        assert leaf.grad.dtype == kind
+        gradients.append(leaf.grad.double())
+        if function is normal_log_prob:
+            expected = log_prob.detach()
+        torch.testing.assert_close(log_prob.detach(), expected, rtol=1e-12, atol=1e-12)
+    exact, torchs, ours = gradients
+    error, allowed = (ours - exact).abs().max(), 2 * (torchs - exact).abs().max()
+    if dtype == torch.bfloat16 and DEVICE.type == "cpu":
+        allowed = allowed.maximum(2.0**-7 * exact.abs().max())  # Triton's interpreter truncates to bfloat16
+    assert error <= allowed + 1e-12 * exact.abs().max()
+    assert exact.abs().max() > 0.01 / step["x_t"][0].numel()  # not vacuous
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fused_log_prob_errs_by_less_than_a_hundredth_of_the_clip_range(fused, dtype):
+    """At the last step of SD v1.4, sigma = 0.0206, where float32 residuals alone cost 4e-8."""
+    step = denoising_step((2, 4, 64, 64), dtype, [LAST, LAST])
+    assert step["sigma"].tolist() == pytest.approx([0.0206, 0.0206], abs=5e-5)
+    error = kernels.guided_log_prob(**step) - normal_log_prob(**step)
+    assert error.abs().max() < 1e-8
+    assert normal_log_prob(**step).mean().item() == pytest.approx(2.46, abs=0.05)
+
+
+@pytest.mark.parametrize("path", ["eager", "fused"])
+def test_log_prob_takes_two_halves_any_strides_and_leaves_its_inputs(path, request):
+    """The bits of value and gradient are those of one contiguous tensor."""
+    if path == "fused":
+        request.getfixturevalue("fused")
+    step = denoising_step((3, 3, 5, 7), torch.bfloat16)
+    whole = step["noise_pred"].clone().requires_grad_()
+    log_prob = kernels.guided_log_prob(**{**step, "noise_pred": whole})
+    log_prob.sum().backward()
+    strided = {k: x.transpose(-1, -2).contiguous().transpose(-1, -2) for k, x in step.items() if k.startswith("x_")}
+    coefs = {k: torch.stack([x, x], 1)[:, 0] for k, x in step.items() if k in ("coef_sample", "coef_noise", "sigma")}
+    u, c = (
+        x.to(memory_format=torch.channels_last).detach().requires_grad_() for x in step["noise_pred"].clone().chunk(2)
+    )
+    copies = {k: x.clone() for k, x in (strided | coefs).items()}
+    again = kernels.guided_log_prob(**{**step, **strided, **coefs, "noise_pred": [u, c]})
+    again.sum().backward()
+    assert torch.equal(again, log_prob)
+    assert torch.equal(torch.cat([u.grad, c.grad]), whole.grad)
+    assert all(torch.equal(x, copies[k]) for k, x in (strided | coefs).items())
+    assert torch.equal(torch.cat([u, c]), step["noise_pred"])
+
+
+def test_fused_bits_repeat_and_do_not_depend_on_the_other_rows(fused):
+    step = denoising_step((3, 4, 16, 16), torch.bfloat16)
+    rows = [{k: x[[m, 3 + m]] if k == "noise_pred" else x[[m]] for k, x in list(step.items())[:-1]} for m in range(3)]
+    results = []
+    for arguments in (step, step, *({**row, "guidance_scale": GUIDANCE} for row in rows)):
+        leaf = arguments["noise_pred"].clone().requires_grad_()
+        log_prob = kernels.guided_log_prob(**{**arguments, "noise_pred": leaf})
+        log_prob.sum().backward()
+        results.append((log_prob.detach(), leaf.grad))
+    assert all(map(torch.equal, results[0], results[1]))
+    for m, (log_prob, grad) in enumerate(results[2:]):
+        assert torch.equal(log_prob, results[0][0][[m]]) and torch.equal(grad, results[0][1][[m, 3 + m]])
+
+
+@pytest.mark.parametrize("path", ["eager", "fused"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sample_is_the_references_and_scores_again_to_the_bit(path, shape, dtype, request):
+    """x_prev has the reference's very bits; its log-prob those of `guided_log_prob`, and the oracle's value."""
+    if path == "fused":
+        request.getfixturevalue("fused")
+    step = denoising_step(shape, dtype)
+    noise = torch.randn(shape)
+    arguments = {k: x for k, x in step.items() if k != "x_prev"}
+    x_prev, log_prob = kernels.guided_sample(**arguments, noise=noise.to(DEVICE))
+    assert x_prev.dtype == torch.float32 and log_prob.dtype == torch.float64 and not log_prob.requires_grad
+    on_cpu = {k: x.cpu() if isinstance(x, Tensor) else x for k, x in arguments.items()}
+    assert torch.equal(x_prev.cpu(), kernels.guided_sample_ref(**on_cpu, noise=noise)[0])
+    again = {**step, "x_prev": x_prev}
+    assert torch.equal(log_prob, kernels.guided_log_prob(**again))
+    assert torch.equal(log_prob, kernels.guided_log_ratio(**again, **clip_at(log_prob, 0.0, 1e-6))[0])
+    torch.testing.assert_close(log_prob, normal_log_prob(**again), rtol=1e-12, atol=1e-12)
+
+
+def clip_at(log_prob: Tensor, moved: float | Tensor, clip_range: float) -> dict:
+    """The other arguments of `guided_log_ratio`, for a policy that has moved by `moved` from theta_old."""
+    return dict(log_prob_ref=log_prob.clone(), log_prob_old=log_prob - moved, clip_range=clip_range)
+
+
+@pytest.mark.parametrize("path", ["eager", "fused"])
+@pytest.mark.parametrize("clip_range", [2.0**-20, 2.0**-10, math.inf])
+def test_log_ratio_is_clipped_and_its_gradient_passes_at_the_edge(path, clip_range, request):
+    """Rows inside, outside on both sides, and exactly on both edges; Eqs. 19 and 20 in plain numbers, gradient by case."""
+    if path == "fused":
+        request.getfixturevalue("fused")
+    step = denoising_step((7, 2, 3, 3), torch.float32, [40] * 7)
+    edge = clip_range if clip_range < math.inf else 1.0
+    moved = torch.tensor([0.0, 0.5, -0.5, 1.0, -1.0, 1.5, -1.5], dtype=torch.float64, device=DEVICE) * edge
+    log_prob = kernels.guided_log_prob(**step)
+    others = clip_at(log_prob, moved, clip_range)
+    others["log_prob_ref"][0] -= 0.25  # in this row the ratio to pi_ref is not 0
+    if clip_range < math.inf:
+        assert ((log_prob - others["log_prob_old"])[3:5].abs() == clip_range).all()  # exactly on the edge
+
+    leaf = step["noise_pred"].clone().requires_grad_()
+    results = kernels.guided_log_ratio(**{**step, "noise_pred": leaf}, **others)
+    columns = [others["log_prob_ref"].tolist(), others["log_prob_old"].tolist(), *(x.tolist() for x in results)]
+    for row, (ref, old, new, ratio, clipped) in enumerate(zip(*columns, strict=True)):
+        assert new == log_prob[row].item()
+        assert ratio == new - ref
+        assert clipped == min(max(new - ref, old - ref - clip_range), old - ref + clip_range)
+
+    upstream = torch.randn(3, 7, dtype=torch.float64, device=DEVICE)
+    passes = torch.ones(7, dtype=torch.float64, device=DEVICE)
+    passes[5:] = float(clip_range == math.inf)
+    expected_leaf = step["noise_pred"].double().requires_grad_()
+    expected = normal_log_prob(**{**step, "noise_pred": expected_leaf})
+    (expected * (upstream[0] + upstream[1] + upstream[2] * passes)).sum().backward()
+    sum((r * g).sum() for r, g in zip(results, upstream, strict=True)).backward()
+    torch.testing.assert_close(leaf.grad.double(), expected_leaf.grad, rtol=1e-6, atol=1e-12)
+
+    (only,) = torch.autograd.grad(
+        kernels.guided_log_ratio(**{**step, "noise_pred": leaf}, **others)[2] @ upstream[2], leaf
+    )
+    rows = only.unflatten(0, (2, 7)).abs().amax((0, 2, 3, 4))
+    assert ((rows > 0) == (passes > 0)).all()
+
+
+def test_fused_log_ratio_passes_nan_on_as_the_reference(fused):
+    step = denoising_step((2, 2, 3, 3), torch.float32)
+    step["noise_pred"][0, 0, 0, 0] = math.nan
+    others = clip_at(torch.ones(2, dtype=torch.float64, device=DEVICE), 0.0, 1e-6)
+    for ours, theirs in zip(
+        kernels.guided_log_ratio(**step, **others), kernels.guided_log_ratio_ref(**step, **others), strict=True
+    ):
+        assert ours.isnan().tolist() == theirs.isnan().tolist() == [True, False]
+
+
+def test_references_are_numpy_loops():
+    """Eq. 2 and the log-density element by element; and float64 noise_pred runs the reference on every device."""
+    step = denoising_step((2, 2, 3, 3), torch.float64)
+    numbers = {k: x.cpu().double().numpy() if isinstance(x, Tensor) else x for k, x in step.items()}
+    expected = np.zeros(2)
+    for m in range(2):
+        a, b, sigma = (numbers[k][m] for k in ("coef_sample", "coef_noise", "sigma"))
+        for i in np.ndindex(2, 3, 3):
+            u, c = numbers["noise_pred"][m][i], numbers["noise_pred"][2 + m][i]
+            z = (numbers["x_prev"][m][i] - a * numbers["x_t"][m][i] - b * (u + GUIDANCE * (c - u))) / sigma
+            expected[m] += (-0.5 * z * z - np.log(sigma * np.sqrt(2 * np.pi))) / 18
+    np.testing.assert_allclose(kernels.guided_log_prob(**step).cpu(), expected, rtol=1e-12)
+    leaf = step["noise_pred"].requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: kernels.guided_log_prob(**{**step, "noise_pred": x}), leaf)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"noise_pred": (3, 4, 8, 8)}, r"\(3, 4, 8, 8\)"),
+        ({"noise_pred": (4, 4, 8, 7)}, r"\(4, 4, 8, 7\)"),
+        ({"x_t": (2, 4, 8)}, r"\(2, 4, 8\)"),
+        ({"x_prev": (1, 4, 8, 8)}, r"\(1, 4, 8, 8\)"),
+        ({"sigma": (3,)}, r"\(3,\)"),
+        ({"coef_noise": (2, 1)}, r"\(2, 1\)"),
+        ({"coef_sample": ()}, r"\(\)"),
+    ],
+)
+def test_wrong_shapes_are_named(change, named):
+    step = denoising_step((2, 4, 8, 8), torch.float32)
+    step |= {name: torch.zeros(shape, device=DEVICE) for name, shape in change.items()}
+    with pytest.raises(AssertionError, match=named):
+        kernels.guided_log_prob(**step)
+    with pytest.raises(AssertionError, match=named):
+        kernels.guided_log_ratio(**step, **clip_at(torch.zeros(2, device=DEVICE), 0.0, 1e-6))
+    step["noise"] = step.pop("x_prev")
+    with pytest.raises(AssertionError, match=named):
+        kernels.guided_sample(**step)
+
+
+def test_without_triton_or_gpu_the_references_run():
+    """Importing kernels needs torch alone and prints nothing; `path` says why the references run."""
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, kernels\n"
+        "args = torch.randn(4, 3, 5), *torch.randn(2, 2, 3, 5), *torch.rand(3, 2).double() + 0.1, 5.0\n"
+        "assert torch.equal(kernels.guided_log_prob(*args), kernels.guided_log_prob_ref(*args))\n"
+        "print(kernels.path(torch.device('cpu')), kernels.path(torch.device('cuda')), sep='; ')"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.strip() == "eager (no CUDA device); eager (triton not installed)"
+
+
+@pytest.mark.parametrize("name", ["guided_log_prob", "guided_log_ratio", "guided_sample"])
+def test_public_function_and_reference_have_one_signature_and_docstring(name):
+    public, reference = getattr(kernels, name), getattr(kernels, name + "_ref")
+    assert public.__annotations__ == reference.__annotations__ and public.__doc__ == reference.__doc__
+
+
+needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+
+
+@needs_gpu
+def test_fused_passes_never_wait_for_the_gpu(fused):
+    step = denoising_step((2, 4, 8, 8), torch.bfloat16)
+    step["noise_pred"].requires_grad_()
+    kernels.guided_log_prob(**step).sum().backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kernels.guided_log_prob(**step).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_fused_rows_beyond_two_billion_elements(fused):
+    """Row offsets are int64: the last row of 2^31 + 2^14 elements has the value and the gradient of row 0, its copy."""
+    if torch.cuda.mem_get_info()[0] < 60e9:
+        pytest.skip("needs 60 GB of GPU memory")
+    rows, step = 2**17 + 1, denoising_step((1, 4, 64, 64), torch.float16, [LAST])
+    u, c = (x[None].expand(rows, -1, -1, -1).contiguous() for x in step["noise_pred"])
+    many = {k: x.expand(rows, *x.shape[1:]).contiguous() for k, x in list(step.items())[1:-1]}
+    u.requires_grad_(), c.requires_grad_()
+    log_prob = kernels.guided_log_prob((u, c), **many, guidance_scale=GUIDANCE)
+    log_prob.sum().backward()
+    assert (log_prob == log_prob[0]).all() and torch.equal(c.grad[0], c.grad[-1]) and torch.equal(u.grad[0], u.grad[-1])
+    torch.testing.assert_close(log_prob[:1].detach(), normal_log_prob(**step), rtol=1e-12, atol=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ trajectories
@@ -312,7 +596,12 @@ def test_noise_does_not_depend_on_batch_or_order():
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory) -> str:
     """A whole Stable Diffusion with random weights, 16x16 pictures from 4x8x8 latents, in diffusers layout."""
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        PNDMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     torch.manual_seed(0)
@@ -566,6 +855,162 @@ def test_converges_to_the_closed_form_optimum():
     optimum = (schedule.sigma**2 * later)[:, None] * g / (kl_weight / (steps * dimensions))
     assert closure().item() < 1e-6 * start
     torch.testing.assert_close(unet.theta.detach(), optimum, rtol=0.01, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------ baselines
+
+
+def baseline_by_hand(name: str, log_probs, old, ref, rewards, clip_range: float, kl_weight: float) -> float:
+    """One prompt, plain numbers: each method as its paper writes it, log-likelihoods as means over T."""
+    log_probs, old, ref, rewards = (x.tolist() for x in (log_probs, old, ref, rewards))
+    images, steps = range(len(rewards)), range(len(log_probs[0]))
+    likelihood = [sum(row) / len(row) for row in log_probs]
+    if name == "ddpo":
+        total = 0.0
+        for i, t in itertools.product(images, steps):
+            weight = math.exp(log_probs[i][t] - old[i][t])
+            inside = min(max(weight, 1 - clip_range), 1 + clip_range)
+            total -= min(weight * rewards[i], inside * rewards[i])
+        return total / len(images) / len(steps)
+    if name == "ddpo-sf":
+        return -sum(r * lp for r, lp in zip(rewards, likelihood, strict=True)) / len(images)
+    if name == "rwr":
+        weights = [math.exp(r / kl_weight) for r in rewards]
+        return -sum(w * lp for w, lp in zip(weights, likelihood, strict=True)) / sum(weights)
+    if name == "rwr-sparse":
+        best = sorted(images, key=lambda i: -rewards[i])[: max(1, len(rewards) // 10)]
+        return -sum(likelihood[i] for i in best) / len(best)
+    assert name == "dpo"
+    losses = []
+    for w, l in itertools.permutations(images, 2):  # noqa: E741  (Diffusion-DPO's letters)
+        if rewards[w] > rewards[l]:
+            margin = sum(log_probs[w][t] - ref[w][t] - log_probs[l][t] + ref[l][t] for t in steps) / len(steps)
+            losses.append(math.log1p(math.exp(-kl_weight * margin)))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("name", ["ddpo", "ddpo-sf", "rwr", "rwr-sparse", "dpo"])
+def test_baseline_equals_its_paper_by_hand(name):
+    """On several prompts at once; in float64, values and (by finite differences) gradients."""
+    log_probs, old, ref, rewards = random_inputs(1, 3, images=20)
+    expected = [baseline_by_hand(name, *parts, 0.1, 0.7) for parts in zip(log_probs, old, ref, rewards, strict=True)]
+    loss = prdp.LOSSES[name](log_probs, old, ref, rewards, 0.1, 0.7)
+    assert loss.item() == pytest.approx(np.mean(expected), rel=1e-12)
+    log_probs.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: prdp.LOSSES[name](x, old, ref, rewards, 0.1, 0.7), log_probs)
+
+
+def test_baseline_policy_gradients_agree_on_policy():
+    """At theta_old, DDPO_IS and DDPO_SF are one policy gradient: minus the advantage at every step."""
+    log_probs, _, ref, advantage = random_inputs(2, 2)
+    gradients = []
+    for name in ("ddpo", "ddpo-sf"):
+        x = log_probs.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(prdp.LOSSES[name](x, log_probs, ref, advantage, 1e-4, 1.0), x)
+        gradients.append(gradient)
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(gradients[0], -advantage.unsqueeze(-1).expand_as(log_probs) / log_probs.numel())
+
+
+def test_baseline_ddpo_clips_one_sided():
+    """Beyond the range PPO's surrogate has no gradient where moving on would raise it, and keeps it where moving back would."""
+    old, advantage = torch.zeros(1, 2, 1, dtype=torch.float64), torch.tensor([[1.0, -1.0]])
+    for moved, expected in ((0.3, [False, True]), (-0.3, [True, False]), (0.05, [True, True])):
+        x = (old + moved).requires_grad_()
+        (gradient,) = torch.autograd.grad(prdp.ddpo_loss(x, old, old, advantage, 0.1, 1.0), x)
+        assert (gradient != 0).flatten().tolist() == expected
+
+
+def test_baseline_ties():
+    """Rewards that all tie: nothing to rank for DPO (0), equal weights for both regressions."""
+    log_probs, old, ref, rewards = random_inputs(3)
+    tied = torch.ones_like(rewards)
+    assert prdp.dpo_loss(log_probs, old, ref, tied, 0.1, 1.0) == 0
+    for loss in (prdp.rwr_loss, prdp.rwr_sparse_loss):
+        assert loss(log_probs, old, ref, tied, 0.1, 1.0).item() == pytest.approx(-log_probs.mean().item())
+
+
+def test_baseline_advantages():
+    """Three epochs against lists kept by hand: the last 32 rewards of each prompt once there are 16, else the epoch's."""
+    import random
+    import statistics
+
+    random.seed(0)
+    history, by_hand = {}, {}
+    kinds_seen = set()
+    for _ in range(12):
+        prompts = [random.choice("abc") for _ in range(2)]
+        rewards = [random.gauss(0, 1) for _ in range(10)]
+        ours, latest = prdp.advantages(torch.tensor(rewards), prompts, dict(history), "per-prompt")
+        overall, _ = prdp.advantages(torch.tensor(rewards), prompts, dict(history), "global")
+        history |= latest
+        for n, prompt in enumerate(prompts):
+            by_hand.setdefault(prompt, []).extend(rewards[5 * n : 5 * n + 5])
+        for i, reward in enumerate(rewards):
+            known = by_hand[prompts[i // 5]][-32:]
+            own = len(known) >= 16
+            kinds_seen.add((own, len(known) == 32))
+            for result, values in ((ours, known if own else rewards), (overall, rewards)):
+                expected = (reward - statistics.fmean(values)) / (statistics.pstdev(values) + 1e-6)
+                assert result[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert kinds_seen == {(False, False), (True, False), (True, True)}
+
+
+def test_baseline_names():
+    (choices,) = (f.metadata["argparse"]["choices"] for f in prdp.dataclasses.fields(prdp.Config) if f.name == "loss")
+    assert tuple(prdp.LOSSES) == choices
+
+
+@pytest.mark.parametrize("name", ["ddpo", "ddpo-sf", "rwr", "rwr-sparse", "dpo"])
+def test_baseline_runs_and_resumes(tiny_sd, tmp_path, capsys, name):
+    """Every loss through the command line; stopped in the middle and resumed it is the uninterrupted run, to the bit,
+    DDPO's running statistics included."""
+    flags = [*SMALL_RUN, "--model", tiny_sd, "--loss", name, "--prompts-per-epoch", "1", "--images-per-prompt", "6"]
+    flags += ["--updates-per-epoch", "1"] if name == "ddpo-sf" else []
+    (tmp_path / "p.txt").write_text("a red star\na blue star\n")
+    flags += ["--prompts", str(tmp_path / "p.txt"), "--epochs", "8"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert run_cli(*flags, "--out", str(whole), capsys=capsys)[0] == 0
+    assert run_cli(*flags, "--epochs", "5", "--out", str(run), capsys=capsys)[0] == 0
+    assert run_cli("--resume", str(run), "--epochs", "8", capsys=capsys)[0] == 0
+    assert_same_run(whole, run)
+    history = torch.load(run / "checkpoint" / "state.pt", weights_only=True)["history"]
+    assert (max(map(len, history.values())) >= 16) if name.startswith("ddpo") else not history
+
+
+# ------------------------------------------------------------------------------------------------ ablations
+
+
+def test_ablation_shared_initial_noise(tiny_sd):
+    """Images of a prompt begin at one x_T, of other prompts at others, and go different ways from there."""
+    config = tiny_config(tiny_sd, share_initial_noise=True)
+    models = prdp.load_models(config, CPU)
+    latents = prdp.collect(config, models, 1, ["a red star", "a red star"], {}).trajectories.latents.unflatten(
+        0, (2, -1)
+    )
+    start = latents[:, :, 0].flatten(2)
+    assert torch.equal(start, start[:, :1].expand_as(start)) and not torch.equal(start[0], start[1])
+    noise = latents[:, :, 1].flatten(0, 1).flatten(1)
+    assert len(noise.unique(dim=0)) == len(noise)
+    shown = prdp.collect(config, models, 0, ["a red star"], {}).trajectories.latents[:, 0]
+    assert len(shown.flatten(1).unique(dim=0)) == len(shown)
+
+
+def test_ablation_offline(tiny_sd):
+    """After an update the trajectories are still the pretrained model's; theta_old is the policy as the epoch begins."""
+    config = tiny_config(tiny_sd, offline=True)
+    models = prdp.load_models(config, CPU)
+    with torch.no_grad():
+        for p in models.policy.unet.parameters():
+            p.add_(1e-3 * torch.randn_like(p))
+    batch = prdp.collect(config, models, 2, ["a red star"], {})
+    base = prdp.collect(config, models._replace(policy=models.reference), 2, ["a red star"], {})
+    assert torch.equal(batch.trajectories.latents, base.trajectories.latents)
+    assert torch.equal(batch.log_probs_ref, base.trajectories.log_probs)
+    policy = prdp.score_trajectories(models.policy, base.trajectories)
+    assert torch.equal(batch.trajectories.log_probs, policy) and not torch.equal(policy, batch.log_probs_ref)
+    online = prdp.collect(prdp.dataclasses.replace(config, offline=False), models, 2, ["a red star"], {})
+    assert not torch.equal(online.trajectories.latents, base.trajectories.latents)
 
 
 # ------------------------------------------------------------------------------------------------ rewards
@@ -1403,7 +1848,8 @@ def test_resume_after_a_full_disk(tiny_sd, tmp_path, capsys):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2 and errors.startswith("prdp.py: cannot write to") and errors.count("\n") == 1, errors
+    assert process.returncode == 2 and errors.count("\n") == 1, errors
+    assert errors.startswith("prdp.py: ") and errors.endswith("File too large; what was saved is intact.\n")
     assert (run / "checkpoint" / "state.pt").read_bytes() == before
     assert run_cli("--resume", str(run), "--epochs", "2", capsys=capsys)[0] == 0
     assert [row["epoch"] for row in metrics_of(run)] == [1, 2]
@@ -1498,7 +1944,7 @@ BAD_INPUT = [
     (["--model", "{latin}"], "no Stable Diffusion folder"),
     (["--model", "{sdxl}"], "a StableDiffusionXLPipeline; only Stable Diffusion 1.x and 2.x"),
     (["--model", "{flux}"], "a FluxPipeline; only Stable Diffusion 1.x and 2.x"),
-    (["--out", "{latin}/run"], "cannot be made (Not a directory)"),
+    (["--out", "{latin}/run"], "run: Not a directory"),
     (["--out", "{latin}"], "already in use"),
     (["--resume", "{torn}"], "config.json: damaged"),
     (["--reward", "x.py"], "no reward 'x.py'"),
@@ -1509,7 +1955,12 @@ BAD_INPUT = [
     (["--reward", "/nowhere/mine.py:f"], "mine.py:f: no such file"),
     (["--reward", "incompressibility:x"], "takes no path"),
     (["--reward", "pickscore:/nowhere"], "cannot load /nowhere"),
-    (["--images-per-prompt", "1"], "--images-per-prompt 1: must be at least 2"),
+    (["--images-per-prompt", "0"], "--images-per-prompt 0: must be at least 1"),
+    (["--images-per-prompt", "1", "--microbatch", "8"], "--images-per-prompt 1: --loss prdp compares images"),
+    (["--loss", "ddpo-sf"], "--loss ddpo-sf: needs --updates-per-epoch 1"),
+    (["--loss", "ddpo", "--offline"], "--offline: not with ddpo, which learns from its own images"),
+    (["--loss", "ppo"], "invalid choice: 'ppo'"),
+    (["--advantage", "none"], "invalid choice: 'none'"),
     (["--epochs", "0"], "--epochs 0: must be at least 1"),
     (["--epochs", "many"], "invalid int value"),
     (["--kl-weight", "0"], "--kl-weight 0.0: must be greater than 0"),

@@ -1,0 +1,144 @@
+"""What is drawn and measured on fixed prompts and seeds: sample grids, the reward curve, pictures of two models side by
+side, and the paper's evaluation protocol (Sec. 4.1). Knows nothing of diffusion: prdp.py draws the images."""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from prompts import load_prompts
+from rewards import InputError
+
+
+class Samples(NamedTuple):
+    """S images for each of P prompts, and their rewards, on the CPU."""
+
+    prompts: list[str]
+    images: Tensor  # (P*S, 3, H, W) uint8
+    rewards: Tensor  # (P*S,) float32
+
+
+Draw = Callable[[list[str], Sequence[int], int], Samples]  # (a file's prompts, indices of some, S) -> their samples
+
+
+def mean_and_error(rewards: Tensor) -> dict[str, float]:
+    """Mean of (P, S) rewards, and its standard error over the P prompts; of one prompt, over its S images."""
+    rows = (rewards.mean(1) if len(rewards) > 1 else rewards[0]).double()
+    return {"mean": rows.mean().item(), "standard_error": (rows.std() / len(rows) ** 0.5).item()}
+
+
+def evaluate(
+    loaders: dict[str, Callable[[], Draw]], files: list[str], samples: int, chunk: int, out: Path, settings: dict
+):
+    """The paper's protocol: rewards of `samples` images of every prompt of the files, the same seeds for every model.
+
+    loaders: "finetuned", and "base" to compare it with; each loads a model and gives the function that draws from it,
+    `chunk` prompts at a time. out/evaluation.json holds the settings, every reward, and the table that is printed too: a
+    row per file, with means, standard errors over prompts, paired difference and win rate (ties count half). It is
+    replaced after every chunk, and goes on from there when called again with the same settings. out/evaluation.png
+    shows 2 images for each of 8 prompts. Raises InputError if the file there was made with other settings.
+    """
+    from tqdm import tqdm
+
+    path, settings = out / "evaluation.json", json.loads(json.dumps(settings))
+    record = json.loads(path.read_text()) if path.is_file() else {"settings": settings, "rewards": {}}
+    if other := [name for name in settings if record["settings"].get(name) != settings[name]]:
+        raise InputError(f"--out {out}: holds an evaluation with another {other[0]}; choose another folder.")
+    prompts, shown = {file: load_prompts(file) for file in files}, {}
+    for name, load in loaders.items():
+        draw, pictures = load(), []
+        for file in files:
+            rewards = record["rewards"].setdefault(name, {}).setdefault(file, {})
+            todo = [n for n, prompt in enumerate(prompts[file]) if prompt not in rewards]
+            bar = tqdm(range(0, len(todo), chunk), f"{name}, {Path(file).name}", leave=False, disable=None)
+            for start in bar:
+                drawn = draw(prompts[file], todo[start : start + chunk], samples)
+                rewards |= dict(zip(drawn.prompts, drawn.rewards.view(-1, samples).tolist(), strict=True))
+                _write(path, record)
+            spread = range(0, len(prompts[file]), -(-len(prompts[file]) * len(files) // 8))
+            pictures.append(draw(prompts[file], spread, 2))
+        every = [prompt for drawn in pictures for prompt in drawn.prompts]
+        shown[name] = Samples(every, *(torch.cat(parts) for parts in list(zip(*pictures, strict=True))[1:]))
+
+    record["table"] = {}
+    for file in files:
+        by_model = {name: torch.tensor([record["rewards"][name][file][p] for p in prompts[file]]) for name in loaders}
+        row = {name: mean_and_error(rewards) for name, rewards in by_model.items()}
+        if "base" in by_model:
+            rise = by_model["finetuned"] - by_model["base"]
+            row |= {"difference": mean_and_error(rise), "win rate": (rise.sign().mean().item() + 1) / 2}
+        if not record["table"]:
+            print("  ".join([f"{'prompts':>24}", f"{'images':>7}", *(f"{name:>17}" for name in row)]))
+        cells = [
+            f"{v['mean']:.4f} +- {v['standard_error']:.4f}" if isinstance(v, dict) else f"{v:.1%}" for v in row.values()
+        ]
+        cells = [f"{len(prompts[file]) * samples:>7}", *(f"{cell:>17}" for cell in cells)]
+        print("  ".join([f"{Path(file).name:>24}", *cells]))
+        record["table"][file] = row
+    _write(path, record)
+    plot_pairs(out / "evaluation.png", shown)
+    print(f"see {out / 'evaluation.png'}")
+
+
+def _write(path: Path, record: dict) -> None:
+    """In one step: whoever is killed meanwhile leaves the file before."""
+    path.with_suffix(".tmp").write_text(json.dumps(record))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def save_grid(path: Path, samples: Samples) -> None:
+    """path.png, a row of images for each of the first 8 prompts, and path.json with every reward."""
+    from PIL import Image
+
+    images, rewards = (x.unflatten(0, (len(samples.prompts), -1)) for x in samples[1:])
+    grid = images[:8, :8].permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows*H, columns*W, 3)
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(grid.numpy()).save(path.with_suffix(".png"))
+    table = [{"prompt": p, "rewards": r} for p, r in zip(samples.prompts, rewards.tolist(), strict=True)]
+    path.with_suffix(".json").write_text(json.dumps(table, indent=1))
+
+
+def plot_rewards(run: Path) -> None:
+    """reward.png: mean and standard deviation of each epoch's rewards, and the mean over the fixed samples."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    epochs, mean, std = (torch.tensor([row[k] for row in rows]) for k in ("epoch", "reward_mean", "reward_std"))
+    axes = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
+    axes.fill_between(epochs, mean - std, mean + std, alpha=0.15, lw=0)
+    axes.plot(epochs, mean, label="training images: mean, standard deviation")
+    for path in sorted((run / "samples").glob("*.json")):
+        rewards = [reward for row in json.loads(path.read_text()) for reward in row["rewards"]]
+        label = "the same prompts and seeds: mean" if path.stem == "epoch_0000" else None
+        axes.plot(int(path.stem.removeprefix("epoch_")), sum(rewards) / len(rewards), "o", color="C1", label=label)
+    axes.set(xlabel="epoch", ylabel="reward")
+    axes.legend(frameon=False)
+    figure.savefig(run / "reward.png", dpi=120)
+
+
+def plot_pairs(path: Path, shown: dict[str, Samples]) -> None:
+    """2 images for each of the first 8 prompts, a row for each model, the same seed in a column, rewards below."""
+    from matplotlib.figure import Figure
+
+    prompts = next(iter(shown.values())).prompts
+    columns = min(8, len(prompts))
+    figure = Figure(figsize=(1.5 * columns + 0.5, 3.8 * len(shown)), layout="constrained")
+    for i, half in enumerate(figure.subfigures(2, 1)):
+        axes = half.subplots(len(shown), columns, squeeze=False)
+        for row, (name, samples) in enumerate(shown.items()):
+            for n, axis in enumerate(axes[row]):
+                m = n * (len(samples.images) // len(prompts)) + i
+                axis.imshow(samples.images[m].permute(1, 2, 0).numpy(), interpolation="nearest")
+                axis.set(xticks=[], yticks=[], ylabel=name if n == 0 else None)
+                axis.set_xlabel(f"{samples.rewards[m]:.4g}", fontsize=9, labelpad=2)
+        for axis, prompt in zip(axes[0], prompts, strict=False):
+            lines = textwrap.wrap(prompt, 20, max_lines=4, placeholder=" ...")
+            axis.set_title("\n".join(lines), fontsize=8, parse_math=False)
+    figure.savefig(path, dpi=120)
