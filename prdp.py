@@ -160,6 +160,8 @@ def parse_args(argv: list[str]) -> Config:
         given["out"] = given["resume"]
     elif "evaluate" in given and (run / "config.json").is_file():
         settings |= {"out": str(run / "evaluation"), "against": settings["model"], "model": str(run / "pipeline")}
+        if not (run / "pipeline").is_dir():
+            raise InputError(f"--evaluate {run}: has no pipeline/ yet; finish the run with --resume {run}.")
     elif "evaluate" in given:
         settings |= {"out": "evaluation", "model": str(run)}
     config = Config(**{**settings, **given})

@@ -1865,6 +1865,159 @@ def test_resume_while_another_process_runs_there(tiny_sd, tmp_path, capsys):
     assert run_cli("--resume", str(run), capsys=capsys)[0] == 0
 
 
+# ------------------------------------------------------------------------------------------------ evaluation
+
+
+@pytest.fixture(scope="module")
+def finished_run(tiny_sd, tmp_path_factory) -> Path:
+    """A run of the tiny model that moved it, 16x16 pictures and their JPEG sizes."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    torch.set_num_threads(1)
+    prdp.main([*SMALL_RUN, "--model", tiny_sd, "--epochs", "2", "--learning-rate", "1e-3", "--out", str(run)])
+    return run
+
+
+def prompt_files(folder: Path) -> list[str]:
+    (folder / "seen.txt").write_text("a red star\na blue ring\na green cross\n")
+    (folder / "unseen.txt").write_text("a white square\na black circle\n")
+    return [str(folder / "seen.txt"), str(folder / "unseen.txt")]
+
+
+def test_evaluate_is_the_pipelines_own_images_scored(finished_run, tiny_sd, tmp_path, capsys):
+    """Every reward in evaluation.json is that of the picture diffusers' own pipeline draws from the same noise, for base
+    and finetuned model; the table is numpy's of them; and it is printed."""
+    import io
+
+    from diffusers import StableDiffusionPipeline
+    from PIL import Image
+
+    files = prompt_files(tmp_path)
+    flags = ["--evaluate", str(finished_run), "--prompts", *files, "--samples-per-prompt", "4"]
+    assert prdp.main(flags) is None
+    printed = capsys.readouterr().out
+    record = json.loads((finished_run / "evaluation" / "evaluation.json").read_text())
+    assert (finished_run / "evaluation" / "evaluation.png").stat().st_size > 10_000
+    (schedule,) = {json.loads((finished_run / "config.json").read_text())["ddpm_steps"]}
+    for model, folder in (("base", tiny_sd), ("finetuned", finished_run / "pipeline")):
+        pipe = StableDiffusionPipeline.from_pretrained(finished_run / "pipeline")  # for its scheduler
+        pipe.unet = StableDiffusionPipeline.from_pretrained(folder).unet
+        pipe.set_progress_bar_config(disable=True)
+        for n, prompt in enumerate(prdp.load_prompts(files[0])):
+            generators = prdp.image_generators(3, 0, [n], 4)
+            start = torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
+            images = pipe(
+                [prompt] * 4, num_inference_steps=schedule, guidance_scale=5.0, eta=1.0, generator=generators,
+                latents=start, height=16, width=16,
+            ).images  # fmt: skip
+            sizes = []
+            for image in images:
+                image.save(buffer := io.BytesIO(), "JPEG", quality=95)
+                sizes.append(buffer.tell() / 1000)
+            assert isinstance(images[0], Image.Image)
+            assert record["rewards"][model][files[0]][prompt] == pytest.approx(sizes, abs=0.02)  # a grey level, rarely
+    for file in files:
+        base, finetuned = (np.array(list(record["rewards"][m][file].values())) for m in ("base", "finetuned"))
+        row = record["table"][file]
+        for name, x in (("base", base), ("finetuned", finetuned), ("difference", finetuned - base)):
+            assert row[name]["mean"] == pytest.approx(x.mean(), rel=1e-6, abs=1e-7)
+            assert row[name]["standard_error"] == pytest.approx(x.mean(1).std(ddof=1) / len(x) ** 0.5, rel=1e-5)
+            assert f"{x.mean():.4f} +- " in printed
+        assert row["win rate"] == pytest.approx(np.mean((finetuned > base) + 0.5 * (finetuned == base)), abs=1e-6)
+    assert not torch.equal(torch.tensor(base), torch.tensor(finetuned))
+
+
+def test_evaluate_goes_on_where_it_was_stopped(finished_run, tmp_path, capsys, monkeypatch):
+    """Ctrl-C at the third chunk, twice: what was drawn is not drawn again, and the end is that of one go, to the bit."""
+    files, collect, drawn = prompt_files(tmp_path), prdp.collect, []
+
+    def counted(*arguments):
+        drawn.append(arguments)
+        if interrupt and len(drawn) == 3:
+            raise KeyboardInterrupt
+        return collect(*arguments)
+
+    monkeypatch.setattr(prdp, "collect", counted)
+    flags = ["--evaluate", str(finished_run), "--prompts", *files, "--samples-per-prompt", "2", "--microbatch", "2"]
+    interrupt = False
+    assert run_cli(*flags, "--out", str(tmp_path / "whole"), capsys=capsys) == (0, "")
+    in_one_go, codes, calls = len(drawn), [], []
+    for interrupt in (True, True, False):
+        drawn.clear()
+        codes.append(run_cli(*flags, "--out", str(tmp_path / "parts"), capsys=capsys)[0])
+        calls.append(len(drawn))
+    assert codes == [130, 130, 0] and calls == [3, 3, in_one_go - 3]  # the pictures to show are drawn anew
+    whole, parts = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("whole", "parts"))
+    assert whole["rewards"] == parts["rewards"] and whole["table"] == parts["table"]
+
+
+def test_evaluate_a_folder_against_itself(tiny_sd, tmp_path, capsys):
+    """No run needed: any two models; of one and the same the difference is exactly nothing, and half the pairs are won."""
+    files = prompt_files(tmp_path)
+    common = ["--reward", "compressibility", "--ddpm-steps", "5", "--prompts", files[1], "--samples-per-prompt", "3"]
+    flags = ["--evaluate", tiny_sd, "--against", tiny_sd, *common, "--out", str(tmp_path / "out")]
+    assert run_cli(*flags, capsys=capsys) == (0, "")
+    (row,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["table"].values()
+    assert row["difference"] == {"mean": 0.0, "standard_error": 0.0} and row["win rate"] == 0.5
+    alone = ["--evaluate", tiny_sd, *common, "--out", str(tmp_path / "alone")]
+    assert run_cli(*alone, capsys=capsys) == (0, "")
+    (only,) = json.loads((tmp_path / "alone" / "evaluation.json").read_text())["table"].values()
+    assert only == {"finetuned": row["finetuned"]}
+
+
+def test_evaluate_bad_input(finished_run, tiny_sd, tmp_path, capsys, monkeypatch):
+    """Other settings in the same folder; a run that is not over; --model beside --evaluate; torchrun."""
+    file = prompt_files(tmp_path)[1]
+    flags = [
+        "--evaluate",
+        str(finished_run),
+        "--prompts",
+        file,
+        "--samples-per-prompt",
+        "2",
+        "--out",
+        str(tmp_path / "e"),
+    ]
+    assert run_cli(*flags, capsys=capsys) == (0, "")
+    (tmp_path / "young").mkdir()
+    (tmp_path / "young" / "config.json").write_bytes((finished_run / "config.json").read_bytes())
+    for changed, sentence in (
+        ([*flags, "--seed", "9"], "holds an evaluation with another seed; choose another folder"),
+        ([*flags, "--model", tiny_sd], "--model: --evaluate names the model"),
+        ([*flags, "--samples-per-prompt", "1"], "--samples-per-prompt 1: must be at least 2"),
+        (["--evaluate", str(tmp_path / "young")], "has no pipeline/ yet; finish the run with --resume"),
+    ):
+        code, message = run_cli(*changed, capsys=capsys)
+        assert code == 2 and sentence in message and message.count("\n") == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, message = run_cli(*flags, capsys=capsys)
+    assert code == 2 and "--evaluate: runs in one process" in message
+
+
+WANDB = """
+lines = []
+class Run:
+    def log(self, metrics):
+        lines.append(metrics)
+def init(**settings):
+    return Run()
+"""
+
+
+def test_log_to(tiny_sd, tmp_path, capsys, monkeypatch):
+    """Every epoch's metrics go to wandb as they go to metrics.jsonl; what is not installed is named in a sentence."""
+    flags = [*SMALL_RUN, "--model", tiny_sd, "--epochs", "2", "--log-to"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, message = run_cli(*flags, "tensorboard", "--out", str(tmp_path / "none"), capsys=capsys)
+    assert code == 2 and message == "prdp.py: --log-to tensorboard: not installed; pip install tensorboard.\n"
+    monkeypatch.undo()
+    (tmp_path / "wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(tmp_path)
+    prdp.open_log.cache_clear()
+    assert run_cli(*flags, "wandb", "--out", str(tmp_path / "run"), capsys=capsys)[0] == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sys.modules.pop("wandb").lines == lines
+
+
 # ------------------------------------------------------------------------------------------------ several processes
 
 
