@@ -48,7 +48,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -58,13 +58,13 @@ from torch import Tensor, nn
 
 import kernels
 from kernels import gaussian_log_prob, guided_log_prob, guided_sample  # noqa: F401  (the first for other code)
-from prompts import evaluation, load_prompts
+from prompts import load_prompts, report
 from rewards import InputError, Reward, load_reward, parse_reward
 
 # ---- 1. Settings: Table 4 ----------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
-ANIMALS = str(HERE / "prompts" / "animals.txt")
+PROMPTS = str(HERE / "prompts") + os.sep
 VERSION = 2  # of the checkpoint's layout
 
 
@@ -81,7 +81,7 @@ class Config:
     preset: str = flag("small", "a column of Table 4, or the toy", choices=("small", "large", "multi", "toy"))
     model: str = flag("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1.x or 2.x, diffusers hub id or folder")
     reward: str = flag("hpsv2", "reward to maximise, see rewards.py")
-    prompts: tuple[str, ...] = flag((ANIMALS,), "files: .txt, .json or .jsonl", nargs="+", type=str, metavar="FILE")
+    prompts: tuple[str, ...] = flag((PROMPTS + "animals.txt",), "files", nargs="+", type=str, metavar="FILE")
     loss: str = flag("prdp", "PRDP, or a baseline", choices=("prdp", "ddpo", "ddpo-sf", "rwr", "rwr-sparse", "dpo"))
     out: str = flag("", "run folder, new or empty (default: runs/PRESET; of --evaluate: RUN/evaluation)")
     resume: str = flag("", "run folder to go on with, under its own settings", metavar="RUN")
@@ -108,27 +108,26 @@ class Config:
     # the machine
     microbatch: int = flag(8, "images per network pass; must divide N*B", low=1)
     dtype: str = flag("fp32", "of the network passes; weights stay fp32", choices=("fp32", "bf16", "fp16"))
+    lora_rank: int = flag(0, "train low-rank adapters of the attention layers instead; 0: the full UNet", low=0)
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass, to save memory")
+    compile: bool = flag(False, "torch.compile the UNet's passes; minutes of start-up")
     save_every: int = flag(1, "epochs between checkpoints", low=1)
     sample_every: int = flag(10, "epochs between sample grids", low=1)
     log_to: str = flag("", "also send metrics there", choices=("tensorboard", "wandb"))
 
 
+LARGE = dict(epochs=1000, updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8, clip_range=1e-4)
 PRESETS = {
     "small": {},
-    "large": dict(
-        epochs=1000, updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8, kl_weight=3e-6,
-        clip_range=1e-4, learning_rate=7e-6, dtype="bf16", prompts=(str(HERE / "prompts" / "hpdv2_train.json"),),
-    ),
-    "multi": dict(
-        epochs=1000, updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8, kl_weight=3e-5,
-        clip_range=1e-4, learning_rate=1e-5, dtype="bf16", reward="pickscore=10,hpsv2=2,aesthetic=0.05",
-        prompts=(str(HERE / "prompts" / "pickapic_train.jsonl"),),
+    "large": LARGE | dict(kl_weight=3e-6, learning_rate=7e-6, dtype="bf16", prompts=(PROMPTS + "hpdv2_train.json",)),
+    "multi": LARGE | dict(
+        kl_weight=3e-5, learning_rate=1e-5, dtype="bf16", prompts=(PROMPTS + "pickapic_train.jsonl",),
+        reward="pickscore=10,hpsv2=2,aesthetic=0.05",
     ),
     "toy": dict(
         epochs=30, updates_per_epoch=4, prompts_per_epoch=8, images_per_prompt=8, kl_weight=3e-5,
         clip_range=1e-3, learning_rate=2e-4, ddpm_steps=10, microbatch=64, sample_every=5,
-        model=str(HERE / "toy" / "sd"), reward=f"pickscore:{HERE / 'toy' / 'pickscore'}",
-        prompts=(str(HERE / "prompts" / "shapes.txt"),),
+        prompts=(PROMPTS + "shapes.txt",), model=str(HERE / "toy" / "sd"), reward=f"pickscore:{HERE}/toy/pickscore",
     ),
 }  # fmt: skip
 
@@ -428,9 +427,9 @@ def reduce_gradients(unet: nn.Module) -> None:
     take part and every update is counted.
     """
     for p in unet.parameters():
-        if p.grad is None:
+        if p.grad is None and p.requires_grad:
             p.grad = torch.zeros_like(p)
-        if processes() > 1:
+        if p.requires_grad and processes() > 1:
             dist.all_reduce(p.grad)
             p.grad /= processes()
 
@@ -488,15 +487,15 @@ def collect(
     return Batch(prompts, trajectories, log_probs_ref, images, rewards, models.reward.parts, targets, history)
 
 
-def show(config: Config, models: Models, epoch: int, prompts: list[str]) -> evaluation.Samples:
+def show(config: Config, models: Models, epoch: int, prompts: list[str]) -> report.Samples:
     """Samples of N prompts spread evenly over the file, with the noise of epoch 0; saved in samples/ under `epoch`."""
     prompts = [prompts[n * len(prompts) // config.prompts_per_epoch] for n in range(config.prompts_per_epoch)]
     batch = collect(config, models, 0, prompts, {})
     if epoch == 0:
         check_on_policy(models, batch.trajectories)
-    samples = evaluation.Samples(prompts, gather(batch.images).cpu(), gather(batch.rewards).cpu())
+    samples = report.Samples(prompts, gather(batch.images).cpu(), gather(batch.rewards).cpu())
     if rank() == 0:
-        evaluation.save_grid(Path(config.out) / "samples" / f"epoch_{epoch:04d}", samples)
+        report.save_grid(Path(config.out) / "samples" / f"epoch_{epoch:04d}", samples)
     return samples
 
 
@@ -527,7 +526,8 @@ def train(config: Config, models: Models, optimizer: torch.optim.Optimizer, prom
             updates.append((loss.detach(), log_probs.detach(), weights, grad_norm))
         models.history.update(batch.history)
         metrics = epoch_metrics(config, epoch, batch, fixed, updates, seconds)
-        log_epoch(config, metrics, header=(epoch - start) % 20 == 0)
+        if rank() == 0:
+            report.log_epoch(Path(config.out), metrics, header=(epoch - start) % 20 == 0, log_to=config.log_to)
         if epoch % config.sample_every == 0 and epoch < config.epochs:
             show(config, models, epoch, prompts)
         if epoch % config.save_every == 0 or epoch == config.epochs:
@@ -676,11 +676,24 @@ def load_models(config: Config, device: torch.device) -> Models:
     pipe.text_encoder.requires_grad_(False)
     unet.requires_grad_(True).eval()  # eval: with dropout every pass would be another policy
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype]
-    reference = copy.deepcopy(unet).requires_grad_(False)
-    for layer in reference.modules():
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if config.lora_rank:  # the attention layers learn W + B A, where B begins at 0 (Hu et al. 2021)
+        from peft import LoraConfig
+
+        unet.requires_grad_(False)
+        rank, layers = config.lora_rank, ["to_q", "to_k", "to_v", "to_out.0"]
+        torch.manual_seed(config.seed)  # A begins at random, the same in every process
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=layers))
+        reference = WithoutAdapters(unet)
+    else:
+        reference = copy.deepcopy(unet).requires_grad_(False)
+    for layer in reference.modules() if autocast and not config.lora_rank and not config.compile else ():
         # Autocast casts these weights at every pass; cast once, they are the same bits in half the memory.
-        if autocast is not None and isinstance(layer, (nn.Linear, nn.Conv2d)):
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
             layer.to(autocast)
+    if config.compile:
+        unet, reference = torch.compile(unet), torch.compile(reference)
     schedule = Schedule(*(column.to(device) for column in ddpm_schedule(pipe.scheduler.config, config.ddpm_steps)))
     settings = {**SD_SCHEDULER, **pipe.scheduler.config, "timestep_spacing": "leading", "clip_sample": False}
     pipe.scheduler = diffusers.DDIMScheduler.from_config(settings)  # with eta = 1 it samples this policy
@@ -688,6 +701,21 @@ def load_models(config: Config, device: torch.device) -> Models:
     size = unet.config.sample_size
     latent_shape = (channels, *(size if isinstance(size, (list, tuple)) else (size, size)))
     return Models(pipe, policy, policy._replace(unet=reference), reward, latent_shape, {})
+
+
+class WithoutAdapters(nn.Module):
+    """The pretrained network within one that has adapters: pi_ref, in no memory of its own."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, *arguments, **options):
+        self.unet.disable_adapters()
+        try:
+            return self.unet(*arguments, **options)
+        finally:
+            self.unet.enable_adapters()
 
 
 @torch.no_grad()
@@ -797,10 +825,6 @@ def check_on_policy(models: Models, trajectories: Trajectories) -> None:
 # ---- 9. What a run writes ----------------------------------------------------------------------------------
 
 UNBORN = {".lock", "config.json.tmp"}  # all that a run killed before its config.json leaves behind
-COLUMNS = (
-    "epoch", "reward_mean", "reward_std", "loss", "clip_fraction", "skipped_fraction", "log_ratio_old",
-    "log_ratio_ref", "grad_norm", "images_per_second",
-)  # fmt: skip
 
 
 def hold(folder: Path) -> BinaryIO:
@@ -826,42 +850,14 @@ def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
     os.replace(temporary, path)
 
 
-@cache
-def open_log(config_out: str, kind: str) -> Callable[[dict[str, float]], object]:
-    """The function that sends an epoch's metrics to --log-to."""
-    if kind == "wandb":
-        import wandb
-
-        return wandb.init(project="prdp", name=config_out, dir=config_out).log
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(config_out)
-    return lambda metrics: [writer.add_scalar(k, v, metrics["epoch"]) for k, v in metrics.items()]
-
-
-def log_epoch(config: Config, metrics: dict[str, float], header: bool) -> None:
-    """A line on the screen, a line in metrics.jsonl, reward.png drawn again."""
-    if rank() != 0:
-        return
-    parts = [name for name in metrics if name.startswith("reward_mean/")]
-    columns = [*COLUMNS[:3], *(parts if len(parts) > 1 else []), *COLUMNS[3:]]
-    if header:
-        print("  ".join(f"{name:>9}" for name in columns))
-    print("  ".join(f"{metrics[name]:>{max(9, len(name))}.4g}" for name in columns), flush=True)
-    with open(Path(config.out) / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(metrics) + "\n")
-    if config.log_to:
-        open_log(config.out, config.log_to)(metrics)
-    evaluation.plot_rewards(Path(config.out))
-
-
 def save_checkpoint(config: Config, models: Models, optimizer: torch.optim.Optimizer, epoch: int) -> None:
     """checkpoint/state.pt, after a whole epoch. Prompts and noise depend on (seed, epoch) alone: no RNG state."""
     if rank() != 0:
         return
     path = Path(config.out) / "checkpoint" / "state.pt"
     path.parent.mkdir(exist_ok=True)
-    state = {"epoch": epoch, "unet": models.policy.unet.state_dict(), "optimizer": optimizer.state_dict()}
+    unet = {name: p for name, p in models.pipe.unet.named_parameters() if p.requires_grad}
+    state = {"epoch": epoch, "unet": unet, "optimizer": optimizer.state_dict()}
     state |= {"history": models.history, "config": vars(config), "version": VERSION}
     write_file(path, lambda file: torch.save(state, file))
 
@@ -876,7 +872,7 @@ def load_checkpoint(config: Config, models: Models, optimizer: torch.optim.Optim
     if state.get("version", VERSION) != VERSION:
         raise InputError(f"{path}: written by version {state['version']} of prdp.py, and this is version {VERSION}.")
     if state["epoch"]:
-        models.policy.unet.load_state_dict(state["unet"])
+        models.pipe.unet.load_state_dict(state["unet"], strict=False)  # of a LoRA, the adapters alone
         models.history.update(state["history"])
         optimizer.load_state_dict(state["optimizer"])
     if metrics.is_file():
@@ -889,23 +885,23 @@ def load_checkpoint(config: Config, models: Models, optimizer: torch.optim.Optim
 
 
 def evaluate(config: Config) -> None:
-    """--evaluate: the model against the base, by the paper's protocol (Sec. 4.1); see `prompts.evaluation.evaluate`."""
+    """--evaluate: the model against the base, by the paper's protocol (Sec. 4.1); see `prompts.report.evaluate`."""
     out, device = Path(config.out), start_processes()
     held = hold(out)  # noqa: F841  (until this process ends)
 
-    def load(model: str) -> evaluation.Draw:
+    def load(model: str) -> report.Draw:
         models = load_models(dataclasses.replace(config, model=model), device)
 
-        def draw(prompts: list[str], mine: Sequence[int], images: int) -> evaluation.Samples:
+        def draw(prompts: list[str], mine: Sequence[int], images: int) -> report.Samples:
             batch = collect(dataclasses.replace(config, images_per_prompt=images), models, 0, prompts, {}, mine)
-            return evaluation.Samples(batch.prompts, batch.images.cpu(), batch.rewards.cpu())
+            return report.Samples(batch.prompts, batch.images.cpu(), batch.rewards.cpu())
 
         return draw
 
     loaders = {"base": partial(load, config.against)} if config.against else {}
     loaders["finetuned"] = partial(load, config.model)
     chunk = max(1, config.microbatch // config.samples_per_prompt)
-    evaluation.evaluate(loaders, config.prompts, config.samples_per_prompt, chunk, out, vars(config))
+    report.evaluate(loaders, config.prompts, config.samples_per_prompt, chunk, out, vars(config))
 
 
 def run(config: Config) -> None:
@@ -915,14 +911,16 @@ def run(config: Config) -> None:
         raise InputError(f"--out {out}: already in use; choose another folder, or go on with --resume {out}.")
     device = start_processes()  # waits for all of them: none may see another's new folder
     models = load_models(config, device)
-    unet = models.policy.unet
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    learning = [p for p in models.pipe.unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=config.learning_rate, weight_decay=config.weight_decay)
     if rank() == 0:
         held = hold(out)  # noqa: F841  (until this process ends)
         settings = json.dumps(vars(dataclasses.replace(config, resume="")), indent=1).encode()
         write_file(out / "config.json", lambda file: file.write(settings))
-        millions, context = sum(p.numel() for p in unet.parameters()) / 1e6, models.pipe.tokenizer.model_max_length
-        print(f"{config.model}: UNet of {millions:.1f} M parameters in {config.dtype}, {processes()} process(es)")
+        millions, context = sum(p.numel() for p in learning) / 1e6, models.pipe.tokenizer.model_max_length
+        print(
+            f"{config.model}: {millions:.1f} M parameters to learn, passes in {config.dtype}, {processes()} process(es)"
+        )
         print(f"log-probs: {kernels.path(device)}; reward {config.reward}")
         print(f"{len(prompts)} prompts from {', '.join(config.prompts)}; results in {out}")
         if long := sum(len(ids) > context for ids in models.pipe.tokenizer(prompts).input_ids):
@@ -946,10 +944,14 @@ def run(config: Config) -> None:
 
     after = show(config, models, config.epochs, prompts)
     if rank() == 0:
+        if config.lora_rank:
+            models.pipe.unet.save_lora_adapter(out / "lora")
+            models.pipe.unet.fuse_lora()
+            models.pipe.unet.unload_lora()
         models.pipe.save_pretrained(out / "pipeline")
-        evaluation.plot_rewards(out)
-        evaluation.plot_pairs(out / "before_after.png", {"base": before, "finetuned": after})
-        rise, error = evaluation.mean_and_error((after.rewards - before.rewards).unsqueeze(0)).values()
+        report.plot_rewards(out)
+        report.plot_pairs(out / "before_after.png", {"base": before, "finetuned": after})
+        rise, error = report.mean_and_error((after.rewards - before.rewards).unsqueeze(0)).values()
         print(
             f"mean reward of {len(before.rewards)} images on fixed prompts and seeds: {before.rewards.mean():.4f} -> "
             f"{after.rewards.mean():.4f}, {rise:+.4f} +- {error:.4f} (standard error of the paired difference)\n"

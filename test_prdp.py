@@ -22,6 +22,7 @@ os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())
 
 import kernels
 import prdp
+import prompts.report
 import rewards
 from prdp import Policy, Schedule, Trajectories, prdp_loss
 
@@ -855,6 +856,61 @@ def test_converges_to_the_closed_form_optimum():
     optimum = (schedule.sigma**2 * later)[:, None] * g / (kl_weight / (steps * dimensions))
     assert closure().item() < 1e-6 * start
     torch.testing.assert_close(unet.theta.detach(), optimum, rtol=0.01, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------ speed and memory
+
+
+def gradient_of(models: prdp.Models) -> Tensor:
+    trajectories = draw(models)
+    weights = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    prdp.backward_trajectories(models.policy, trajectories, weights)
+    return torch.cat([p.grad.flatten() for p in models.pipe.unet.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"compile": True}])
+def test_memory_and_speed_flags_keep_the_gradient(tiny_sd, monkeypatch, changes):
+    """To rounding. And where they recompute or compile, an unchanged policy still reproduces its log-probs to the bit."""
+    from functools import partial
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # the graphs, not their compilation
+    plain = gradient_of(prdp.load_models(tiny_config(tiny_sd), CPU))
+    models = prdp.load_models(tiny_config(tiny_sd, **changes), CPU)
+    torch.testing.assert_close(gradient_of(models), plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+    prdp.check_on_policy(models, draw(models))
+    assert [name for name, _ in models.pipe.unet.named_parameters()][0].startswith("conv_in")  # for the checkpoint
+
+
+def test_lora(tiny_sd, tmp_path, capsys):
+    """Adapters alone are learned and kept in the checkpoint, the reference stays the pretrained model, a resumed run is
+    the uninterrupted one, and the pipeline has the adapters merged: it draws what the run last showed."""
+    from diffusers import StableDiffusionPipeline
+
+    flags = [*SMALL_RUN, "--model", tiny_sd, "--lora-rank", "2", "--learning-rate", "1e-2", "--microbatch", "4"]
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert run_cli(*flags, "--epochs", "2", "--out", str(whole), capsys=capsys)[0] == 0
+    assert run_cli(*flags, "--epochs", "1", "--out", str(halves), capsys=capsys)[0] == 0
+    assert run_cli("--resume", str(halves), "--epochs", "2", capsys=capsys)[0] == 0
+    assert_same_run(whole, halves)
+    adapters = weights_of(whole)
+    assert adapters and all("lora_" in name for name in adapters)
+    assert any(x.abs().max() > 1e-3 for name, x in adapters.items() if "lora_B" in name)
+    assert (whole / "lora" / "pytorch_lora_weights.safetensors").is_file()
+
+    config = prdp.Config(**json.loads((whole / "config.json").read_text()))
+    models, base = prdp.load_models(config, CPU), prdp.load_models(tiny_config(tiny_sd), CPU)
+    prdp.load_checkpoint(
+        config, models, torch.optim.AdamW([p for p in models.pipe.unet.parameters() if p.requires_grad])
+    )
+    merged = StableDiffusionPipeline.from_pretrained(whole / "pipeline").unet
+    assert not any("lora" in name for name in merged.state_dict())
+    x, t, text = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.randn(2, 16, 16)
+    with torch.no_grad():
+        networks = (models.policy.unet, models.reference.unet, merged, base.policy.unet)
+        learned, reference, ours, pretrained = (unet(x, t, encoder_hidden_states=text).sample for unet in networks)
+    assert torch.equal(reference, pretrained)
+    torch.testing.assert_close(ours, learned, rtol=1e-4, atol=1e-5)
+    assert (learned - pretrained).abs().max() > 1e-4
 
 
 # ------------------------------------------------------------------------------------------------ baselines
@@ -1932,16 +1988,16 @@ def test_evaluate_goes_on_where_it_was_stopped(finished_run, tmp_path, capsys, m
 
     def counted(*arguments):
         drawn.append(arguments)
-        if interrupt and len(drawn) == 3:
+        if len(drawn) == limit[0]:
             raise KeyboardInterrupt
         return collect(*arguments)
 
     monkeypatch.setattr(prdp, "collect", counted)
     flags = ["--evaluate", str(finished_run), "--prompts", *files, "--samples-per-prompt", "2", "--microbatch", "2"]
-    interrupt = False
+    limit = [math.inf]
     assert run_cli(*flags, "--out", str(tmp_path / "whole"), capsys=capsys) == (0, "")
     in_one_go, codes, calls = len(drawn), [], []
-    for interrupt in (True, True, False):
+    for limit[0] in (3, 3, math.inf):
         drawn.clear()
         codes.append(run_cli(*flags, "--out", str(tmp_path / "parts"), capsys=capsys)[0])
         calls.append(len(drawn))
@@ -2012,7 +2068,7 @@ def test_log_to(tiny_sd, tmp_path, capsys, monkeypatch):
     monkeypatch.undo()
     (tmp_path / "wandb.py").write_text(WANDB)
     monkeypatch.syspath_prepend(tmp_path)
-    prdp.open_log.cache_clear()
+    prompts.report.open_log.cache_clear()
     assert run_cli(*flags, "wandb", "--out", str(tmp_path / "run"), capsys=capsys)[0] == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sys.modules.pop("wandb").lines == lines

@@ -1,5 +1,5 @@
-"""What is drawn and measured on fixed prompts and seeds: sample grids, the reward curve, pictures of two models side by
-side, and the paper's evaluation protocol (Sec. 4.1). Knows nothing of diffusion: prdp.py draws the images."""
+"""What a run shows: a line per epoch, sample grids, the reward curve, pictures of two models side by side, and the
+paper's evaluation protocol (Sec. 4.1). Knows nothing of diffusion: prdp.py draws the images."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,11 @@ from torch import Tensor
 
 from prompts import load_prompts
 from rewards import InputError
+
+COLUMNS = (
+    "epoch", "reward_mean", "reward_std", "loss", "clip_fraction", "skipped_fraction", "log_ratio_old",
+    "log_ratio_ref", "grad_norm", "images_per_second",
+)  # fmt: skip
 
 
 class Samples(NamedTuple):
@@ -91,6 +97,33 @@ def _write(path: Path, record: dict) -> None:
     """In one step: whoever is killed meanwhile leaves the file before."""
     path.with_suffix(".tmp").write_text(json.dumps(record))
     os.replace(path.with_suffix(".tmp"), path)
+
+
+@cache
+def open_log(kind: str, run: str) -> Callable[[dict[str, float]], object]:
+    """The function that sends an epoch's metrics to --log-to."""
+    if kind == "wandb":
+        import wandb
+
+        return wandb.init(project="prdp", name=run, dir=run).log
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(run)
+    return lambda metrics: [writer.add_scalar(k, v, metrics["epoch"]) for k, v in metrics.items()]
+
+
+def log_epoch(run: Path, metrics: dict[str, float], header: bool, log_to: str) -> None:
+    """A line on the screen, a line in metrics.jsonl, reward.png drawn again, and the metrics sent to `log_to`."""
+    parts = [name for name in metrics if name.startswith("reward_mean/")]
+    columns = [*COLUMNS[:3], *(parts if len(parts) > 1 else []), *COLUMNS[3:]]
+    if header:
+        print("  ".join(f"{name:>9}" for name in columns))
+    print("  ".join(f"{metrics[name]:>{max(9, len(name))}.4g}" for name in columns), flush=True)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    if log_to:
+        open_log(log_to, str(run))(metrics)
+    plot_rewards(run)
 
 
 def save_grid(path: Path, samples: Samples) -> None:
