@@ -2053,10 +2053,10 @@ def test_over_optimisation_is_warned_of_once(tmp_path, capsys):
     """When the distance to the reference passes the threshold with a reward above the first epoch's: not before, not twice,
     and not where the reward fell."""
     base = {"reward_std": 0.1, **{name: 0.0 for name in prompts.report.COLUMNS[3:]}}
-    for folder, rewards in (("rises", [0.3, 0.4, 0.2, 0.5, 0.6]), ("falls", [0.3, 0.2, 0.2, 0.1, 0.1])):
+    for folder, heights in (("rises", [0.3, 0.4, 0.2, 0.5, 0.6]), ("falls", [0.3, 0.2, 0.2, 0.1, 0.1])):
         (tmp_path / folder).mkdir()
         warned = []
-        for epoch, (reward, distance) in enumerate(zip(rewards, (0.0, 9.0, 11.0, 12.0, 30.0), strict=True), 1):
+        for epoch, (reward, distance) in enumerate(zip(heights, (0.0, 9.0, 11.0, 12.0, 30.0), strict=True), 1):
             metrics = {**base, "epoch": epoch, "reward_mean": reward, "log_ratio_ref": distance}
             prompts.report.log_epoch(tmp_path / folder, metrics, header=False, log_to="")
             warned.append("over-optimisation" in capsys.readouterr().out)

@@ -49,8 +49,8 @@ def evaluate(
     """The paper's protocol: rewards of `samples` images of every prompt of the files, the same seeds for every model.
 
     loaders: "finetuned", and "base" to compare it with; each loads a model and gives the function that draws from it,
-    `chunk` prompts at a time. out/evaluation.json holds the settings, every reward, and the table that is printed too: a
-    row per file, with means, standard errors over prompts, paired difference and win rate (ties count half). It is
+    `chunk` prompts at a time. out/evaluation.json holds the settings, every reward, and the table that is printed too:
+    a row per file, with means, standard errors over prompts, paired difference and win rate (ties count half). It is
     replaced after every chunk, and goes on from there when called again with the same settings. out/evaluation.png
     shows 2 images for each of 8 prompts. Raises InputError if the file there was made with other settings.
     """
@@ -131,9 +131,9 @@ def log_epoch(run: Path, metrics: dict[str, float], header: bool, log_to: str) -
     far = [row["log_ratio_ref"] > FAR and row["reward_mean"] > rows[0]["reward_mean"] for row in rows]
     if far[-1] and sum(far) == 1:
         print(
-            f"warning: the reward rises, and the policy is {metrics['log_ratio_ref']:.0f} nats per latent dimension and step "
-            "from the pretrained model: look in samples/ for over-optimisation (Sec. 4.4). Against it: a higher "
-            "--kl-weight, a lower --learning-rate, fewer epochs, a second reward that reads the prompt."
+            f"warning: the reward rises, and log_ratio_ref is {metrics['log_ratio_ref']:.1f} nats per latent dimension: "
+            "look in samples/ for over-optimisation (Sec. 4.4). Against it: a higher --kl-weight, a lower "
+            "--learning-rate, fewer epochs, a second reward that reads the prompt."
         )
     if log_to:
         open_log(log_to, str(run))(metrics)
