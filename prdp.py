@@ -291,7 +291,6 @@ class Trajectories(NamedTuple):
 
 def image_generators(seed: int, epoch: int, prompts: Sequence[int], images: int) -> list[torch.Generator]:
     """One CPU generator per image: its noise depends on no microbatch, no device and no other image."""
-
     keys = (hashlib.sha256(f"{seed} {epoch} {n} {i}".encode()).digest() for n in prompts for i in range(images))
     return [torch.Generator().manual_seed(int.from_bytes(key[:8], "little", signed=True)) for key in keys]
 
@@ -989,7 +988,8 @@ def main(argv: list[str] | None = None) -> None:
     except InputError as error:
         fail(str(error))
     except torch.OutOfMemoryError:
-        fail(f"out of GPU memory with --microbatch {config.microbatch}: try {max(1, config.microbatch // 2)}.")
+        smaller = f"--microbatch {config.microbatch // 2}" if config.microbatch > 1 else "--lora-rank 8"
+        fail(f"out of GPU memory with --microbatch {config.microbatch}: try {smaller}, or --gradient-checkpointing.")
     except OSError as error:
         fail(f"{error.filename or config.out}: {error.strerror}; what was saved is intact.")
 

@@ -557,6 +557,20 @@ def test_fused_rows_beyond_two_billion_elements(fused):
     torch.testing.assert_close(log_prob[:1].detach(), normal_log_prob(**step), rtol=1e-12, atol=1e-12)
 
 
+def test_benchmark_quick_prints_its_tables():
+    """On a CPU in seconds; the on-policy gap it measures is exactly 0 in every number format."""
+    command = [sys.executable, str(ROOT / "kernels" / "benchmark.py"), "--quick"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200
+    )
+    assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
+    tables = [part.strip().split("\n") for part in done.stdout.split("\n## ")[1:]]
+    assert [table[0][:3] for table in tables] == ["(a)", "(b)", "one", "(c)"]
+    for table in tables[1], tables[3]:
+        gaps = [cells[-1].strip() for cells in (line.strip("|").split("|") for line in table if line.startswith("|"))]
+        assert {gap for gap in gaps[2:] if gap} == {"0.0"}
+
+
 # ------------------------------------------------------------------------------------------------ trajectories
 
 
@@ -2086,6 +2100,19 @@ def test_log_to(tiny_sd, tmp_path, capsys, monkeypatch):
     assert run_cli(*flags, "wandb", "--out", str(tmp_path / "run"), capsys=capsys)[0] == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sys.modules.pop("wandb").lines == lines
+
+
+def test_claims_quick(tmp_path):
+    """One seed of every experiment at tiny size, with its figures; the committed results stay as they are."""
+    committed = {p: p.read_bytes() for p in (ROOT / "toy").glob("claim*") if p.suffix in (".json", ".png")}
+    command = [sys.executable, str(ROOT / "toy" / "claims.py"), "--quick", "--jobs", "2", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    book = json.loads((tmp_path / "claims.json").read_text())
+    assert sorted(book["claims"]) == list("123456")
+    assert {entry["verdict"] for entry in book["claims"].values()} == {"one seed: no verdict"}
+    assert all((tmp_path / f"claim{n}.png").stat().st_size > 5000 for n in range(1, 7))
+    assert committed == {p: p.read_bytes() for p in committed}
 
 
 # ------------------------------------------------------------------------------------------------ several processes
