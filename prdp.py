@@ -24,8 +24,8 @@ units.
 Departures from the paper, and choices where it is silent or says two things (the README says why):
  1. The loss takes the mean over T (App. G), not Eqs. 10, 19 and 21's sum: loss_sum(beta) == T**2 * loss_mean(beta * T).
  2. log_prob is a mean over latent dimensions, as in DDPO's code, whose clip range is Table 4's large-scale one.
- 3. The loss averages over pairs whose rewards differ (App. G); Alg. 1, line 10 divides by B(B-1)/2, ties included. A
-    prompt whose rewards all tie contributes 0, where App. G gives NaN.
+ 3. The loss averages over pairs whose rewards differ (App. G; Alg. 1, line 10: over all B(B-1)/2). If all tie it is 0,
+    where App. G gives NaN.
  4. After the last step alpha-bar is alphas_cumprod[0], as in Stable Diffusion's samplers.
  5. With K = 1 (large scale) theta is theta_old at the only update, and the clip of Eq. 18 never acts. Kept as printed.
  6. The number format of the network passes (`dtype` in each preset); the paper gives none.
@@ -42,13 +42,13 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -113,7 +113,7 @@ class Config:
     compile: bool = flag(False, "torch.compile the UNet's passes; minutes of start-up")
     save_every: int = flag(1, "epochs between checkpoints", low=1)
     sample_every: int = flag(10, "epochs between sample grids", low=1)
-    log_to: str = flag("", "also send metrics there", choices=("tensorboard", "wandb"))
+    log_to: str = flag("none", "also send metrics there", choices=("none", "tensorboard", "wandb"))
 
 
 LARGE = dict(epochs=1000, updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8, clip_range=1e-4)
@@ -149,7 +149,7 @@ def parse_args(argv: list[str]) -> Config:
             settings = vars(Config(**json.loads((run / "config.json").read_text())))
         except FileNotFoundError:
             raise InputError(f"--resume {run}: no config.json there, so it is no run folder.") from None
-        except (json.JSONDecodeError, TypeError) as error:
+        except (ValueError, TypeError) as error:  # ValueError: no JSON, or no UTF-8
             raise InputError(f"{run / 'config.json'}: damaged, or of another version ({error}).") from error
     if "resume" in given:
         for name in sorted(given.keys() - {"resume", "out", "epochs", "save_every", "sample_every", "log_to"}):
@@ -178,7 +178,7 @@ def check_config(config: Config, given: dict) -> Config:
         if f.metadata["above"] > -math.inf and not value > f.metadata["above"]:
             raise InputError(f"{option} {value}: must be greater than {f.metadata['above']}.")
     share, rest = divmod(config.prompts_per_epoch, int(os.environ.get("WORLD_SIZE", 1)))
-    size, loss, log = config.microbatch, config.loss, config.log_to
+    size, loss, log = config.microbatch, config.loss, "torch" if config.log_to == "none" else config.log_to
     images, alone = share * config.images_per_prompt, config.images_per_prompt == 1 and not loss.startswith("ddpo")
     for wrong, sentence in (
         (rest, f"--prompts-per-epoch {config.prompts_per_epoch}: must be a multiple of the processes."),
@@ -188,7 +188,7 @@ def check_config(config: Config, given: dict) -> Config:
         (loss.startswith("ddpo") and config.offline, f"--offline: not with {loss}, which learns from its own images."),
         (config.evaluate and "model" in given, "--model: --evaluate names the model, and --against the other one."),
         (config.evaluate and "WORLD_SIZE" in os.environ, "--evaluate: runs in one process, without torchrun."),
-        (log and not importlib.util.find_spec(log), f"--log-to {log}: not installed; pip install {log}."),
+        (not importlib.util.find_spec(log), f"--log-to {log}: not installed; pip install {log}."),
     ):
         if wrong:
             raise InputError(sentence)
@@ -235,10 +235,7 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     stride = train_steps // max(num_steps, 1)
     timesteps = torch.arange(num_steps - 1, -1, -1) * stride + config["steps_offset"]
     if num_steps < 1 or stride * num_steps < 0.8 * train_steps or timesteps[0] >= train_steps:
-        raise InputError(
-            f"--ddpm-steps {num_steps}: does not divide the model's {train_steps} training steps into equal strides "
-            f"from its end (steps_offset {config['steps_offset']}); 50 does, for Stable Diffusion."
-        )
+        raise InputError(f"--ddpm-steps {num_steps}: does not divide the model's {train_steps} training steps; 50 may.")
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
     final = 1.0 if config["set_alpha_to_one"] else alphas_cumprod[0].item()
     previous = timesteps - stride
@@ -487,9 +484,10 @@ def collect(
 
 
 def show(config: Config, models: Models, epoch: int, prompts: list[str]) -> report.Samples:
-    """Samples of N prompts spread evenly over the file, with the noise of epoch 0; saved in samples/ under `epoch`."""
+    """Samples of N prompts spread evenly over the file, with the noise of epoch 0; saved in samples/ under `epoch`, at
+    epoch 0 of the reference."""
     prompts = [prompts[n * len(prompts) // config.prompts_per_epoch] for n in range(config.prompts_per_epoch)]
-    batch = collect(config, models, 0, prompts, {})
+    batch = collect(config, models._replace(policy=models.policy if epoch else models.reference), 0, prompts, {})
     if epoch == 0:
         check_on_policy(models, batch.trajectories)
     samples = report.Samples(prompts, gather(batch.images).cpu(), gather(batch.rewards).cpu())
@@ -585,7 +583,7 @@ def ddpo_sf_loss(log_probs, log_probs_old, log_probs_ref, rewards, clip_range, k
 
 
 def rwr_loss(log_probs, log_probs_old, log_probs_ref, rewards, clip_range, kl_weight) -> Tensor:
-    """Reward-weighted regression (Black et al. 2024, Apps. C.2 and F.2): weights exp(r / kl_weight), normalised per
+    """Reward-weighted regression (Black et al. 2024, Apps. C.2 and F.3): weights exp(r / kl_weight), normalised per
     prompt; App. F.6's inverse temperature 0.2 is kl_weight 5. Theirs weights the denoising loss, a bound on the
     likelihood of x_0; this weights the exact log-likelihood of the sampled trajectory."""
     weights = torch.softmax(rewards.to(log_probs.dtype) / kl_weight, dim=-1)  # (..., B)
@@ -593,7 +591,7 @@ def rwr_loss(log_probs, log_probs_old, log_probs_ref, rewards, clip_range, kl_we
 
 
 def rwr_sparse_loss(log_probs, log_probs_old, log_probs_ref, rewards, clip_range, kl_weight) -> Tensor:
-    """The same with binary weights: the best tenth of a prompt's images (at least one), equally (App. F.6)."""
+    """The same with binary weights: a prompt's images from the 0.9 quantile of their rewards up (Apps. F.3 and F.6)."""
     best = (rewards >= rewards.quantile(0.9, dim=-1, keepdim=True)).to(log_probs.dtype)  # (..., B)
     return -(best * log_probs.mean(-1)).sum(-1).div(best.sum(-1)).mean()
 
@@ -702,19 +700,15 @@ def load_models(config: Config, device: torch.device) -> Models:
     return Models(pipe, policy, policy._replace(unet=reference), reward, latent_shape, {})
 
 
-class WithoutAdapters(nn.Module):
+class WithoutAdapters(nn.Sequential):
     """The pretrained network within one that has adapters: pi_ref, in no memory of its own."""
 
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
     def forward(self, *arguments, **options):
-        self.unet.disable_adapters()
+        self[0].disable_adapters()
         try:
-            return self.unet(*arguments, **options)
+            return self[0](*arguments, **options)
         finally:
-            self.unet.enable_adapters()
+            self[0].enable_adapters()
 
 
 @torch.no_grad()
@@ -871,10 +865,12 @@ def load_checkpoint(config: Config, models: Models, optimizer: torch.optim.Optim
     if state.get("version", VERSION) != VERSION:
         raise InputError(f"{path}: written by version {state['version']} of prdp.py, and this is version {VERSION}.")
     if state["epoch"]:
+        if state["unet"].keys() != {name for name, p in models.pipe.unet.named_parameters() if p.requires_grad}:
+            raise InputError(f"{path}: holds another network's weights.")
         models.pipe.unet.load_state_dict(state["unet"], strict=False)  # of a LoRA, the adapters alone
         models.history.update(state["history"])
         optimizer.load_state_dict(state["optimizer"])
-    if metrics.is_file():
+    if metrics.is_file() and rank() == 0:
         lines = metrics.read_bytes().splitlines(keepends=True)[: state["epoch"]]
         write_file(metrics, lambda file: file.writelines(lines))
     return state["epoch"] + 1
@@ -889,7 +885,7 @@ def evaluate(config: Config) -> None:
     held = hold(out)  # noqa: F841  (until this process ends)
 
     def load(model: str) -> report.Draw:
-        models = load_models(dataclasses.replace(config, model=model), device)
+        models = load_models(dataclasses.replace(config, model=model, lora_rank=0), device)._replace(reference=None)
 
         def draw(prompts: list[str], mine: Sequence[int], images: int) -> report.Samples:
             batch = collect(dataclasses.replace(config, images_per_prompt=images), models, 0, prompts, {}, mine)
@@ -897,15 +893,15 @@ def evaluate(config: Config) -> None:
 
         return draw
 
-    loaders = {"base": partial(load, config.against)} if config.against else {}
-    loaders["finetuned"] = partial(load, config.model)
+    loaders = {"base": lambda: load(config.against)} if config.against else {}
+    loaders["finetuned"] = lambda: load(config.model)
     chunk = max(1, config.microbatch // config.samples_per_prompt)
     report.evaluate(loaders, config.prompts, config.samples_per_prompt, chunk, out, vars(config))
 
 
 def run(config: Config) -> None:
     """Train from the first epoch or the last checkpoint, then show what changed."""
-    out, prompts = Path(config.out), [prompt for file in config.prompts for prompt in load_prompts(file)]
+    out, prompts = Path(config.out), list(dict.fromkeys(p for file in config.prompts for p in load_prompts(file)))
     if not config.resume and (out.is_file() or out.is_dir() and {p.name for p in out.iterdir()} - UNBORN):
         raise InputError(f"--out {out}: already in use; choose another folder, or go on with --resume {out}.")
     device = start_processes()  # waits for all of them: none may see another's new folder
@@ -914,8 +910,10 @@ def run(config: Config) -> None:
     optimizer = torch.optim.AdamW(learning, lr=config.learning_rate, weight_decay=config.weight_decay)
     if rank() == 0:
         held = hold(out)  # noqa: F841  (until this process ends)
+        report.open_log(config.log_to, config.out)
         settings = json.dumps(vars(dataclasses.replace(config, resume="")), indent=1).encode()
         write_file(out / "config.json", lambda file: file.write(settings))
+        shutil.rmtree(out / "pipeline", ignore_errors=True)  # of the run when it was shorter
         millions, context = sum(p.numel() for p in learning) / 1e6, models.pipe.tokenizer.model_max_length
         print(
             f"{config.model}: {millions:.1f} M parameters to learn, passes in {config.dtype}, {processes()} process(es)"
@@ -925,7 +923,7 @@ def run(config: Config) -> None:
         if long := sum(len(ids) > context for ids in models.pipe.tokenizer(prompts).input_ids):
             print(f"warning: {long} prompts are longer than {context} tokens; the model sees their beginnings.")
 
-    before = show(config, models._replace(policy=models.reference), 0, prompts)
+    before = show(config, models, 0, prompts)
     start = load_checkpoint(config, models, optimizer) if config.resume else 1
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask_to_stop)
@@ -947,7 +945,8 @@ def run(config: Config) -> None:
             models.pipe.unet.save_lora_adapter(out / "lora")
             models.pipe.unet.fuse_lora()
             models.pipe.unet.unload_lora()
-        models.pipe.save_pretrained(out / "pipeline")
+        models.pipe.save_pretrained(out / "pipeline.tmp")
+        os.rename(out / "pipeline.tmp", out / "pipeline")
         report.plot_rewards(out)
         report.plot_pairs(out / "before_after.png", {"base": before, "finetuned": after})
         rise, error = report.mean_and_error((after.rewards - before.rewards).unsqueeze(0)).values()
@@ -988,9 +987,11 @@ def main(argv: list[str] | None = None) -> None:
     except InputError as error:
         fail(str(error))
     except torch.OutOfMemoryError:
-        smaller = f"--microbatch {config.microbatch // 2}" if config.microbatch > 1 else "--lora-rank 8"
-        fail(f"out of GPU memory with --microbatch {config.microbatch}: try {smaller}, or --gradient-checkpointing.")
+        smaller = f"--microbatch {max(1, config.microbatch // 2)}, --gradient-checkpointing or --lora-rank 8"
+        fail(f"out of GPU memory with --microbatch {config.microbatch}: try {smaller}.")
     except OSError as error:
+        if error.errno is None:  # not the system's
+            raise
         fail(f"{error.filename or config.out}: {error.strerror}; what was saved is intact.")
 
 

@@ -882,13 +882,15 @@ def gradient_of(models: prdp.Models) -> Tensor:
     return torch.cat([p.grad.flatten() for p in models.pipe.unet.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("changes", [{"gradient_checkpointing": True}, {"compile": True}])
+@pytest.mark.parametrize(
+    "changes", [{"gradient_checkpointing": True}, {"compile": True}, {"compile": True, "lora_rank": 2}]
+)
 def test_memory_and_speed_flags_keep_the_gradient(tiny_sd, monkeypatch, changes):
     """To rounding. And where they recompute or compile, an unchanged policy still reproduces its log-probs to the bit."""
     from functools import partial
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # the graphs, not their compilation
-    plain = gradient_of(prdp.load_models(tiny_config(tiny_sd), CPU))
+    plain = gradient_of(prdp.load_models(tiny_config(tiny_sd, lora_rank=changes.get("lora_rank", 0)), CPU))
     models = prdp.load_models(tiny_config(tiny_sd, **changes), CPU)
     torch.testing.assert_close(gradient_of(models), plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
     prdp.check_on_policy(models, draw(models))
@@ -948,7 +950,8 @@ def baseline_by_hand(name: str, log_probs, old, ref, rewards, clip_range: float,
         weights = [math.exp(r / kl_weight) for r in rewards]
         return -sum(w * lp for w, lp in zip(weights, likelihood, strict=True)) / sum(weights)
     if name == "rwr-sparse":
-        best = sorted(images, key=lambda i: -rewards[i])[: max(1, len(rewards) // 10)]
+        threshold = np.quantile(rewards, 0.9)
+        best = [i for i in images if rewards[i] >= threshold]
         return -sum(likelihood[i] for i in best) / len(best)
     assert name == "dpo"
     losses = []
@@ -962,7 +965,7 @@ def baseline_by_hand(name: str, log_probs, old, ref, rewards, clip_range: float,
 @pytest.mark.parametrize("name", ["ddpo", "ddpo-sf", "rwr", "rwr-sparse", "dpo"])
 def test_baseline_equals_its_paper_by_hand(name):
     """On several prompts at once; in float64, values and (by finite differences) gradients."""
-    log_probs, old, ref, rewards = random_inputs(1, 3, images=20)
+    log_probs, old, ref, rewards = random_inputs(1, 3, images=16)
     expected = [baseline_by_hand(name, *parts, 0.1, 0.7) for parts in zip(log_probs, old, ref, rewards, strict=True)]
     loss = prdp.LOSSES[name](log_probs, old, ref, rewards, 0.1, 0.7)
     assert loss.item() == pytest.approx(np.mean(expected), rel=1e-12)
@@ -2087,6 +2090,30 @@ def init(**settings):
 """
 
 
+def test_cli_checks_the_policy_itself(tiny_sd, tmp_path, capsys, monkeypatch):
+    """A policy that is not quite the reference at the start stops the run."""
+    load = prdp.load_models
+
+    def off(*arguments):
+        models = load(*arguments)
+        with torch.no_grad():
+            models.policy.unet.conv_out.bias += 1e-6
+        return models
+
+    monkeypatch.setattr(prdp, "load_models", off)
+    code, message = run_cli(
+        *SMALL_RUN, "--model", tiny_sd, "--epochs", "1", "--out", str(tmp_path / "run"), capsys=capsys
+    )
+    assert code == 2 and "the policy scores its own trajectory" in message
+
+
+def test_cli_one_image_per_prompt(tiny_sd, tmp_path, capsys):
+    """As DDPO samples in the large: B = 1, to the last picture."""
+    flags = [*SMALL_RUN, "--model", tiny_sd, "--loss", "ddpo", "--images-per-prompt", "1", "--epochs", "1"]
+    assert run_cli(*flags, "--out", str(tmp_path / "run"), capsys=capsys)[0] == 0
+    assert (tmp_path / "run" / "before_after.png").is_file()
+
+
 def test_log_to(tiny_sd, tmp_path, capsys, monkeypatch):
     """Every epoch's metrics go to wandb as they go to metrics.jsonl; what is not installed is named in a sentence."""
     flags = [*SMALL_RUN, "--model", tiny_sd, "--epochs", "2", "--log-to"]
@@ -2125,9 +2152,22 @@ def torchrun(*arguments: str, timeout: float = 100) -> tuple[int, str, str]:
     return process.returncode, out, errors
 
 
-def test_distributed_equals_one_process(tiny_sd, tmp_path, capsys):
-    """Two processes draw the same images to the bit, and take the same steps to rounding."""
-    flags = [*SMALL_RUN, "--model", tiny_sd, "--epochs", "2", "--updates-per-epoch", "1", "--learning-rate", "1e-5"]
+@pytest.mark.parametrize("changes", [[], ["--loss", "ddpo", "--lora-rank", "2", "--images-per-prompt", "8"]])
+def test_distributed_equals_one_process(tiny_sd, tmp_path, capsys, changes):
+    """Two processes draw the same images to the bit, and take the same steps to rounding; DDPO's statistics of a prompt and
+    the adapters' start are the same in both. What one process began two go on with."""
+    flags = [
+        *SMALL_RUN,
+        "--model",
+        tiny_sd,
+        "--epochs",
+        "2",
+        "--updates-per-epoch",
+        "1",
+        "--learning-rate",
+        "1e-5",
+        *changes,
+    ]
     one, two = tmp_path / "one", tmp_path / "two"
     assert run_cli(*flags, "--out", str(one), capsys=capsys)[0] == 0
     code, out, errors = torchrun(*flags, "--out", str(two))
@@ -2140,6 +2180,12 @@ def test_distributed_equals_one_process(tiny_sd, tmp_path, capsys):
     ours, theirs = weights_of(one), weights_of(two)
     for name in ours:
         torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=2e-7)
+    histories = [torch.load(run / "checkpoint" / "state.pt", weights_only=True)["history"] for run in (one, two)]
+    assert histories[0] == histories[1] and bool(histories[0]) == bool(changes)
+    if changes:
+        code, _, errors = torchrun("--resume", str(one), "--epochs", "3")
+        assert code == 0, errors
+        assert [row["epoch"] for row in metrics_of(one)] == [1, 2, 3]
 
 
 TWO_FACED = """

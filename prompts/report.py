@@ -56,8 +56,14 @@ def evaluate(
     """
     from tqdm import tqdm
 
-    path, settings = out / "evaluation.json", json.loads(json.dumps(settings))
-    record = json.loads(path.read_text()) if path.is_file() else {"settings": settings, "rewards": {}}
+    path = out / "evaluation.json"
+    settings = {name: value for name, value in settings.items() if name not in ("evaluate", "out")}
+    record = {"settings": settings, "rewards": {}}
+    if path.is_file():
+        try:
+            record = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"{path}: damaged; move it away to begin again.") from error
     if other := [name for name in settings if record["settings"].get(name) != settings[name]]:
         raise InputError(f"--out {out}: holds an evaluation with another {other[0]}; choose another folder.")
     prompts, shown = {file: load_prompts(file) for file in files}, {}
@@ -73,6 +79,7 @@ def evaluate(
                 _write(path, record)
             spread = range(0, len(prompts[file]), -(-len(prompts[file]) * len(files) // 8))
             pictures.append(draw(prompts[file], spread, 2))
+        del draw  # and its model, before the next is loaded
         every = [prompt for drawn in pictures for prompt in drawn.prompts]
         shown[name] = Samples(every, *(torch.cat(parts) for parts in list(zip(*pictures, strict=True))[1:]))
 
@@ -98,21 +105,32 @@ def evaluate(
 
 def _write(path: Path, record: dict) -> None:
     """In one step: whoever is killed meanwhile leaves the file before."""
-    path.with_suffix(".tmp").write_text(json.dumps(record))
+    with open(path.with_suffix(".tmp"), "w") as file:
+        json.dump(record, file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(path.with_suffix(".tmp"), path)
 
 
 @cache
 def open_log(kind: str, run: str) -> Callable[[dict[str, float]], object]:
-    """The function that sends an epoch's metrics to --log-to."""
+    """The function that sends an epoch's metrics to --log-to: "none", "tensorboard" or "wandb"."""
     if kind == "wandb":
         import wandb
 
         return wandb.init(project="prdp", name=run, dir=run).log
-    from torch.utils.tensorboard import SummaryWriter
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(run)
-    return lambda metrics: [writer.add_scalar(k, v, metrics["epoch"]) for k, v in metrics.items()]
+        writer = SummaryWriter(run)
+
+        def send(metrics: dict[str, float]) -> None:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, metrics["epoch"])
+            writer.flush()
+
+        return send
+    return lambda metrics: None
 
 
 def log_epoch(run: Path, metrics: dict[str, float], header: bool, log_to: str) -> None:
@@ -131,12 +149,11 @@ def log_epoch(run: Path, metrics: dict[str, float], header: bool, log_to: str) -
     far = [row["log_ratio_ref"] > FAR and row["reward_mean"] > rows[0]["reward_mean"] for row in rows]
     if far[-1] and sum(far) == 1:
         print(
-            f"warning: the reward rises, and log_ratio_ref is {metrics['log_ratio_ref']:.1f} nats per latent dimension: "
-            "look in samples/ for over-optimisation (Sec. 4.4). Against it: a higher --kl-weight, a lower "
+            f"warning: the reward rises, and log_ratio_ref is {metrics['log_ratio_ref']:.1f} nats per dimension: look "
+            "in samples/ for over-optimisation (Sec. 4.4). Against it: a higher --kl-weight, a lower "
             "--learning-rate, fewer epochs, a second reward that reads the prompt."
         )
-    if log_to:
-        open_log(log_to, str(run))(metrics)
+    open_log(log_to, str(run))(metrics)
     plot_rewards(run)
 
 
@@ -175,9 +192,9 @@ def plot_pairs(path: Path, shown: dict[str, Samples]) -> None:
     from matplotlib.figure import Figure
 
     prompts = next(iter(shown.values())).prompts
-    columns = min(8, len(prompts))
-    figure = Figure(figsize=(1.5 * columns + 0.5, 3.8 * len(shown)), layout="constrained")
-    for i, half in enumerate(figure.subfigures(2, 1)):
+    columns, shots = min(8, len(prompts)), min(2, len(next(iter(shown.values())).images) // len(prompts))
+    figure = Figure(figsize=(1.5 * columns + 0.5, 1.9 * shots * len(shown)), layout="constrained")
+    for i, half in enumerate(figure.subfigures(shots, 1, squeeze=False)[:, 0]):
         axes = half.subplots(len(shown), columns, squeeze=False)
         for row, (name, samples) in enumerate(shown.items()):
             for n, axis in enumerate(axes[row]):
