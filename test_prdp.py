@@ -1063,6 +1063,11 @@ def test_ablation_shared_initial_noise(tiny_sd):
     )
     start = latents[:, :, 0].flatten(2)
     assert torch.equal(start, start[:, :1].expand_as(start)) and not torch.equal(start[0], start[1])
+    plain = prdp.collect(prdp.dataclasses.replace(config, share_initial_noise=False), models, 1, ["a red star"] * 2, {})
+    drawn = plain.trajectories.latents[:, 0].flatten(
+        1
+    )  # the first noise of each image's own generator, used for x_1 here
+    assert not (start.flatten(0, 1).unsqueeze(1) == drawn).all(-1).any()
     noise = latents[:, :, 1].flatten(0, 1).flatten(1)
     assert len(noise.unique(dim=0)) == len(noise)
     shown = prdp.collect(config, models, 0, ["a red star"], {}).trajectories.latents[:, 0]
@@ -1970,6 +1975,8 @@ def test_evaluate_is_the_pipelines_own_images_scored(finished_run, tiny_sd, tmp_
     printed = capsys.readouterr().out
     record = json.loads((finished_run / "evaluation" / "evaluation.json").read_text())
     assert (finished_run / "evaluation" / "evaluation.png").stat().st_size > 10_000
+    shown = [(finished_run / "samples" / f"epoch_{n:04d}.json").read_text() for n in (0, 2)]
+    assert shown[0] != shown[1]  # the run itself shows the base first, the finetuned model last
     (schedule,) = {json.loads((finished_run / "config.json").read_text())["ddpm_steps"]}
     for model, folder in (("base", tiny_sd), ("finetuned", finished_run / "pipeline")):
         pipe = StableDiffusionPipeline.from_pretrained(finished_run / "pipeline")  # for its scheduler
