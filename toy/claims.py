@@ -321,7 +321,7 @@ def difference(a: list[dict], b: list[dict], quantity: str = "reward", where: st
 
 
 def say(pair: tuple[float, float], digits: int = 3) -> str:
-    return f"{pair[0]:.{digits}f} +- {pair[1]:.{digits}f}"
+    return f"{pair[0]:.{digits}f}" + (f" +- {pair[1]:.{digits}f}" if pair[1] else "")
 
 
 def unstable(result: dict, base: dict) -> bool:
@@ -560,13 +560,14 @@ class Sweep:
 def choose(sweep: Sweep, report: dict, methods: tuple[str, ...]) -> dict:
     """{scale: {method: tuned settings}}; runs the sweep of what `report`, the part for claims.json, does not have.
 
-    Every setting on one seed; the better half on two more; the best mean wins.
+    Every setting on one seed; for PRDP and DDPO the better half on two more, and the best mean wins.
     """
     groups = {(s, m): runs for (s, m), runs in sweep_runs(sweep.quick).items() if m in methods and m not in report[s]}
     results = sweep([run for runs in groups.values() for run in runs])
     better = {key: sorted(runs, key=lambda run: -score(results[name_of(run)]))[: (len(runs) + 1) // 2]
               for key, runs in groups.items()}  # fmt: skip
-    again = [{**run, "seed": seed} for runs in better.values() for run in runs for seed in SWEEP_SEEDS[1:]]
+    pairs = [(run, seed) for (_, m), runs in better.items() if m in TWO for run in runs for seed in SWEEP_SEEDS[1:]]
+    again = [{**run, "seed": seed} for run, seed in pairs]
     results |= sweep([] if sweep.quick else again)
     for (scale, method), runs in groups.items():
         tried = []
