@@ -1,6 +1,6 @@
 """The paper's claims on the toy: every experiment, through prdp.py's own functions, with its baselines.
 
-    python toy/claims.py                   # everything: 113 runs, 2.6 core-hours on an AMD EPYC
+    python toy/claims.py                   # everything: 141 runs, 2.6 core-hours on an AMD EPYC
     python toy/claims.py --claim 3         # one claim again; the others keep what toy/claims.json holds
     python toy/claims.py --quick           # tiny sizes, one seed, 3 minutes; writes into its --out folder only
 
