@@ -46,7 +46,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -833,16 +833,6 @@ def hold(folder: Path) -> BinaryIO:
     return file
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write under another name, flush to the disk, rename: after a crash there is the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def save_checkpoint(config: Config, models: Models, optimizer: torch.optim.Optimizer, epoch: int) -> None:
     """checkpoint/state.pt, after a whole epoch. Prompts and noise depend on (seed, epoch) alone: no RNG state."""
     if rank() != 0:
@@ -852,7 +842,7 @@ def save_checkpoint(config: Config, models: Models, optimizer: torch.optim.Optim
     unet = {name: p for name, p in models.pipe.unet.named_parameters() if p.requires_grad}
     state = {"epoch": epoch, "unet": unet, "optimizer": optimizer.state_dict()}
     state |= {"history": models.history, "config": vars(config), "version": VERSION}
-    write_file(path, lambda file: torch.save(state, file))
+    report.write_file(path, lambda file: torch.save(state, file))
 
 
 def load_checkpoint(config: Config, models: Models, optimizer: torch.optim.Optimizer) -> int:
@@ -872,7 +862,7 @@ def load_checkpoint(config: Config, models: Models, optimizer: torch.optim.Optim
         optimizer.load_state_dict(state["optimizer"])
     if metrics.is_file() and rank() == 0:
         lines = metrics.read_bytes().splitlines(keepends=True)[: state["epoch"]]
-        write_file(metrics, lambda file: file.writelines(lines))
+        report.write_file(metrics, lambda file: file.writelines(lines))
     return state["epoch"] + 1
 
 
@@ -912,7 +902,7 @@ def run(config: Config) -> None:
         held = hold(out)  # noqa: F841  (until this process ends)
         report.open_log(config.log_to, config.out)
         settings = json.dumps(vars(dataclasses.replace(config, resume="")), indent=1).encode()
-        write_file(out / "config.json", lambda file: file.write(settings))
+        report.write_file(out / "config.json", lambda file: file.write(settings))
         shutil.rmtree(out / "pipeline", ignore_errors=True)  # of the run when it was shorter
         millions, context = sum(p.numel() for p in learning) / 1e6, models.pipe.tokenizer.model_max_length
         print(

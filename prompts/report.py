@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,18 @@ COLUMNS = (
     "epoch", "reward_mean", "reward_std", "loss", "clip_fraction", "skipped_fraction", "log_ratio_old",
     "log_ratio_ref", "grad_norm", "images_per_second",
 )  # fmt: skip
-FAR = (
-    10.0  # log_ratio_ref where a step's mean is 4.5 of its sigmas off; toy runs that kept to the prompt stayed below 7
-)
+# log_ratio_ref at which a step's mean is 4.5 of its sigmas off; toy runs that kept to the prompt stayed below 7.
+FAR = 10.0
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write under another name, flush to the disk, rename: after a crash there is the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 class Samples(NamedTuple):
@@ -76,7 +85,7 @@ def evaluate(
             for start in bar:
                 drawn = draw(prompts[file], todo[start : start + chunk], samples)
                 rewards |= dict(zip(drawn.prompts, drawn.rewards.view(-1, samples).tolist(), strict=True))
-                _write(path, record)
+                write_file(path, lambda file: file.write(json.dumps(record).encode()))
             spread = range(0, len(prompts[file]), -(-len(prompts[file]) * len(files) // 8))
             pictures.append(draw(prompts[file], spread, 2))
         del draw  # and its model, before the next is loaded
@@ -98,18 +107,9 @@ def evaluate(
         cells = [f"{len(prompts[file]) * samples:>7}", *(f"{cell:>17}" for cell in cells)]
         print("  ".join([f"{Path(file).name:>24}", *cells]))
         record["table"][file] = row
-    _write(path, record)
+    write_file(path, lambda file: file.write(json.dumps(record).encode()))
     plot_pairs(out / "evaluation.png", shown)
     print(f"see {out / 'evaluation.png'}")
-
-
-def _write(path: Path, record: dict) -> None:
-    """In one step: whoever is killed meanwhile leaves the file before."""
-    with open(path.with_suffix(".tmp"), "w") as file:
-        json.dump(record, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
 
 
 @cache

@@ -45,6 +45,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import prdp  # noqa: E402
+from prompts.report import write_file  # noqa: E402
 
 SCALES = {
     "small": dict(prompts="few", prompts_per_epoch=4, images_per_prompt=8, updates_per_epoch=4, epochs=10),
@@ -224,7 +225,7 @@ def rounded(x: float | None) -> float | None:
 
 
 def write_json(path: Path, value: object) -> None:
-    prdp.write_file(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+    write_file(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
 
 
 def begin_worker() -> None:
