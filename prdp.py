@@ -45,12 +45,12 @@ import pickle
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -59,6 +59,7 @@ from torch import Tensor, nn
 import kernels
 from kernels import gaussian_log_prob, guided_log_prob, guided_sample  # noqa: F401  (the first for other code)
 from prompts import load_prompts, report
+from prompts.report import STOP, ask_to_stop, progress, timed
 from rewards import InputError, Reward, load_reward, parse_reward
 
 # ---- 1. Settings: Table 4 ----------------------------------------------------------------------------------
@@ -110,6 +111,9 @@ class Config:
     dtype: str = flag("fp32", "of the network passes; weights stay fp32", choices=("fp32", "bf16", "fp16"))
     lora_rank: int = flag(0, "train low-rank adapters of the attention layers instead; 0: the full UNet", low=0)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass, to save memory")
+    offload: str = flag(
+        "auto", "idle networks wait on the CPU; auto: of a GPU under 40 GB", choices=("auto", "on", "off")
+    )
     compile: bool = flag(False, "torch.compile the UNet's passes; minutes of start-up")
     save_every: int = flag(1, "epochs between checkpoints", low=1)
     sample_every: int = flag(10, "epochs between sample grids", low=1)
@@ -152,7 +156,8 @@ def parse_args(argv: list[str]) -> Config:
         except (ValueError, TypeError) as error:  # ValueError: no JSON, or no UTF-8
             raise InputError(f"{run / 'config.json'}: damaged, or of another version ({error}).") from error
     if "resume" in given:
-        for name in sorted(given.keys() - {"resume", "out", "epochs", "save_every", "sample_every", "log_to"}):
+        harmless = {"resume", "out", "epochs", "save_every", "sample_every", "log_to", "offload"}
+        for name in sorted(given.keys() - harmless):
             if given[name] != settings[name]:
                 option = f"--{name.replace('_', '-')} {given[name]}"
                 raise InputError(f"{option}: would change the result of the run, which has {settings[name]}.")
@@ -173,6 +178,10 @@ def check_config(config: Config, given: dict) -> Config:
     """Refuse settings that cannot run, before anything is loaded."""
     for f in dataclasses.fields(Config):
         option, value = "--" + f.name.replace("_", "-"), getattr(config, f.name)
+        if type(value) not in {tuple: (list,), float: (float, int)}.get(type(f.default), (type(f.default),)):
+            raise InputError(
+                f"{option} {value!r}: a {type(value).__name__}; in config.json too, it must be as in --help."
+            )
         if f.metadata["low"] > -math.inf and not value >= f.metadata["low"]:
             raise InputError(f"{option} {value}: must be at least {f.metadata['low']}.")
         if f.metadata["above"] > -math.inf and not value > f.metadata["above"]:
@@ -401,6 +410,8 @@ def backward_trajectories(policy: Policy, trajectories: Trajectories, weights: T
         scale = 2.0 ** round(math.log2(trajectories.latents[0, 0].numel() / weights.abs().max().item()) - 6)
         scale_gradients(parameters, scale)
     entries = weights.nonzero()  # (entries, 2): image, step
+    if hasattr(policy.unet, "_orig_mod"):  # compiled, for one shape: fill the last microbatch, with weights of 0
+        entries = torch.cat([entries, (weights == 0).nonzero()[: -len(entries) % policy.microbatch]])
     with progress("update", len(entries)) as bar:
         for images, steps in (chunk.unbind(1) for chunk in entries.split(policy.microbatch) if len(chunk)):
             log_prob = step_log_prob(policy, trajectories, images, steps)
@@ -447,33 +458,40 @@ class Batch(NamedTuple):
 
 
 def collect(
-    config: Config, models: Models, epoch: int, prompts: list[str], seconds: dict[str, float], mine: Sequence[int] = ()
-) -> Batch:
+    config: Config, models: Models, epoch: int, prompts: list[str], seconds: dict[str, float],
+    sampler: Policy | None = None, mine: Sequence[int] = (),
+) -> Batch:  # fmt: skip
     """Alg. 1, lines 5 to 8: B trajectories for each prompt, their log-probs under pi_ref, their rewards.
 
-    `mine` are the indices of the prompts to take, on which the noise depends; by default this process's share of all.
+    By default drawn from the policy, or --offline from the reference. `mine` are the indices of the prompts to take, on
+    which the noise depends; by default this process's share of all.
     """
+    offline = config.offline and epoch > 0
+    sampler = sampler or (models.reference if offline else models.policy)
     with timed(seconds, "sample"):
         mine = mine or range(len(prompts) // processes() * rank(), len(prompts) // processes() * (rank() + 1))
         everyones, prompts, repeats = prompts, [prompts[n] for n in mine], config.images_per_prompt
-        text = encode(models.pipe, prompts).repeat_interleave(repeats, dim=0)
+        with in_use(models, models.pipe.text_encoder):
+            text = encode(models.pipe, prompts).repeat_interleave(repeats, dim=0)
         generators = initial = image_generators(config.seed, epoch, mine, repeats)
         if config.share_initial_noise and epoch > 0:  # x_T from generators of its own, equal for images of a prompt
             initial = image_generators(config.seed, epoch, [-1 - n for n in mine for _ in range(repeats)], 1)
-        offline = config.offline and epoch > 0
-        sampler = models.reference if offline else models.policy
-        trajectories = sample_trajectories(sampler, text, generators, models.latent_shape, initial)
+        with in_use(models, sampler.unet):
+            trajectories = sample_trajectories(sampler, text, generators, models.latent_shape, initial)
         require_finite(f"epoch {epoch}, sampling: a log-prob", trajectories.log_probs, prompts)
     log_probs_ref = trajectories.log_probs  # until the first update, pi_theta is pi_ref
     with timed(seconds, "reference"):
         if epoch > 1 and offline:  # theta_old is the policy as the epoch begins, though it drew nothing
             trajectories = trajectories._replace(log_probs=score_trajectories(models.policy, trajectories, "old"))
         elif epoch > 1:
-            log_probs_ref = score_trajectories(models.reference, trajectories, "reference")
+            with in_use(models, models.reference.unet):
+                log_probs_ref = score_trajectories(models.reference, trajectories, "reference")
     with timed(seconds, "reward"):
-        images = decode(models, trajectories.latents[:, -1])
+        with in_use(models, models.pipe.vae):
+            images = decode(models, trajectories.latents[:, -1])
         try:
-            rewards = models.reward(images, [p for p in prompts for _ in range(repeats)])
+            with in_use(models, models.reward):
+                rewards = models.reward(images, [p for p in prompts for _ in range(repeats)])
         except InputError as error:
             raise InputError(f"epoch {epoch}: {error}") from error
     targets, history = rewards, {}
@@ -487,7 +505,7 @@ def show(config: Config, models: Models, epoch: int, prompts: list[str]) -> repo
     """Samples of N prompts spread evenly over the file, with the noise of epoch 0; saved in samples/ under `epoch`, at
     epoch 0 of the reference."""
     prompts = [prompts[n * len(prompts) // config.prompts_per_epoch] for n in range(config.prompts_per_epoch)]
-    batch = collect(config, models._replace(policy=models.policy if epoch else models.reference), 0, prompts, {})
+    batch = collect(config, models, 0, prompts, {}, models.policy if epoch else models.reference)
     if epoch == 0:
         check_on_policy(models, batch.trajectories)
     samples = report.Samples(prompts, gather(batch.images).cpu(), gather(batch.rewards).cpu())
@@ -642,10 +660,11 @@ class Models(NamedTuple):
     reward: Reward
     latent_shape: tuple[int, int, int]
     history: dict[str, list[float]]  # each prompt's last rewards, see `advantages`
+    waiting: torch.device  # where all but the policy's network are outside `in_use`
 
 
-def load_models(config: Config, device: torch.device) -> Models:
-    """The pipeline, the policy, and the frozen reference the policy starts from (Alg. 1, line 1)."""
+def load_pipeline(model: str, check_only: bool = False):
+    """The diffusers pipeline of a folder or the hub, in float32; or, to check_only the name, nothing, at once."""
     import diffusers
     import transformers
 
@@ -653,17 +672,23 @@ def load_models(config: Config, device: torch.device) -> Models:
         library.utils.logging.disable_progress_bar()  # of loading from disk; downloads keep theirs
         library.utils.logging.set_verbosity_error()
     try:
-        kind = diffusers.DiffusionPipeline.load_config(config.model)["_class_name"]
+        kind = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
         if kind != "StableDiffusionPipeline":
-            raise InputError(f"--model {config.model}: a {kind}; only Stable Diffusion 1.x and 2.x are supported.")
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-            config.model, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
-        ).to(device)
+            raise InputError(f"--model {model}: a {kind}; only Stable Diffusion 1.x and 2.x are supported.")
+        options = dict(dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
+        return None if check_only else diffusers.StableDiffusionPipeline.from_pretrained(model, **options)
     except (OSError, ValueError) as error:
         why = "no Stable Diffusion folder in diffusers layout"
-        if not Path(config.model).exists():
+        if not Path(model).exists():
             why = "no such folder, not in the local cache, and not to be had from the hub; offline, run --preset toy"
-        raise InputError(f"--model {config.model}: {why}.") from error
+        raise InputError(f"--model {model}: {why}.") from error
+
+
+def load_models(config: Config, device: torch.device) -> Models:
+    """The pipeline, the policy, and the frozen reference the policy starts from (Alg. 1, line 1)."""
+    from diffusers import DDIMScheduler
+
+    pipe = load_pipeline(config.model).to(device)
     reward, unet, vae = load_reward(config.reward, device), pipe.unet, pipe.vae
     channels, expected = unet.config.in_channels, vae.config.latent_channels
     if channels != expected:
@@ -693,28 +718,48 @@ def load_models(config: Config, device: torch.device) -> Models:
         unet, reference = torch.compile(unet), torch.compile(reference)
     schedule = Schedule(*(column.to(device) for column in ddpm_schedule(pipe.scheduler.config, config.ddpm_steps)))
     settings = {**SD_SCHEDULER, **pipe.scheduler.config, "timestep_spacing": "leading", "clip_sample": False}
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(settings)  # with eta = 1 it samples this policy
+    pipe.scheduler = DDIMScheduler.from_config(settings)  # with eta = 1 it samples this policy
     policy = Policy(unet, schedule, encode(pipe, [""])[0], config.guidance_scale, config.microbatch, autocast)
     size = unet.config.sample_size
     latent_shape = (channels, *(size if isinstance(size, (list, tuple)) else (size, size)))
-    return Models(pipe, policy, policy._replace(unet=reference), reward, latent_shape, {})
+    small = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < 40e9
+    waiting = torch.device("cpu") if config.offload == "on" or config.offload == "auto" and small else device
+    for network in (reference, reward, vae, pipe.text_encoder):
+        network.to(waiting)
+    return Models(pipe, policy, policy._replace(unet=reference), reward, latent_shape, {}, waiting)
 
 
-class WithoutAdapters(nn.Sequential):
+class WithoutAdapters(nn.Module):
     """The pretrained network within one that has adapters: pi_ref, in no memory of its own."""
 
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.shared = [unet]  # in a list: not a part, so that moving this moves nothing
+
     def forward(self, *arguments, **options):
-        self[0].disable_adapters()
+        self.shared[0].disable_adapters()
         try:
-            return self[0](*arguments, **options)
+            return self.shared[0](*arguments, **options)
         finally:
-            self[0].enable_adapters()
+            self.shared[0].enable_adapters()
+
+
+@contextmanager
+def in_use(models: Models, *networks: nn.Module | Reward):
+    """Have networks on the policy's device within this block. Under --offload all but the policy's own wait elsewhere:
+    the reference and the rewards are needed in passes of their own, and gradients in none of those."""
+    networks = [network for network in networks if network is not models.policy.unet]
+    for network in networks:
+        network.to(models.policy.null_text.device)
+    yield
+    for network in networks:
+        network.to(models.waiting)
 
 
 @torch.no_grad()
 def encode(pipe, prompts: list[str]) -> Tensor:
     """Text embeddings (len(prompts), L, D), as the pipeline itself makes them."""
-    return pipe.encode_prompt(prompts, pipe.device, 1, do_classifier_free_guidance=False)[0]
+    return pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, do_classifier_free_guidance=False)[0]
 
 
 @torch.no_grad()
@@ -758,39 +803,6 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-STOP: list[int] = []  # the signal that asked this run to stop
-
-
-def ask_to_stop(number: int, frame) -> None:
-    STOP.append(number)
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
-
-def progress(label: str, total: int):
-    """A progress bar on a terminal, nothing elsewhere. Its update is where Ctrl-C and SIGTERM take effect: between
-    two microbatches, never within an optimizer step or a write."""
-    from tqdm import tqdm
-
-    class Bar(tqdm):
-        def update(self, n: int = 1) -> None:
-            if STOP:
-                raise SystemExit(128 + STOP[0])
-            super().update(n)
-
-    hidden = None if rank() == 0 else True  # None: on a terminal only
-    return Bar(total=total, desc=f"{label:>9}", unit="", leave=False, disable=hidden, dynamic_ncols=True)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], name: str):
-    """Add the block's wall-clock time to seconds[name]."""
-    started = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
-
-
 def require_finite(what: str, values: Tensor, prompts: list[str] | None = None) -> None:
     """Stop before anything is learned from NaN or infinity; values (M, ...) of M images, or a scalar."""
     if values.isfinite().all():
@@ -807,7 +819,8 @@ def check_on_policy(models: Models, trajectories: Trajectories) -> None:
     compares two passes to within clip_range, 1e-6 to 1e-4 in Table 4, and would otherwise clip noise."""
     first = Trajectories(*(x[: models.policy.microbatch] for x in trajectories))
     for name, policy in (("policy", models.policy), ("reference", models.reference)):
-        gap = (score_trajectories(policy, first) - first.log_probs).abs().max().item()
+        with in_use(models, policy.unet):
+            gap = (score_trajectories(policy, first) - first.log_probs).abs().max().item()
         if rank() == 0:
             print(f"on-policy gap of the {name}: {gap:.1e}")
         if gap != 0:
@@ -818,19 +831,6 @@ def check_on_policy(models: Models, trajectories: Trajectories) -> None:
 # ---- 9. What a run writes ----------------------------------------------------------------------------------
 
 UNBORN = {".lock", "config.json.tmp"}  # all that a run killed before its config.json leaves behind
-
-
-def hold(folder: Path) -> BinaryIO:
-    """Make a folder, and keep other processes out of it for as long as this one lives, however it ends."""
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "wb")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{folder}: another process is running there; wait for it, or stop it.") from None
-    return file
 
 
 def save_checkpoint(config: Config, models: Models, optimizer: torch.optim.Optimizer, epoch: int) -> None:
@@ -872,19 +872,21 @@ def load_checkpoint(config: Config, models: Models, optimizer: torch.optim.Optim
 def evaluate(config: Config) -> None:
     """--evaluate: the model against the base, by the paper's protocol (Sec. 4.1); see `prompts.report.evaluate`."""
     out, device = Path(config.out), start_processes()
-    held = hold(out)  # noqa: F841  (until this process ends)
+    held = report.hold(out)  # noqa: F841  (until this process ends)
 
     def load(model: str) -> report.Draw:
         models = load_models(dataclasses.replace(config, model=model, lora_rank=0), device)._replace(reference=None)
 
         def draw(prompts: list[str], mine: Sequence[int], images: int) -> report.Samples:
-            batch = collect(dataclasses.replace(config, images_per_prompt=images), models, 0, prompts, {}, mine)
+            batch = collect(dataclasses.replace(config, images_per_prompt=images), models, 0, prompts, {}, mine=mine)
             return report.Samples(batch.prompts, batch.images.cpu(), batch.rewards.cpu())
 
         return draw
 
-    loaders = {"base": lambda: load(config.against)} if config.against else {}
-    loaders["finetuned"] = lambda: load(config.model)
+    models = {"base": config.against, "finetuned": config.model}
+    for model in filter(None, models.values()):
+        load_pipeline(model, check_only=True)
+    loaders = {name: partial(load, model) for name, model in models.items() if model}
     chunk = max(1, config.microbatch // config.samples_per_prompt)
     report.evaluate(loaders, config.prompts, config.samples_per_prompt, chunk, out, vars(config))
 
@@ -899,16 +901,14 @@ def run(config: Config) -> None:
     learning = [p for p in models.pipe.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=config.learning_rate, weight_decay=config.weight_decay)
     if rank() == 0:
-        held = hold(out)  # noqa: F841  (until this process ends)
+        held = report.hold(out)  # noqa: F841  (until this process ends)
         report.open_log(config.log_to, config.out)
         settings = json.dumps(vars(dataclasses.replace(config, resume="")), indent=1).encode()
         report.write_file(out / "config.json", lambda file: file.write(settings))
         shutil.rmtree(out / "pipeline", ignore_errors=True)  # of the run when it was shorter
         millions, context = sum(p.numel() for p in learning) / 1e6, models.pipe.tokenizer.model_max_length
-        print(
-            f"{config.model}: {millions:.1f} M parameters to learn, passes in {config.dtype}, {processes()} process(es)"
-        )
-        print(f"log-probs: {kernels.path(device)}; reward {config.reward}")
+        print(f"{config.model}: {millions:.1f} M parameters to learn, {processes()} process(es)")
+        print(f"passes in {config.dtype}; log-probs: {kernels.path(device)}; reward {config.reward}")
         print(f"{len(prompts)} prompts from {', '.join(config.prompts)}; results in {out}")
         if long := sum(len(ids) > context for ids in models.pipe.tokenizer(prompts).input_ids):
             print(f"warning: {long} prompts are longer than {context} tokens; the model sees their beginnings.")
@@ -922,8 +922,8 @@ def run(config: Config) -> None:
     except SystemExit as stop:
         # Each parameter counts its updates: none of an unfinished epoch's may get into a checkpoint.
         steps = max((int(state["step"]) for state in optimizer.state.values()), default=0)
-        epoch, partial = divmod(steps, config.updates_per_epoch)
-        if epoch >= start and not partial:
+        epoch, rest = divmod(steps, config.updates_per_epoch)
+        if epoch >= start and not rest:
             save_checkpoint(config, models, optimizer, epoch)
         if rank() == 0:
             print(f"stopped by signal {stop.code - 128}; go on with: python prdp.py --resume {out}", file=sys.stderr)
@@ -937,14 +937,7 @@ def run(config: Config) -> None:
             models.pipe.unet.unload_lora()
         models.pipe.save_pretrained(out / "pipeline.tmp")
         os.rename(out / "pipeline.tmp", out / "pipeline")
-        report.plot_rewards(out)
-        report.plot_pairs(out / "before_after.png", {"base": before, "finetuned": after})
-        rise, error = report.mean_and_error((after.rewards - before.rewards).unsqueeze(0)).values()
-        print(
-            f"mean reward of {len(before.rewards)} images on fixed prompts and seeds: {before.rewards.mean():.4f} -> "
-            f"{after.rewards.mean():.4f}, {rise:+.4f} +- {error:.4f} (standard error of the paired difference)\n"
-            f"see {out / 'before_after.png'}"
-        )
+        report.compare(out, before, after)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -977,8 +970,12 @@ def main(argv: list[str] | None = None) -> None:
     except InputError as error:
         fail(str(error))
     except torch.OutOfMemoryError:
-        smaller = f"--microbatch {max(1, config.microbatch // 2)}, --gradient-checkpointing or --lora-rank 8"
-        fail(f"out of GPU memory with --microbatch {config.microbatch}: try {smaller}.")
+        smaller = f"{max(1, config.microbatch // 2)}, --gradient-checkpointing, --offload on, --lora-rank 8"
+        fail(f"out of GPU memory with --microbatch {config.microbatch}: try --microbatch {smaller}.")
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        fail(f"--compile: failed ({str(error).strip().splitlines()[0]}); run without it.")
     except OSError as error:
         if error.errno is None:  # not the system's
             raise

@@ -56,6 +56,12 @@ class Reward:
         self.parts = {name: checked(name, scorer, images, prompts) for name, (_, scorer) in self.components.items()}
         return sum(weight * self.parts[name] for name, (weight, _) in self.components.items())
 
+    def to(self, device: torch.device) -> None:
+        """Move every network that a scorer lists in its attribute `networks`; one of your own may have it too."""
+        for _, scorer in self.components.values():
+            for network in getattr(scorer, "networks", ()):
+                network.to(device)
+
 
 def checked(name: str, scorer: Scorer, images: Tensor, prompts: list[str]) -> Tensor:
     """Scores of one component, float32 (M,) on the images' device; InputError unless they are M finite numbers."""
@@ -238,6 +244,7 @@ def cosine_scorer(model, tokenizer, preprocess: Callable[[Tensor, int], Tensor],
             scores.append((F.normalize(image.float(), dim=-1) * F.normalize(text.float(), dim=-1)).sum(-1))
         return torch.cat(scores)
 
+    score.networks = (model,)
     return score
 
 
@@ -374,9 +381,10 @@ def load_aesthetic(path: str, device: torch.device) -> Scorer:
     model = load_clip("aesthetic", CLIPVisionModelWithProjection, "openai/clip-vit-large-patch14", device)
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
-        pixels = (preprocess_clip(part, model.config.image_size).to(device) for part in images.split(32))
+        pixels = (preprocess_clip(part, model.config.image_size).to(model.device) for part in images.split(32))
         return torch.cat([head(F.normalize(model(pixel_values=p).image_embeds, dim=-1)) for p in pixels]).squeeze(-1)
 
+    score.networks = (model, head)
     return score
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -887,14 +888,90 @@ def gradient_of(models: prdp.Models) -> Tensor:
 )
 def test_memory_and_speed_flags_keep_the_gradient(tiny_sd, monkeypatch, changes):
     """To rounding. And where they recompute or compile, an unchanged policy still reproduces its log-probs to the bit."""
-    from functools import partial
-
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # the graphs, not their compilation
     plain = gradient_of(prdp.load_models(tiny_config(tiny_sd, lora_rank=changes.get("lora_rank", 0)), CPU))
     models = prdp.load_models(tiny_config(tiny_sd, **changes), CPU)
     torch.testing.assert_close(gradient_of(models), plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
     prdp.check_on_policy(models, draw(models))
     assert [name for name, _ in models.pipe.unet.named_parameters()][0].startswith("conv_in")  # for the checkpoint
+
+
+def test_compiled_updates_have_one_shape(tiny_sd, monkeypatch):
+    """With some weights zero, and none left over: each microbatch is full, and the gradient is the uncompiled one's."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    weights = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gradients, sizes = {}, set()
+    forward = prdp.predict_noise
+    for compiled in (False, True):
+        models = prdp.load_models(tiny_config(tiny_sd, compile=compiled), CPU)
+        trajectories = draw(models)
+        if compiled:
+            monkeypatch.setattr(prdp, "predict_noise", lambda p, x, *rest: (sizes.add(len(x)), forward(p, x, *rest))[1])
+        for zeros in (7, 60):  # of 60 entries: 53 to do in microbatches of 6, and none
+            few = weights.flatten().clone()
+            few[torch.randperm(60, generator=torch.Generator().manual_seed(1))[:zeros]] = 0
+            prdp.backward_trajectories(models.policy, trajectories, few.view(12, 5))
+        gradients[compiled] = torch.cat([x.grad.flatten() for x in models.pipe.unet.parameters()])
+    assert sizes == {6}
+    tolerance = 1e-5 * gradients[False].abs().max().item()
+    torch.testing.assert_close(gradients[True], gradients[False], rtol=1e-4, atol=tolerance)
+
+
+@pytest.mark.parametrize("changes", [{}, {"offline": True}, {"lora_rank": 2}, {"loss": "ddpo"}])
+def test_offload_networks_are_back_wherever_they_run(tiny_sd, tmp_path, capsys, monkeypatch, changes):
+    """A run whose waiting networks hold NaN, but for the phases that move them back, is the run without --offload to the
+    bit; and while gradients exist, all of them wait."""
+    flags = [*SMALL_RUN, "--model", tiny_sd, "--reward", f"pickscore:{ROOT}/toy/pickscore", "--epochs", "2"]
+    for name, value in changes.items():
+        flags += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+    assert run_cli(*flags, "--out", str(tmp_path / "plain"), capsys=capsys) == (0, "")
+
+    away, move, load, learn = {}, torch.nn.Module.to, prdp.load_models, prdp.backward_trajectories
+    elsewhere, learned = torch.device("meta"), []  # a marker: nothing is moved there
+
+    def to(module: torch.nn.Module, *where, **options):
+        if elsewhere not in where and not away:
+            return move(module, *where, **options)
+        for x in itertools.chain(module.parameters(), module.buffers()):
+            if x.is_floating_point() and elsewhere in where:
+                assert x.data_ptr() not in away, "sent away twice"
+                away[x.data_ptr()] = x.data.clone()
+                x.data.fill_(math.nan)
+            elif x.is_floating_point() and x.data_ptr() in away:
+                x.data.copy_(away.pop(x.data_ptr()))
+        return module
+
+    def load_offloaded(*arguments):
+        models = load(*arguments)._replace(waiting=elsewhere)
+        for network in (models.reference.unet, models.pipe.vae, models.pipe.text_encoder, models.reward):
+            network.to(elsewhere)
+        return models
+
+    def learn_alone(policy, *arguments):
+        learned.append(len(away))
+        assert not any(x.data_ptr() in away for x in policy.unet.parameters())
+        learn(policy, *arguments)
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    monkeypatch.setattr(prdp, "load_models", load_offloaded)
+    monkeypatch.setattr(prdp, "backward_trajectories", learn_alone)
+    code, errors = run_cli(*flags, "--out", str(tmp_path / "offloaded"), capsys=capsys)
+    assert code == 0, errors
+    assert_same_run(tmp_path / "plain", tmp_path / "offloaded")
+    assert len(learned) == 4 and len(set(learned)) == 1 and learned[0] == len(away) > 100
+
+
+@needs_gpu
+def test_offload_on_a_gpu(tmp_path, capsys):
+    """The same values to the bit (of an epoch: later ones depend on cuDNN's gradients), in less GPU memory."""
+    peaks, first = {}, {}
+    for offload in ("off", "on"):
+        torch.cuda.reset_peak_memory_stats()
+        flags = ["--preset", "toy", "--epochs", "2", "--offload", offload, "--out", str(tmp_path / offload)]
+        assert run_cli(*flags, capsys=capsys) == (0, "")
+        peaks[offload] = torch.cuda.max_memory_allocated()
+        first[offload] = metrics_of(tmp_path / offload)[0]["reward_mean"]
+    assert first["on"] == first["off"] and peaks["on"] < peaks["off"]
 
 
 def test_lora(tiny_sd, tmp_path, capsys):
@@ -1812,7 +1889,7 @@ def test_resume_refuses_what_would_change_the_result(tiny_sd, tmp_path, capsys):
     for flag, value, saved in (("--kl-weight", "1", 3e-5), ("--seed", "4", 3), ("--dtype", "bf16", "fp32")):
         code, message = run_cli("--resume", run, flag, value, capsys=capsys)
         assert code == 2 and flag in message and str(saved) in message and message.count("\n") == 1
-    assert run_cli("--resume", run, "--seed", "3", "--epochs", "1", capsys=capsys)[0] == 0
+    assert run_cli("--resume", run, "--seed", "3", "--epochs", "1", "--offload", "on", capsys=capsys)[0] == 0
 
 
 def start(*arguments: str, launcher: tuple[str, ...] = (), **kwargs) -> subprocess.Popen:
@@ -1936,7 +2013,7 @@ def test_resume_after_a_full_disk(tiny_sd, tmp_path, capsys):
 def test_resume_while_another_process_runs_there(tiny_sd, tmp_path, capsys):
     run = tmp_path / "run"
     assert run_cli(*SMALL_RUN, "--model", tiny_sd, "--epochs", "1", "--out", str(run), capsys=capsys)[0] == 0
-    held = prdp.hold(run)
+    held = prompts.report.hold(run)
     code, message = run_cli("--resume", str(run), capsys=capsys)
     assert code == 2 and "another process is running there" in message and message.count("\n") == 1
     held.close()
@@ -2045,7 +2122,8 @@ def test_evaluate_a_folder_against_itself(tiny_sd, tmp_path, capsys):
 
 
 def test_evaluate_bad_input(finished_run, tiny_sd, tmp_path, capsys, monkeypatch):
-    """Other settings in the same folder; a run that is not over; --model beside --evaluate; torchrun."""
+    """Other settings in the same folder; a run that is not over; --model beside --evaluate; a second model that is none,
+    before the first is drawn from; torchrun."""
     file = prompt_files(tmp_path)[1]
     flags = [
         "--evaluate",
@@ -2065,9 +2143,11 @@ def test_evaluate_bad_input(finished_run, tiny_sd, tmp_path, capsys, monkeypatch
         ([*flags, "--model", tiny_sd], "--model: --evaluate names the model"),
         ([*flags, "--samples-per-prompt", "1"], "--samples-per-prompt 1: must be at least 2"),
         (["--evaluate", str(tmp_path / "young")], "has no pipeline/ yet; finish the run with --resume"),
+        ([*flags[:-1], str(tmp_path / "f"), "--evaluate", str(tmp_path)], "no Stable Diffusion folder in diffusers"),
     ):
-        code, message = run_cli(*changed, capsys=capsys)
+        code, message = run_cli(*changed, "--against", tiny_sd, capsys=capsys)
         assert code == 2 and sentence in message and message.count("\n") == 1
+    assert not (tmp_path / "f" / "evaluation.json").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, message = run_cli(*flags, capsys=capsys)
     assert code == 2 and "--evaluate: runs in one process" in message
@@ -2250,6 +2330,8 @@ BAD_INPUT = [
     (["--out", "{latin}/run"], "run: Not a directory"),
     (["--out", "{latin}"], "already in use"),
     (["--resume", "{torn}"], "config.json: damaged"),
+    (["--resume", "{retyped}"], "--epochs '40': a str; in config.json too, it must be as in --help"),
+    (["--offload", "maybe"], "invalid choice: 'maybe'"),
     (["--reward", "x.py"], "no reward 'x.py'"),
     (["--reward", "beauty"], "no reward 'beauty'; choose from hpsv2"),
     (["--reward", "incompressibility=x"], "'x' is no weight"),
@@ -2296,12 +2378,13 @@ def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, tmp_path
     paths = {key: tmp_path / name for key, (name, _) in files.items()}
     for key, (_, text) in files.items():
         paths[key].write_text(text, encoding="latin-1")
-    for key in ("used", "empty_folder", "sdxl", "flux", "torn"):
+    for key in ("used", "empty_folder", "sdxl", "flux", "torn", "retyped"):
         paths[key] = tmp_path / key
         paths[key].mkdir()
     for key, kind in (("sdxl", "StableDiffusionXLPipeline"), ("flux", "FluxPipeline")):
         (paths[key] / "model_index.json").write_text(json.dumps({"_class_name": kind}))
     (paths["torn"] / "config.json").write_text('{"preset": "to')
+    (paths["retyped"] / "config.json").write_text('{"epochs": "40", "prompts": ["p.txt"]}')
     (paths["used"] / "metrics.jsonl").write_text("precious")
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
     base = [] if {"--preset", "--resume"} & set(arguments) else ["--preset", "toy"]

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import textwrap
+import time
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -33,6 +36,52 @@ def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def hold(folder: Path) -> BinaryIO:
+    """Make a folder, and keep other processes out of it for as long as this one lives, however it ends."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{folder}: another process is running there; wait for it, or stop it.") from None
+    return file
+
+
+STOP: list[int] = []  # the signal that asked this run to stop
+
+
+def ask_to_stop(number: int, frame) -> None:
+    STOP.append(number)
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+
+def progress(label: str, total: int):
+    """A progress bar on a terminal, nothing elsewhere. Its update is where Ctrl-C and SIGTERM take effect: between
+    two microbatches, never within an optimizer step or a write."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        def update(self, n: int = 1) -> None:
+            if STOP:
+                raise SystemExit(128 + STOP[0])
+            super().update(n)
+
+    hidden = os.environ.get("RANK", "0") != "0" or None  # one bar for all processes; None: on a terminal only
+    return Bar(total=total, desc=f"{label:>9}", unit="", leave=False, disable=hidden, dynamic_ncols=True)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str):
+    """Add the block's wall-clock time to seconds[name]."""
+    started = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 class Samples(NamedTuple):
@@ -66,7 +115,7 @@ def evaluate(
     from tqdm import tqdm
 
     path = out / "evaluation.json"
-    settings = {name: value for name, value in settings.items() if name not in ("evaluate", "out")}
+    settings = {name: value for name, value in settings.items() if name not in ("evaluate", "out", "offload")}
     record = {"settings": settings, "rewards": {}}
     if path.is_file():
         try:
@@ -206,3 +255,15 @@ def plot_pairs(path: Path, shown: dict[str, Samples]) -> None:
             lines = textwrap.wrap(prompt, 20, max_lines=4, placeholder=" ...")
             axis.set_title("\n".join(lines), fontsize=8, parse_math=False)
     figure.savefig(path, dpi=120)
+
+
+def compare(run: Path, before: Samples, after: Samples) -> None:
+    """A finished run's before_after.png and last reward.png, and the rise of the mean reward on the fixed samples."""
+    plot_rewards(run)
+    plot_pairs(run / "before_after.png", {"base": before, "finetuned": after})
+    rise, error = mean_and_error((after.rewards - before.rewards).unsqueeze(0)).values()
+    print(
+        f"mean reward of {len(before.rewards)} images on fixed prompts and seeds: {before.rewards.mean():.4f} -> "
+        f"{after.rewards.mean():.4f}, {rise:+.4f} +- {error:.4f} (standard error of the paired difference)\n"
+        f"see {run / 'before_after.png'}"
+    )
