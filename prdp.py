@@ -975,7 +975,8 @@ def main(argv: list[str] | None = None) -> None:
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        fail(f"--compile: failed ({str(error).strip().splitlines()[0]}); run without it.")
+        cause = " ".join(str(error).split("\n\n")[0].split())
+        fail(f"--compile: failed ({cause}); run without it.")
     except OSError as error:
         if error.errno is None:  # not the system's
             raise

@@ -566,7 +566,7 @@ def test_benchmark_quick_prints_its_tables():
     )
     assert done.returncode == 0 and "failed" not in done.stdout, done.stdout + done.stderr
     tables = [part.strip().split("\n") for part in done.stdout.split("\n## ")[1:]]
-    assert [table[0][:3] for table in tables] == ["(a)", "(b)", "one", "(c)"]
+    assert [table[0][:3] for table in tables] == ["(a)", "(b)", "one", "(c)", "(d)"]
     for table in tables[1], tables[3]:
         gaps = [cells[-1].strip() for cells in (line.strip("|").split("|") for line in table if line.startswith("|"))]
         assert {gap for gap in gaps[2:] if gap} == {"0.0"}
@@ -2199,6 +2199,30 @@ def test_cli_one_image_per_prompt(tiny_sd, tmp_path, capsys):
     flags = [*SMALL_RUN, "--model", tiny_sd, "--loss", "ddpo", "--images-per-prompt", "1", "--epochs", "1"]
     assert run_cli(*flags, "--out", str(tmp_path / "run"), capsys=capsys)[0] == 0
     assert (tmp_path / "run" / "before_after.png").is_file()
+
+
+def broken_backend(*_):
+    raise ValueError("no such chip")
+
+
+@pytest.mark.parametrize(("error", "sentence"), [
+    (lambda: torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory with --microbatch 2: try --microbatch 1, --gr"),
+    (lambda: torch._inductor.exc.InvalidCxxCompiler(), "--compile: failed (No working C++ compiler found"),
+    (lambda: torch.compile(torch.sin, backend=broken_backend)(torch.ones(1)), "--compile: failed (backend='broken_backend' raised: ValueError: no such"),
+])  # fmt: skip
+def test_cli_out_of_memory_and_compiler_errors(tiny_sd, tmp_path, capsys, monkeypatch, error, sentence):
+    """In one sentence; any other RuntimeError is a mistake of ours, and keeps its traceback."""
+
+    def fails(*_):
+        raise error()
+
+    monkeypatch.setattr(prdp, "backward_trajectories", fails)
+    flags = [*SMALL_RUN, "--model", tiny_sd, "--out"]
+    code, message = run_cli(*flags, str(tmp_path / "run"), capsys=capsys)
+    assert code == 2 and message.startswith(f"prdp.py: {sentence}") and message.count("\n") == 1
+    monkeypatch.setattr(prdp, "backward_trajectories", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="inconsistent"):
+        run_cli(*flags, str(tmp_path / "other"), capsys=capsys)
 
 
 def test_log_to(tiny_sd, tmp_path, capsys, monkeypatch):

@@ -1,7 +1,7 @@
-"""Speed of the kernels and of an epoch's network passes, and the noise floor of a log-prob, as markdown tables.
+"""Speed of the kernels and of an epoch's network passes, the noise floor of a log-prob, and memory, as markdown tables.
 
-    python kernels/benchmark.py             # one CUDA GPU, under 9 minutes, SD v1.4's UNet with random weights
-    python kernels/benchmark.py --quick     # anywhere, under a minute, a tiny UNet
+    python kernels/benchmark.py             # one CUDA GPU, about 10 minutes, SD v1.4's networks with random weights
+    python kernels/benchmark.py --quick     # anywhere, under a minute, tiny networks
 
 What to expect: the kernels read and write each number once, so memory bounds them: the bytes of `moved` over the copy
 rate of the same run. Matrix products bound an epoch: one image and step costs the UNet 1.6 TFLOP, some milliseconds,
@@ -11,11 +11,15 @@ and a kernel about 0.1 microseconds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
+import gc
 import itertools
 import math
+import os
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -24,10 +28,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any folder
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that it runs from any folder
 
 import kernels
 import prdp
+import rewards
 
 T, K = 50, 10  # of the epoch that times are scaled to
 STARTED = time.perf_counter()
@@ -357,13 +363,107 @@ def noise_table(quick: bool, microbatch: int, minutes: float) -> None:
         row(name, label, *((result, "", "") if isinstance(result, str) else result))
 
 
+# ---- (d) memory --------------------------------------------------------------------------------------------
+
+
+def random_models(folder: Path) -> tuple[Path, Path]:
+    """SD v1.4 and a CLIP ViT-H/14, the size of HPSv2 and PickScore, with random weights, saved under `folder`."""
+    import diffusers
+    from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "toy" / "sd" / "tokenizer", model_max_length=77)
+    with torch.device(DEVICE):
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        )  # fmt: skip
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+        )
+        clip = CLIPModel(rewards.vit_h_14_config())
+    scheduler = diffusers.DDIMScheduler(**prdp.SD_SCHEDULER, clip_sample=False)
+    parts = (vae, text_encoder, tokenizer, random_unet(quick=False), scheduler, None, None)
+    pipe = diffusers.StableDiffusionPipeline(*parts, requires_safety_checker=False)
+    pipe.save_pretrained(folder / "sd")
+    clip.save_pretrained(folder / "clip")
+    tokenizer.save_pretrained(folder / "clip")
+    return folder / "sd", folder / "clip"
+
+
+def peaks_of_a_run(flags: list[str], cap: float, folder: Path) -> dict[str, float]:
+    """GB of peak memory in each phase of two epochs of prdp.py, and what the allocator held: of a GPU of `cap` bytes."""
+    peaks: dict[str, float] = {}
+    timed, save_checkpoint = prdp.timed, prdp.save_checkpoint
+
+    @contextlib.contextmanager
+    def watched(seconds: dict[str, float], name: str):
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        with timed(seconds, name):
+            yield
+        if CUDA:
+            peaks[name] = max(peaks.get(name, 0.0), torch.cuda.max_memory_allocated() / 1e9)
+            peaks["held"] = torch.cuda.max_memory_reserved() / 1e9
+
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / torch.cuda.mem_get_info()[1]))
+    config = prdp.parse_args([*flags, "--out", str(folder)])
+    prompts = prdp.load_prompts(config.prompts[0])
+    with contextlib.redirect_stdout(sys.stderr):
+        models = prdp.load_models(config, DEVICE)
+        rest = 0  # of what Table 4's N*B = 512 images and T = 50 steps keep on the GPU
+        if min(models.latent_shape[1:]) >= 64:
+            rest = 512 * (4 * (51 * math.prod(models.latent_shape) + models.policy.null_text.numel()) + 3 * 512**2)
+        ballast = torch.empty(rest, dtype=torch.uint8, device=DEVICE)
+        learning = [p for p in models.pipe.unet.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learning, lr=config.learning_rate, weight_decay=config.weight_decay)
+        prdp.timed, prdp.save_checkpoint = watched, lambda *_: None  # no 10 GB on the disk
+        try:
+            prdp.show(config, models, 0, prompts)
+            prdp.train(config, models, optimizer, prompts, 1)
+        finally:
+            prdp.timed, prdp.save_checkpoint = timed, save_checkpoint
+    del ballast
+    return peaks
+
+
+def memory_table(quick: bool, minutes: float) -> None:
+    cap = 24 * 2**30
+    phases = ("sample", "reference", "reward", "score", "update", "held")
+    header(
+        f"(d) memory in GB: each phase's peak, and the most that the allocator, capped at {cap / 1e9:.1f}, held; prdp.py "
+        "with gradient checkpointing, AdamW, a reward of HPSv2's size, and the room of 512 trajectories of 50 steps",
+        "learns", "dtype", "microbatch", "offload", *phases,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        sd, clip = (ROOT / "toy" / "sd", ROOT / "toy" / "pickscore") if quick else random_models(Path(name))
+        size = 2 if quick else 8
+        settings = [("0", "bf16", size, "on"), ("0", "bf16", size, "off"), ("8", "bf16", size, "on"),
+                    ("8", "bf16", size, "off"), ("0", "fp32", size // 2, "on"), ("8", "fp32", size // 2, "on")]  # fmt: skip
+        for number, (rank, dtype, microbatch, offload) in enumerate(settings):
+            cells = ["the full UNet" if rank == "0" else f"LoRA of rank {rank}", dtype, microbatch, offload]
+            if time.perf_counter() - STARTED > 60 * minutes:
+                row(*cells, "skipped: out of time", *[""] * 5)
+                continue
+            flags = ["--model", str(sd), "--reward", f"pickscore:{clip}", "--lora-rank", rank, "--dtype", dtype]
+            flags += ["--prompts", str(ROOT / "prompts" / "shapes.txt"), "--images-per-prompt", str(2 * size)]
+            flags += ["--microbatch", str(microbatch), "--offload", offload, "--gradient-checkpointing"]
+            flags += ["--prompts-per-epoch", "1", "--epochs", "2", "--updates-per-epoch", "2", "--ddpm-steps", "2"]
+            flags += ["--clip-range", "inf"]
+            (folder := Path(name) / str(number)).mkdir()
+            peaks = attempt(peaks_of_a_run, flags, cap, folder)
+            row(*cells, *([peaks] + [""] * 5 if isinstance(peaks, str) else (peaks.get(phase, "") for phase in phases)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny UNet and small kernels: a minute on a CPU")
-    parser.add_argument("--only", choices=("kernels", "epoch", "noise"), help="one table")
+    parser.add_argument("--only", choices=("kernels", "epoch", "noise", "memory"), help="one table")
     parser.add_argument("--microbatch", type=int, nargs="+", help="images per network pass (default: 16)")
     parser.add_argument("--steps", type=int, default=2, help="denoising steps to time (default: 2)")
-    parser.add_argument("--minutes", type=float, default=7.0, help="start no row of (c) after these (default: 7)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="start no row of (c), (d) after these (default: 8)")
     options = parser.parse_args()
     microbatches = options.microbatch or [2 if options.quick else 16]
     triton = getattr(kernels.log_prob.triton, "__version__", "not installed")
@@ -375,7 +475,9 @@ def main() -> None:
         "kernels": lambda: kernel_table(shapes, 2**22 if options.quick else 2**30),
         "epoch": lambda: epoch_table(options.quick, microbatches, options.steps),
         "noise": lambda: noise_table(options.quick, microbatches[0], options.minutes),
+        "memory": lambda: memory_table(options.quick, options.minutes),
     }
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name, table in tables.items():
         if options.only in (None, name) and isinstance(failure := attempt(table), str):
             print(f"\n{name}: {failure}")
