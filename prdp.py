@@ -314,20 +314,23 @@ def sample_trajectories(
     images, num_steps, device = len(text), len(policy.schedule.timesteps), text.device
     assert len(generators) == images, (len(generators), text.shape)
 
-    def noise(rows: Tensor, generators: list[torch.Generator] = generators) -> Tensor:
-        return torch.stack([torch.randn(shape, generator=generators[m]) for m in rows.tolist()]).to(device)
+    def noise(m: int) -> Tensor:  # (T+1, C, H, W): x_T, and what each step adds
+        draws = [(initial or generators)[m]] + [generators[m]] * num_steps
+        return torch.stack([torch.randn(shape, generator=generator) for generator in draws])
 
     latents = torch.empty(images, num_steps + 1, *shape, dtype=torch.float32, device=device)
     log_probs = torch.empty(images, num_steps, dtype=torch.float64, device=device)
     with progress("sample", images * num_steps) as bar:
-        for rows in torch.arange(images, device=device).split(policy.microbatch):
-            latents[rows, 0] = noise(rows, initial or generators)
+        for first in range(0, images, policy.microbatch):
+            rows = slice(first, first + policy.microbatch)
+            noises = torch.stack([noise(m) for m in range(images)[rows]], dim=1).to(device)  # once: a GPU waits for it
+            latents[rows, 0] = noises[0]
             for k in range(num_steps):
-                x_t = latents[rows, k]
-                noise_pred, coefficients = predict_noise(policy, x_t, text[rows], torch.full_like(rows, k))
-                drawn = guided_sample(noise_pred, x_t, noise(rows), *coefficients, policy.guidance_scale)
+                x_t, steps = latents[rows, k], torch.full((noises.shape[1],), k, device=device)
+                noise_pred, coefficients = predict_noise(policy, x_t, text[rows], steps)
+                drawn = guided_sample(noise_pred, x_t, noises[k + 1], *coefficients, policy.guidance_scale)
                 latents[rows, k + 1], log_probs[rows, k] = drawn
-                bar.update(len(rows))
+                bar.update(len(steps))
     return Trajectories(latents, log_probs, text)
 
 
