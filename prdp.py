@@ -169,19 +169,21 @@ def parse_args(argv: list[str]) -> Config:
     elif "evaluate" in given:
         settings |= {"out": "evaluation", "model": str(run)}
     config = Config(**{**settings, **given})
-    config.prompts = [str(Path(path).resolve()) for path in config.prompts]  # so that --resume finds it from anywhere
+    check_config(config, given)
+    config.prompts = [
+        str(Path(str(path)).resolve()) for path in config.prompts
+    ]  # so that --resume finds it from anywhere
     config.model = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
-    return check_config(config, given)
+    return config
 
 
-def check_config(config: Config, given: dict) -> Config:
+def check_config(config: Config, given: dict) -> None:
     """Refuse settings that cannot run, before anything is loaded."""
     for f in dataclasses.fields(Config):
         option, value = "--" + f.name.replace("_", "-"), getattr(config, f.name)
-        if type(value) not in {tuple: (list,), float: (float, int)}.get(type(f.default), (type(f.default),)):
-            raise InputError(
-                f"{option} {value!r}: a {type(value).__name__}; in config.json too, it must be as in --help."
-            )
+        kinds, choices = {tuple: (tuple, list), float: (float, int)}, f.metadata["argparse"].get("choices", [value])
+        if type(value) not in kinds.get(type(f.default), (type(f.default),)) or value not in choices:  # by config.json
+            raise InputError(f"{option} {value!r}: must be as in --help.")
         if f.metadata["low"] > -math.inf and not value >= f.metadata["low"]:
             raise InputError(f"{option} {value}: must be at least {f.metadata['low']}.")
         if f.metadata["above"] > -math.inf and not value > f.metadata["above"]:
@@ -202,7 +204,6 @@ def check_config(config: Config, given: dict) -> Config:
         if wrong:
             raise InputError(sentence)
     parse_reward(config.reward)
-    return config
 
 
 # ---- 2. The policy: DDPM ancestral sampling, a chain of Gaussians (Sec. 2) ---------------------------------
@@ -453,7 +454,7 @@ class Batch(NamedTuple):
     prompts: list[str]
     trajectories: Trajectories
     log_probs_ref: Tensor  # (M, T) float64
-    images: Tensor  # (M, 3, 8H, 8W) uint8
+    images: Tensor  # (M, 3, 8H, 8W) uint8, on the CPU
     rewards: Tensor  # (M,) float32
     reward_parts: dict[str, Tensor]  # the components of a summed reward, each (M,)
     targets: Tensor  # (M,), what the loss is given: the rewards, or for DDPO `advantages`
@@ -493,15 +494,14 @@ def collect(
         with in_use(models, models.pipe.vae):
             images = decode(models, trajectories.latents[:, -1])
         try:
-            with in_use(models, models.reward):
-                rewards = models.reward(images, [p for p in prompts for _ in range(repeats)])
+            rewards = models.reward(images, [p for p in prompts for _ in range(repeats)])
         except InputError as error:
             raise InputError(f"epoch {epoch}: {error}") from error
     targets, history = rewards, {}
     if config.loss.startswith("ddpo") and epoch > 0:
         targets, history = advantages(gather(rewards), everyones, models.history, config.advantage)
         targets = targets.to(rewards.device).chunk(processes())[rank()]
-    return Batch(prompts, trajectories, log_probs_ref, images, rewards, models.reward.parts, targets, history)
+    return Batch(prompts, trajectories, log_probs_ref, images.cpu(), rewards, models.reward.parts, targets, history)
 
 
 def show(config: Config, models: Models, epoch: int, prompts: list[str]) -> report.Samples:
@@ -544,6 +544,7 @@ def train(config: Config, models: Models, optimizer: torch.optim.Optimizer, prom
             updates.append((loss.detach(), log_probs.detach(), weights, grad_norm))
         models.history.update(batch.history)
         metrics = epoch_metrics(config, epoch, batch, fixed, updates, seconds)
+        del batch, fixed, updates  # and their memory, before the next ones are drawn
         if rank() == 0:
             report.log_epoch(Path(config.out), metrics, header=(epoch - start) % 20 == 0, log_to=config.log_to)
         if epoch % config.sample_every == 0 and epoch < config.epochs:
@@ -691,14 +692,15 @@ def load_models(config: Config, device: torch.device) -> Models:
     """The pipeline, the policy, and the frozen reference the policy starts from (Alg. 1, line 1)."""
     from diffusers import DDIMScheduler
 
-    pipe = load_pipeline(config.model).to(device)
-    reward, unet, vae = load_reward(config.reward, device), pipe.unet, pipe.vae
+    waiting = idle_device(config.offload, device)
+    pipe, reward = load_pipeline(config.model), load_reward(config.reward, device, waiting)
+    unet, vae, text_encoder = pipe.unet, pipe.vae, pipe.text_encoder
     channels, expected = unet.config.in_channels, vae.config.latent_channels
     if channels != expected:
         raise InputError(f"--model {config.model}: UNet of {channels} channels, VAE of {expected}; must be equal.")
     torch.backends.cudnn.allow_tf32 = config.dtype != "fp32"  # TF32 convolutions round like fp16
     vae.requires_grad_(False)
-    pipe.text_encoder.requires_grad_(False)
+    text_encoder.requires_grad_(False)
     unet.requires_grad_(True).eval()  # eval: with dropout every pass would be another policy
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype]
     if config.gradient_checkpointing:
@@ -717,18 +719,18 @@ def load_models(config: Config, device: torch.device) -> Models:
         # Autocast casts these weights at every pass; cast once, they are the same bits in half the memory.
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             layer.to(autocast)
+    for network, place in ((unet, device), (reference, waiting), (vae, waiting), (text_encoder, device)):
+        network.to(place)
+    null_text = encode(pipe, [""])[0]  # on `device`, for the same bits wherever networks wait
+    text_encoder.to(waiting)
     if config.compile:
         unet, reference = torch.compile(unet), torch.compile(reference)
     schedule = Schedule(*(column.to(device) for column in ddpm_schedule(pipe.scheduler.config, config.ddpm_steps)))
     settings = {**SD_SCHEDULER, **pipe.scheduler.config, "timestep_spacing": "leading", "clip_sample": False}
     pipe.scheduler = DDIMScheduler.from_config(settings)  # with eta = 1 it samples this policy
-    policy = Policy(unet, schedule, encode(pipe, [""])[0], config.guidance_scale, config.microbatch, autocast)
+    policy = Policy(unet, schedule, null_text, config.guidance_scale, config.microbatch, autocast)
     size = unet.config.sample_size
     latent_shape = (channels, *(size if isinstance(size, (list, tuple)) else (size, size)))
-    small = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < 40e9
-    waiting = torch.device("cpu") if config.offload == "on" or config.offload == "auto" and small else device
-    for network in (reference, reward, vae, pipe.text_encoder):
-        network.to(waiting)
     return Models(pipe, policy, policy._replace(unet=reference), reward, latent_shape, {}, waiting)
 
 
@@ -747,15 +749,20 @@ class WithoutAdapters(nn.Module):
             self.shared[0].enable_adapters()
 
 
+def idle_device(offload: str, device: torch.device) -> torch.device:
+    """Where networks are outside their phases."""
+    if offload == "auto" and device.type == "cuda":
+        offload = "on" if torch.cuda.get_device_properties(device).total_memory < 40e9 else "off"
+    return torch.device("cpu") if offload == "on" else device
+
+
 @contextmanager
-def in_use(models: Models, *networks: nn.Module | Reward):
-    """Have networks on the policy's device within this block. Under --offload all but the policy's own wait elsewhere:
-    the reference and the rewards are needed in passes of their own, and gradients in none of those."""
-    networks = [network for network in networks if network is not models.policy.unet]
-    for network in networks:
-        network.to(models.policy.null_text.device)
+def in_use(models: Models, network: nn.Module):
+    """Have a network on the policy's device within this block. Under --offload all but the policy's own wait on the
+    CPU, as the rewards' do: they are needed in passes of their own, and gradients in none of those."""
+    network.to(models.policy.null_text.device)
     yield
-    for network in networks:
+    if network is not models.policy.unet:
         network.to(models.waiting)
 
 
@@ -973,13 +980,13 @@ def main(argv: list[str] | None = None) -> None:
     except InputError as error:
         fail(str(error))
     except torch.OutOfMemoryError:
-        smaller = f"{max(1, config.microbatch // 2)}, --gradient-checkpointing, --offload on, --lora-rank 8"
-        fail(f"out of GPU memory with --microbatch {config.microbatch}: try --microbatch {smaller}.")
+        smaller = f"--microbatch {max(1, config.microbatch // 2)}, --gradient-checkpointing, --lora-rank 8"
+        fail(f"out of GPU memory: try --offload on, or in a new run {smaller}.")
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         cause = " ".join(str(error).split("\n\n")[0].split())
-        fail(f"--compile: failed ({cause}); run without it.")
+        fail(f"--compile: failed ({cause}); begin a new run without it.")
     except OSError as error:
         if error.errno is None:  # not the system's
             raise

@@ -41,10 +41,15 @@ class InputError(Exception):
 
 
 class Reward:
-    """A weighted sum of scorers. After a call `parts` holds each component's own scores by label, float32 (M,)."""
+    """A weighted sum of scorers. After a call `parts` holds each component's own scores by label, float32 (M,).
 
-    def __init__(self, components: dict[str, tuple[float, Scorer]]) -> None:
-        self.components = components
+    The networks that a scorer lists in its attribute `networks` are on `device` while it scores, then on `waiting`.
+    """
+
+    def __init__(
+        self, components: dict[str, tuple[float, Scorer]], device: torch.device, waiting: torch.device
+    ) -> None:
+        self.components, self.device, self.waiting = components, device, waiting
         self.parts: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -53,20 +58,22 @@ class Reward:
             images.shape,
             len(prompts),
         )
-        self.parts = {name: checked(name, scorer, images, prompts) for name, (_, scorer) in self.components.items()}
-        return sum(weight * self.parts[name] for name, (weight, _) in self.components.items())
-
-    def to(self, device: torch.device) -> None:
-        """Move every network that a scorer lists in its attribute `networks`; one of your own may have it too."""
-        for _, scorer in self.components.values():
+        self.parts = {}
+        for name, (_, scorer) in self.components.items():
             for network in getattr(scorer, "networks", ()):
-                network.to(device)
+                network.to(self.device)
+            self.parts[name] = checked(name, scorer, images, prompts)
+            for network in getattr(scorer, "networks", ()):
+                network.to(self.waiting)
+        return sum(weight * self.parts[name] for name, (weight, _) in self.components.items())
 
 
 def checked(name: str, scorer: Scorer, images: Tensor, prompts: list[str]) -> Tensor:
     """Scores of one component, float32 (M,) on the images' device; InputError unless they are M finite numbers."""
     try:
         scores = torch.as_tensor(scorer(images, prompts), dtype=torch.float32, device=images.device).detach()
+    except torch.OutOfMemoryError:
+        raise  # no fault of the scorer's
     except Exception as error:
         raise InputError(f"reward {name} failed: {on_one_line(error)}.") from error
     if scores.shape != (len(prompts),):
@@ -113,13 +120,13 @@ def parse_reward(spec: str) -> list[Component]:
     return components
 
 
-def load_reward(spec: str, device: torch.device | str) -> Reward:
-    """The reward that `spec` names, its models loaded once, on `device`."""
-    device, loaded = torch.device(device), {}
+def load_reward(spec: str, device: torch.device | str, waiting: torch.device | str | None = None) -> Reward:
+    """The reward that `spec` names, its models loaded once; they score on `device`, and wait there or on `waiting`."""
+    device, waiting, loaded = torch.device(device), torch.device(waiting or device), {}
     for label, weight, name, path in parse_reward(spec):
-        scorer = load_function(name, path) if name.endswith(".py") else LOADERS[name](path, device)
+        scorer = load_function(name, path) if name.endswith(".py") else LOADERS[name](path, waiting)
         loaded[label] = (weight, scorer)
-    return Reward(loaded)
+    return Reward(loaded, device, waiting)
 
 
 def on_one_line(error: Exception) -> str:
@@ -138,9 +145,13 @@ def load_function(file: str, function: str) -> Scorer:
         spec.loader.exec_module(module)
     except Exception as error:
         raise InputError(f"--reward {file}:{function}: cannot be imported: {on_one_line(error)}.") from error
-    if not callable(getattr(module, function, None)):
+    scorer = getattr(module, function, None)
+    if not callable(scorer):
         raise InputError(f"--reward {file}:{function}: the file has no function {function!r}.")
-    return getattr(module, function)
+    networks = getattr(scorer, "networks", ())
+    if not isinstance(networks, (list, tuple)) or not all(hasattr(network, "to") for network in networks):
+        raise InputError(f"--reward {file}:{function}: its attribute `networks` must be a list of torch modules.")
+    return scorer
 
 
 # -------------------------------------------------------------------------------- JPEG size (DDPO, Sec. 5)
