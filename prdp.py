@@ -750,7 +750,7 @@ class WithoutAdapters(nn.Module):
 
 
 def idle_device(offload: str, device: torch.device) -> torch.device:
-    """Where networks are outside their phases."""
+    """Where networks wait outside their phases (--offload)."""
     if offload == "auto" and device.type == "cuda":
         offload = "on" if torch.cuda.get_device_properties(device).total_memory < 40e9 else "off"
     return torch.device("cpu") if offload == "on" else device
