@@ -43,7 +43,6 @@ import math
 import os
 import pickle
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -59,7 +58,7 @@ from torch import Tensor, nn
 import kernels
 from kernels import gaussian_log_prob, guided_log_prob, guided_sample  # noqa: F401  (the first for other code)
 from prompts import load_prompts, report
-from prompts.report import STOP, ask_to_stop, progress, timed
+from prompts.report import STOP, progress, stop_when_asked, timed
 from rewards import InputError, Reward, load_reward, parse_reward
 
 # ---- 1. Settings: Table 4 ----------------------------------------------------------------------------------
@@ -923,10 +922,12 @@ def run(config: Config) -> None:
         if long := sum(len(ids) > context for ids in models.pipe.tokenizer(prompts).input_ids):
             print(f"warning: {long} prompts are longer than {context} tokens; the model sees their beginnings.")
 
-    before = show(config, models, 0, prompts)
+    with timed(seconds := {}, "start-up"):
+        before = show(config, models, 0, prompts)
+    if rank() == 0:
+        print(f"first samples{', and their compilation' * config.compile}: {seconds['start-up']:.0f} s")
     start = load_checkpoint(config, models, optimizer) if config.resume else 1
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
+    stop_when_asked()
     try:
         train(config, models, optimizer, prompts, start)
     except SystemExit as stop:
@@ -975,7 +976,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
         (evaluate if config.evaluate else run)(config)
-    except KeyboardInterrupt:  # before training; from then on see `ask_to_stop`
+    except KeyboardInterrupt:  # before training; from then on see `stop_when_asked`
         raise SystemExit(130) from None
     except InputError as error:
         fail(str(error))

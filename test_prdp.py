@@ -2147,11 +2147,11 @@ def test_evaluate_goes_on_where_it_was_stopped(finished_run, tmp_path, capsys, m
     """Ctrl-C at the third chunk, twice: what was drawn is not drawn again, and the end is that of one go, to the bit."""
     files, collect, drawn = prompt_files(tmp_path), prdp.collect, []
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         drawn.append(arguments)
         if len(drawn) == limit[0]:
             raise KeyboardInterrupt
-        return collect(*arguments)
+        return collect(*arguments, **options)
 
     monkeypatch.setattr(prdp, "collect", counted)
     flags = ["--evaluate", str(finished_run), "--prompts", *files, "--samples-per-prompt", "2", "--microbatch", "2"]

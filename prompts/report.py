@@ -54,14 +54,20 @@ def hold(folder: Path) -> BinaryIO:
 STOP: list[int] = []  # the signal that asked this run to stop
 
 
-def ask_to_stop(number: int, frame) -> None:
-    STOP.append(number)
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+def stop_when_asked() -> None:
+    """From now on Ctrl-C and SIGTERM end the run at the next update of a progress bar; a second one, at once."""
+
+    def note(number: int, frame) -> None:
+        STOP.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
 
 
 def progress(label: str, total: int):
-    """A progress bar on a terminal, nothing elsewhere. Its update is where Ctrl-C and SIGTERM take effect: between
-    two microbatches, never within an optimizer step or a write."""
+    """A progress bar on a terminal, nothing elsewhere. Its update is where a signal takes effect: between two
+    microbatches, never within an optimizer step or a write."""
     from tqdm import tqdm
 
     class Bar(tqdm):
