@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from functools import partial
 from pathlib import Path
@@ -2211,6 +2212,15 @@ def test_evaluate_bad_input(finished_run, tiny_sd, tmp_path, capsys, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, message = run_cli(*flags, capsys=capsys)
     assert code == 2 and "--evaluate: runs in one process" in message
+
+
+def test_progress_bars_leave_no_threads():
+    """A run of 1,000 epochs makes some 10,000 of them."""
+    before = threading.active_count()
+    for _ in range(20):
+        with prompts.report.progress("sample", 2) as bar:
+            bar.update(2)
+    assert threading.active_count() == before
 
 
 def test_over_optimisation_is_warned_of_once(tmp_path, capsys):

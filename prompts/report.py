@@ -71,6 +71,8 @@ def progress(label: str, total: int):
     from tqdm import tqdm
 
     class Bar(tqdm):
+        monitor_interval = 0  # else every such class starts a thread, which never ends
+
         def update(self, n: int = 1) -> None:
             if STOP:
                 raise SystemExit(128 + STOP[0])
