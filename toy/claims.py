@@ -1,6 +1,6 @@
 """The paper's claims on the toy: every experiment, through prdp.py's own functions, with its baselines.
 
-    python toy/claims.py                   # everything: 141 runs, 2.6 core-hours on an AMD EPYC
+    python toy/claims.py                   # everything: 183 runs, 5.7 core-hours on an AMD EPYC with other work
     python toy/claims.py --claim 3         # one claim again; the others keep what toy/claims.json holds
     python toy/claims.py --quick           # tiny sizes, one seed, 3 minutes; writes into its --out folder only
 
@@ -8,7 +8,7 @@ Writes toy/claims.json, toy/claim1.png to claim6.png, and the README's table. A 
 was: finished runs are kept in the --out folder, and unfinished ones resume from their last checkpoint.
 
 Three scales, all of 32 reward queries an epoch:
-    small     16 prompts, each drawn about 2.5 times, 8 images a time (N = 4, B = 8, K = 4, 10 epochs)
+    small     16 prompts, each drawn about 5 times, 8 images a time (N = 4, B = 8, K = 4, 20 epochs)
     large     288 prompts, each drawn about 1.4 times, 4 images a time (N = 8, B = 4, K = 1, 50 epochs)
     large-k4  the same prompts with K = 4, where clipping can act (10 epochs)
 Every method gets the same queries, epochs and seeds. The learning rate, and the one other setting that matters to a
@@ -48,7 +48,7 @@ import prdp  # noqa: E402
 from prompts.report import write_file  # noqa: E402
 
 SCALES = {
-    "small": dict(prompts="few", prompts_per_epoch=4, images_per_prompt=8, updates_per_epoch=4, epochs=10),
+    "small": dict(prompts="few", prompts_per_epoch=4, images_per_prompt=8, updates_per_epoch=4, epochs=20),
     "large": dict(prompts="all", prompts_per_epoch=8, images_per_prompt=4, updates_per_epoch=1, epochs=50),
     "large-k4": dict(prompts="all", prompts_per_epoch=8, images_per_prompt=4, updates_per_epoch=4, epochs=10),
 }
@@ -231,8 +231,7 @@ def write_json(path: Path, value: object) -> None:
 def begin_worker() -> None:
     """One thread; stop between two microbatches on Ctrl-C or SIGTERM, and at once if the parent is gone."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, prdp.ask_to_stop)
+    prdp.stop_when_asked()
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -241,13 +240,12 @@ def begin_worker() -> None:
 
 
 def sweep_runs(quick: bool) -> dict[tuple[str, str], list[dict]]:
-    """{(scale, method): the runs it is tuned on}; one of them if `quick`. At the large scale of half the epochs."""
-    small, large = dict(epochs=10), dict(epochs=25)
-    runs = {("small", m): [spec("small", SWEEP_SEEDS[0], m, learning_rate=r, **small, **knob)
+    """{(scale, method): the runs it is tuned on}; one of them if `quick`."""
+    runs = {("small", m): [spec("small", SWEEP_SEEDS[0], m, learning_rate=r, **knob)
                            for r, knob in itertools.product(RATES, knobs)] for m, knobs in KNOBS.items()}  # fmt: skip
     for method, more in (("prdp", {}), ("ddpo", dict(advantage="global"))):
         rates = (3e-5, *RATES)  # many prompts, few images of each: gentler steps
-        runs["large", method] = [spec("large", SWEEP_SEEDS[0], method, learning_rate=r, **large, **more) for r in rates]
+        runs["large", method] = [spec("large", SWEEP_SEEDS[0], method, learning_rate=r, **more) for r in rates]
     return {key: tried[:1] if quick else tried for key, tried in runs.items()}
 
 
@@ -264,7 +262,6 @@ def arms(claim: int, best: dict, seeds: list[int], last: bool = False) -> dict[s
         return (
             base
             | {"PRDP": arm("small"), "DDPO": arm("small", "ddpo")}
-            | {"PRDP, 20 epochs": arm("small", epochs=20), "DDPO, 20 epochs": arm("small", "ddpo", epochs=20)}
             | {k: arm("small", m) for k, m in others.items()}
         )
     if claim == 2:
@@ -288,7 +285,7 @@ def arms(claim: int, best: dict, seeds: list[int], last: bool = False) -> dict[s
         return base | {"online": arm("small"), "offline": arm("small", offline=True)}
     if claim == 5:
         # One setting for both methods, under which 20 epochs suffice to lose the prompt.
-        red = dict(reward="redness", learning_rate=4e-4, clip_range=1e-2, epochs=20)
+        red = dict(reward="redness", learning_rate=4e-4, clip_range=1e-2)
         runs = {f"PRDP, kl_weight {k:g}": arm("small", kl_weight=k, **red) for k in REDNESS_KL}
         return {"base": [spec("small", 0, "base", reward="redness")], "DDPO": arm("small", "ddpo", **red)} | runs
     own = dict(kl_weight=0.1)  # small enough targets r / kl_weight for the loss to be reachable at all
@@ -349,83 +346,77 @@ PAPER = {
 }
 
 
+RULE = "above 2 standard errors: {}; below -2: {}; between: no clear difference"
+
+
+def compared(gap: tuple[float, float], yes: str = "reproduced", no: str = "not reproduced") -> str:
+    """RULE for a difference and its standard error."""
+    return yes if gap[0] > 2 * gap[1] else no if gap[0] < -2 * gap[1] else "no clear difference"
+
+
 def verdict(claim: int, results: dict[str, list[dict]]) -> tuple[str, str, str]:
     """What the toy shows, the verdict, and the criterion behind it."""
     base = results["base"]
-    r = {label: say(over_seeds(runs, "reward")) for label, runs in results.items()}
+    reward = {label: say(over_seeds(runs, "reward")) for label, runs in results.items()}
+    listed = "reward: " + ", ".join(f"{label} {value}" for label, value in reward.items())
+    rule = RULE.format("reproduced", "not reproduced")
     if claim == 1:
         gap = difference(results["PRDP"], results["DDPO"])
-        shows = "reward: " + ", ".join(f"{k} {v}" for k, v in r.items()) + f"; PRDP - DDPO {say(gap)}"
-        answer = (
-            "not reproduced" if gap[0] < -2 * gap[1] else "reproduced" if gap[0] > 2 * gap[1] else "no clear difference"
-        )
-        return (
-            shows,
-            answer,
-            "PRDP - DDPO above 2 standard errors: reproduced; below -2: not; between: no clear difference",
-        )
+        return f"{listed}; PRDP - DDPO {say(gap)}", compared(gap), f"PRDP - DDPO {rule}"
     if claim == 2:
-        gap, rise = (
-            difference(results["PRDP"], results["DDPO global"]),
-            difference(results["PRDP"], base, where="unseen"),
-        )
-        scale = difference(results["few prompts, DDPO per-prompt"], results["few prompts, DDPO global"])
-        unseen = ", ".join(
-            f"{k} {say(over_seeds(results[k], 'reward', 'unseen'))}" for k in ("base", "PRDP", "DDPO global")
-        )
-        shows = "reward: " + ", ".join(f"{k} {v}" for k, v in r.items()) + f"; unseen prompts: {unseen}; PRDP - DDPO "
-        shows += f"global {say(gap)}; few prompts, DDPO per-prompt - global {say(scale)}"
-        good = gap[0] > 2 * gap[1] and rise[0] > 2 * rise[1]
-        answer = "not reproduced" if gap[0] < -2 * gap[1] else "reproduced" if good else "no clear difference"
-        return shows, answer, "PRDP - DDPO global above 2 standard errors, and PRDP - base too on unseen prompts"
+        gap = difference(results["PRDP"], results["DDPO global"])
+        rise = difference(results["PRDP"], base, where="unseen")
+        few = difference(results["few prompts, DDPO per-prompt"], results["few prompts, DDPO global"])
+        unseen = {k: say(over_seeds(results[k], "reward", "unseen")) for k in ("base", "PRDP", "DDPO global")}
+        shows = f"{listed}; unseen prompts: {', '.join(f'{k} {v}' for k, v in unseen.items())}; PRDP - DDPO global "
+        shows += f"{say(gap)}; few prompts, DDPO per-prompt - global {say(few)}"
+        answer = compared(gap) if compared(rise) == "reproduced" else compared(gap, yes="no clear difference")
+        return shows, answer, f"PRDP - DDPO global {rule}; reproduced only if PRDP - base on unseen prompts is too"
     if claim == 3:
-        cells, shows = [], []
-        for label in (k for k in results if "clipped" in k and "K = 1" not in k):
-            bad = sum(unstable(run, base[0]) for run in results[label])
-            stable = "not clipped" not in label and label != "DDPO large-k4, clipped"  # as in Table 5
-            cells.append((2 * bad > len(results[label])) != stable)
-            shows.append(f"{label}: {bad} of {len(results[label])} unstable")
+        bad = {k: sum(unstable(run, base[0]) for run in runs) for k, runs in results.items() if k != "base"}
+        arms = [k.removesuffix(", clipped") for k in results if k.endswith(", clipped") and "K = 1" not in k]
+        cells = []
+        for arm in arms:
+            stable = arm != "DDPO large-k4"  # with clipping, in Table 5
+            majority = len(results[f"{arm}, clipped"]) / 2
+            cells += [(bad[f"{arm}, clipped"] < majority) == stable, bad[f"{arm}, not clipped"] > majority]
+        shows = f"unstable of {len(results[f'{arms[0]}, clipped'])} runs: " + "; ".join(
+            f"{arm} {bad[f'{arm}, clipped']} clipped, {bad[f'{arm}, not clipped']} not" for arm in arms
+        )
         one, other = (
             [run["evaluation"], run["curve"]["loss"]]
-            for run in (results[f"K = 1, {k}"][0] for k in ("clipped", "not clipped"))
+            for k in ("clipped", "not clipped")
+            for run in results[f"K = 1, {k}"]
         )
-        shows.append(f"PRDP large at K = 1, clipped and not: {'equal in every digit' if one == other else 'different'}")
+        shows += f"; PRDP large at K = 1, clipped and not: {'equal in every digit' if one == other else 'different'}"
         answer = "reproduced" if all(cells) else f"{sum(cells)} of {len(cells)} cells of Table 5 reproduced"
-        return (
-            "; ".join(shows),
-            answer,
-            " ".join((unstable.__doc__ or "").split()) + " A cell counts by majority of seeds.",
-        )
+        return shows, answer, " ".join((unstable.__doc__ or "").split()) + " A cell counts by majority of seeds."
     if claim == 4:
         gap = difference(results["online"], results["offline"])
-        shows = "reward: " + ", ".join(f"{k} {v}" for k, v in r.items()) + f"; online - offline {say(gap)}"
-        answer = (
-            "reproduced" if gap[0] > 2 * gap[1] else "not reproduced" if gap[0] < -2 * gap[1] else "no clear difference"
-        )
-        return shows, answer, "online - offline above 2 standard errors"
+        return f"{listed}; online - offline {say(gap)}", compared(gap), f"online - offline {rule}"
     if claim == 5:
-        match = {
-            k: over_seeds(runs, "match")[0] / max(over_seeds(base, "match")[0], 1e-9) for k, runs in results.items()
-        }
-        rises = {k: difference(runs, base) for k, runs in results.items()}
-        shows = "; ".join(f"{k}: reward {r[k]}, match {say(over_seeds(runs, 'match'))}" for k, runs in results.items())
-        prdp_arms = [k for k in results if k.startswith("PRDP")]
-        kept = [k for k in prdp_arms[1:] if match[k] >= MATCH_KEPT and rises[k][0] > 2 * rises[k][1]]
-        good = kept and match[prdp_arms[0]] < 0.5 and match["DDPO"] < 0.5
+        whole = max(over_seeds(base, "match")[0], 1e-9)
+        match = {k: over_seeds(runs, "match")[0] / whole for k, runs in results.items()}
+        gains = {k for k, runs in results.items() if compared(difference(runs, base)) == "reproduced"}
+        shows = "; ".join(f"{k}: reward {reward[k]}, match {say(over_seeds(results[k], 'match'))}" for k in results)
+        smallest, *larger = (k for k in results if k.startswith("PRDP"))
+        kept = any(match[k] >= MATCH_KEPT and k in gains for k in larger)
+        good = kept and match[smallest] < 0.5 and match["DDPO"] < 0.5
         rule = f"smallest kl_weight and DDPO below half of the base's match; a larger one keeps {MATCH_KEPT:.0%} and still gains"
         return shows, "reproduced" if good else "not reproduced", rule + " over 2 standard errors of reward"
-    left = {
-        "own x_T": over_seeds(results["own x_T"], "residual"),
-        "shared x_T": over_seeds(results["shared x_T"], "residual", "shared"),
-    }
-    gap = left["own x_T"][0] - left["shared x_T"][0], math.hypot(left["own x_T"][1], left["shared x_T"][1])
-    shows = "loss over that of the base model: " + ", ".join(f"{k} {say(v)} (reward {r[k]})" for k, v in left.items())
+    places = {"own x_T": "training", "shared x_T": "shared"}
+    left = {k: over_seeds(results[k], "residual", where) for k, where in places.items()}
+    (own, own_error), (shared, shared_error) = left.values()
+    shows = "loss over that of the base model: " + ", ".join(
+        f"{k} {say(v)} (reward {reward[k]})" for k, v in left.items()
+    )
     for k in (1, 2, 4):
         curve = results[f"K = {k}"][0]["curve"]
         (skipped, _), (update, _) = mean_se(curve["skipped_fraction"]), mean_se(curve["seconds_update"])
-        shows += f"; K = {k}: {skipped:.0%} skipped, {update * skipped / (1 - skipped):.2f} s of {update / (1 - skipped):.2f} s saved"
-    answer = "shown" if gap[0] > 2 * gap[1] else "not shown" if gap[0] < -2 * gap[1] else "no clear difference"
-    return shows, answer, "residual loss on fresh trajectories, own - shared, above 2 standard errors"
+        whole = update / (1 - skipped)
+        shows += f"; K = {k}: {skipped:.0%} skipped, {whole - update:.2f} s of {whole:.2f} s saved"
+    rule = f"residual loss on fresh trajectories, own - shared, {RULE.format('shown', 'not shown')}"
+    return shows, compared((own - shared, math.hypot(own_error, shared_error)), "shown", "not shown"), rule
 
 
 # ---- Figures -------------------------------------------------------------------------------------------------
@@ -492,7 +483,7 @@ def table(claims: dict) -> str:
     lines = ["| | the paper | the toy | verdict |", "|---|---|---|---|"]
     for claim, entry in sorted(claims.items()):
         figure = f"[{claim}](toy/claim{claim}.png)"
-        lines.append(f"| {figure} | {entry['paper']} | {entry['toy']} | **{entry['verdict']}** |")
+        lines.append(f"| {figure} | {entry['paper']} | {entry['toy'].replace('; ', '<br>')} | **{entry['verdict']}** |")
     return "\n".join(lines)
 
 
@@ -575,7 +566,7 @@ def choose(sweep: Sweep, report: dict, methods: tuple[str, ...]) -> dict:
         for run in runs:
             repeats = [results.get(name_of({**run, "seed": seed})) for seed in SWEEP_SEEDS]
             rewards = [rounded(score(result)) for result in repeats if result]
-            settings = {k: v for k, v in run.items() if k not in ("scale", "seed", "loss", "epochs", "advantage")}
+            settings = {k: v for k, v in run.items() if k not in ("scale", "seed", "loss", "advantage")}
             tried.append({"settings": settings, "rewards": rewards})
         # A mean over three seeds counts before any single one.
         best = max(tried, key=lambda t: (len(t["rewards"]), mean_se([r or -1.0 for r in t["rewards"]])[0]))
@@ -592,7 +583,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--claim", type=int, nargs="+", choices=range(1, 7), help="only these")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one seed: does it all run?")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/claims, or runs/claims-quick)")
     args = parser.parse_args()
