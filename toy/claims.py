@@ -441,7 +441,7 @@ def plot(claim: int, results: dict[str, list[dict]], path: Path) -> None:
             left.plot([r["curve"]["epoch"] for r in runs][0][:shown_epochs], mean, style, color=f"C{i}", label=label)
     left.axhline(figure_of(base[0], "reward"), color="grey", lw=0.8, ls=":")
     left.set(xlabel="epoch", ylabel="reward of the epoch's images (mean of 4 epochs)")
-    left.legend(frameon=False, fontsize=7)
+    left.legend(fontsize=7, framealpha=0.8, edgecolor="none")
     if claim == 5:
         for i, (label, runs) in enumerate(results.items()):
             points = [[figure_of(run, q) for run in runs] for q in ("match", "reward")]
