@@ -950,6 +950,7 @@ def run(config: Config) -> None:
         os.rename(out / "pipeline.tmp", out / "pipeline")
         report.compare(out, before, after)
     if dist.is_initialized():
+        dist.barrier()  # a process that ends while another still works may abort in gloo
         dist.destroy_process_group()
 
 

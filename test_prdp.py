@@ -1,4 +1,4 @@
-"""All tests: no network, no GPU, under 4 minutes on two cores. Each oracle is of another form than the code it checks."""
+"""All tests: no network, no GPU, about 5 minutes on two cores. Each oracle is of another form than the code it checks."""
 
 from __future__ import annotations
 
