@@ -169,9 +169,8 @@ def parse_args(argv: list[str]) -> Config:
         settings |= {"out": "evaluation", "model": str(run)}
     config = Config(**{**settings, **given})
     check_config(config, given)
-    config.prompts = [
-        str(Path(str(path)).resolve()) for path in config.prompts
-    ]  # so that --resume finds it from anywhere
+    # So that --resume finds them from anywhere.
+    config.prompts = [str(Path(str(path)).resolve()) for path in config.prompts]
     config.model = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
     return config
 
@@ -888,7 +887,7 @@ def evaluate(config: Config) -> None:
 
         def draw(prompts: list[str], mine: Sequence[int], images: int) -> report.Samples:
             batch = collect(dataclasses.replace(config, images_per_prompt=images), models, 0, prompts, {}, mine=mine)
-            return report.Samples(batch.prompts, batch.images.cpu(), batch.rewards.cpu())
+            return report.Samples(batch.prompts, batch.images, batch.rewards.cpu())
 
         return draw
 

@@ -413,7 +413,7 @@ def peaks_of_a_run(flags: list[str], cap: float, folder: Path) -> dict[str, floa
     prompts = prdp.load_prompts(config.prompts[0])
     with contextlib.redirect_stdout(sys.stderr):
         models = prdp.load_models(config, DEVICE)
-        rest = 0  # of what Table 4's N*B = 512 images and T = 50 steps keep on the GPU
+        rest = 0  # what Table 4's N*B = 512 images and T = 50 steps keep on the GPU, pictures in the reward phase alone
         if min(models.latent_shape[1:]) >= 64:
             rest = 512 * (4 * (51 * math.prod(models.latent_shape) + models.policy.null_text.numel()) + 3 * 512**2)
         ballast = torch.empty(rest, dtype=torch.uint8, device=DEVICE)
