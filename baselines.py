@@ -1,8 +1,8 @@
 """What the paper and its seeds compare PRDP with, and DDPO's reward statistics.
 
-Every function of LOSSES is pure and has the arguments of `prdp.prdp_loss`, used or not: log-probs (..., B, T) under
-the policy, under the policy that sampled and under the reference, rewards (..., B), clip range and weight; a scalar
-out. So the training loop need not know which of them it runs.
+Every function of LOSSES is pure and has the arguments of `prdp.prdp_loss`, used or not: log-probs
+(..., B, T) under the policy, under the policy that sampled and under the reference, rewards
+(..., B), clip range and weight; a scalar out. So the training loop need not know which it runs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def rwr_loss(log_probs, log_probs_old, log_probs_ref, rewards, clip_range, kl_we
     return -(weights * log_probs.mean(-1)).sum(-1).mean()
 
 
-def rwr_sparse_loss(log_probs, log_probs_old, log_probs_ref, rewards, clip_range, kl_weight) -> Tensor:
+def rwr_sparse_loss(
+    log_probs, log_probs_old, log_probs_ref, rewards, clip_range, kl_weight
+) -> Tensor:
     """The same with binary weights: a prompt's images from the 0.9 quantile of their rewards up.
 
     Black et al. 2024, Apps. F.3 and F.6.
@@ -81,6 +83,18 @@ LOSSES = {
     "rwr-sparse": rwr_sparse_loss,
     "dpo": dpo_loss,
 }
+
+
+def misfit(config) -> str | None:
+    """Why a run's settings do not go with its loss, or None."""
+    ddpo = config.loss.startswith("ddpo")
+    if config.images_per_prompt == 1 and not ddpo:
+        return "compares images of a prompt; --images-per-prompt must be 2 or more"
+    if config.loss == "ddpo-sf" and config.updates_per_epoch > 1:
+        return "needs --updates-per-epoch 1"
+    if ddpo and config.offline:
+        return "learns from its own images, so not --offline"
+    return None
 
 
 class RewardStatistics:

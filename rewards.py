@@ -17,11 +17,13 @@ import html
 import importlib.util
 import io
 import math
+import os
 import pickle
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +42,54 @@ class InputError(Exception):
     """Something the user gave cannot be used; the message names it and says what to do."""
 
 
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn whatever a damaged or foreign file raises within this block into an InputError."""
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise InputError(f"{what}: cannot be used ({' '.join(reason.split())}).") from error
+
+
+@contextmanager
+def command(name: str) -> Iterator[None]:
+    """A command's whole work: a foreseen error ends it in one sentence and exit code 2, Ctrl-C in
+    130. A mistake of ours keeps its traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that an ASCII terminal lacks
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        sentence = in_words(error)
+        if sentence is None:
+            raise
+        process = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"{name}{process}: {sentence}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def in_words(error: Exception) -> str | None:
+    """A foreseen error as one sentence with its mend, else None."""
+    text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return text
+    if isinstance(error, torch.OutOfMemoryError):
+        smaller = "--gradient-checkpointing, --lora-rank 8 or a smaller --microbatch"
+        return f"out of GPU memory: try --offload on, or in a new run {smaller}."
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return "out of memory: try a smaller --microbatch or --prompts-per-epoch."
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'output'}: {error.strerror}; what was saved before is intact."
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        cause = " ".join(str(error).split("\n\n")[0].split())
+        return f"--compile: failed ({cause}); begin a new run without it."
+    return None
+
+
 class Reward:
     """A weighted sum of scorers. After a call `parts` holds each component's own scores by label, float32 (M,).
 
@@ -47,7 +97,10 @@ class Reward:
     """
 
     def __init__(
-        self, components: dict[str, tuple[float, Scorer]], device: torch.device, waiting: torch.device
+        self,
+        components: dict[str, tuple[float, Scorer]],
+        device: torch.device,
+        waiting: torch.device,
     ) -> None:
         self.components, self.device, self.waiting = components, device, waiting
         self.parts: dict[str, Tensor] = {}
@@ -71,13 +124,17 @@ class Reward:
 def checked(name: str, scorer: Scorer, images: Tensor, prompts: list[str]) -> Tensor:
     """Scores of one component, float32 (M,) on the images' device; InputError unless they are M finite numbers."""
     try:
-        scores = torch.as_tensor(scorer(images, prompts), dtype=torch.float32, device=images.device).detach()
+        scores = torch.as_tensor(
+            scorer(images, prompts), dtype=torch.float32, device=images.device
+        ).detach()
     except torch.OutOfMemoryError:
         raise  # no fault of the scorer's
     except Exception as error:
         raise InputError(f"reward {name} failed: {on_one_line(error)}.") from error
     if scores.shape != (len(prompts),):
-        raise InputError(f"reward {name} returned numbers of shape {tuple(scores.shape)} for {len(prompts)} images.")
+        raise InputError(
+            f"reward {name} returned numbers of shape {tuple(scores.shape)} for {len(prompts)} images."
+        )
     if not scores.isfinite().all():
         bad = (~scores.isfinite()).nonzero()[0].item()
         raise InputError(f"reward {name} returned {scores[bad]} for the prompt {prompts[bad]!r}.")
@@ -97,7 +154,9 @@ def parse_reward(spec: str) -> list[Component]:
     """The components of a spec, joined by commas. InputError for an unknown name, a bad weight, or a repeat."""
     components = []
     for part in spec.split(","):
-        body, _, number = re.fullmatch(r"(.*?)(=([^=/\\]*))?", part.strip()).groups(default="1")  # a path may hold a =
+        body, _, number = re.fullmatch(r"(.*?)(=([^=/\\]*))?", part.strip()).groups(
+            default="1"
+        )  # a path may hold a =
         name, _, path = body.partition(":")
         try:
             weight = float(number)
@@ -120,7 +179,9 @@ def parse_reward(spec: str) -> list[Component]:
     return components
 
 
-def load_reward(spec: str, device: torch.device | str, waiting: torch.device | str | None = None) -> Reward:
+def load_reward(
+    spec: str, device: torch.device | str, waiting: torch.device | str | None = None
+) -> Reward:
     """The reward that `spec` names, its models loaded once; they score on `device`, and wait there or on `waiting`."""
     device, waiting, loaded = torch.device(device), torch.device(waiting or device), {}
     for label, weight, name, path in parse_reward(spec):
@@ -139,18 +200,26 @@ def load_function(file: str, function: str) -> Scorer:
     """Your own reward: `function` of the Python file `file`."""
     if not Path(file).is_file():
         raise InputError(f"--reward {file}:{function}: no such file.")
-    spec = importlib.util.spec_from_file_location(f"reward_file_{Path(file).stem}", file)  # shadows no other module
+    spec = importlib.util.spec_from_file_location(
+        f"reward_file_{Path(file).stem}", file
+    )  # shadows no other module
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise InputError(f"--reward {file}:{function}: cannot be imported: {on_one_line(error)}.") from error
+        raise InputError(
+            f"--reward {file}:{function}: cannot be imported: {on_one_line(error)}."
+        ) from error
     scorer = getattr(module, function, None)
     if not callable(scorer):
         raise InputError(f"--reward {file}:{function}: the file has no function {function!r}.")
     networks = getattr(scorer, "networks", ())
-    if not isinstance(networks, (list, tuple)) or not all(hasattr(network, "to") for network in networks):
-        raise InputError(f"--reward {file}:{function}: its attribute `networks` must be a list of torch modules.")
+    if not isinstance(networks, (list, tuple)) or not all(
+        hasattr(network, "to") for network in networks
+    ):
+        raise InputError(
+            f"--reward {file}:{function}: its attribute `networks` must be a list of torch modules."
+        )
     return scorer
 
 
@@ -165,7 +234,9 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
         Image.fromarray(pixels).save(buffer := io.BytesIO(), "JPEG", quality=95)
         return buffer.tell()
 
-    return torch.tensor([size(pixels) / 1000 for pixels in images.permute(0, 2, 3, 1).cpu().numpy()])
+    return torch.tensor(
+        [size(pixels) / 1000 for pixels in images.permute(0, 2, 3, 1).cpu().numpy()]
+    )
 
 
 # -------------------------------------------------------------------------------- preprocessing
@@ -173,7 +244,9 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
 
 def normalise(pixels: Tensor) -> Tensor:
     """(M, 3, H, W) floats in [0, 1], with the mean and deviation CLIP was trained with."""
-    mean, std = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (
+        torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD)
+    )
     return (pixels - mean) / std
 
 
@@ -194,7 +267,9 @@ def preprocess_clip(images: Tensor, size: int = 224) -> Tensor:
         picture = Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(picture.crop((left, top, left + size, top + size))))
 
-    pixels = torch.stack([resize(p) for p in images.permute(0, 2, 3, 1).cpu().numpy()]).permute(0, 3, 1, 2)
+    pixels = torch.stack([resize(p) for p in images.permute(0, 2, 3, 1).cpu().numpy()]).permute(
+        0, 3, 1, 2
+    )
     return normalise(pixels.to(images.device).float() / 255)
 
 
@@ -241,18 +316,29 @@ def features(output) -> Tensor:
     return output if torch.is_tensor(output) else output.pooler_output
 
 
-def cosine_scorer(model, tokenizer, preprocess: Callable[[Tensor, int], Tensor], clean: Callable[[str], str]) -> Scorer:
+def cosine_scorer(
+    model, tokenizer, preprocess: Callable[[Tensor, int], Tensor], clean: Callable[[str], str]
+) -> Scorer:
     """Cosine of image and prompt in a transformers CLIPModel, in float32, unscaled."""
-    size, context = model.config.vision_config.image_size, model.config.text_config.max_position_embeddings
+    size, context = (
+        model.config.vision_config.image_size,
+        model.config.text_config.max_position_embeddings,
+    )
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
-        options = dict(padding="max_length", truncation=True, max_length=context, return_tensors="pt")
+        options = dict(
+            padding="max_length", truncation=True, max_length=context, return_tensors="pt"
+        )
         tokens = tokenizer([clean(p) for p in prompts], **options).input_ids
         scores = []
         for pixels, ids in zip(images.split(32), tokens.split(32), strict=True):
-            image = features(model.get_image_features(pixel_values=preprocess(pixels, size).to(model.device)))
+            image = features(
+                model.get_image_features(pixel_values=preprocess(pixels, size).to(model.device))
+            )
             text = features(model.get_text_features(input_ids=ids.to(model.device)))
-            scores.append((F.normalize(image.float(), dim=-1) * F.normalize(text.float(), dim=-1)).sum(-1))
+            scores.append(
+                (F.normalize(image.float(), dim=-1) * F.normalize(text.float(), dim=-1)).sum(-1)
+            )
         return torch.cat(scores)
 
     score.networks = (model,)
@@ -266,7 +352,11 @@ def from_hub(what: str, load: Callable, name: str, **options):
     try:
         return load(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        where = "damaged or incomplete" if Path(name).exists() else "not cached, and the hub is out of reach"
+        where = (
+            "damaged or incomplete"
+            if Path(name).exists()
+            else "not cached, and the hub is out of reach"
+        )
         raise InputError(f"--reward {what}: cannot load {name}: {where}.") from error
 
 
@@ -275,7 +365,9 @@ def load_clip(what: str, kind: type, name: str, device: torch.device):
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading from disk; downloads keep theirs
-    model, report = from_hub(what, kind.from_pretrained, name, dtype=torch.float32, output_loading_info=True)
+    model, report = from_hub(
+        what, kind.from_pretrained, name, dtype=torch.float32, output_loading_info=True
+    )
     if report["missing_keys"] or report["mismatched_keys"]:
         raise InputError(f"--reward {what}: {name} is no complete {kind.__name__}.")
     return model.to(device).eval().requires_grad_(False)
@@ -312,10 +404,16 @@ def load_hpsv2(version: str, file: str) -> Callable[[str, torch.device], Scorer]
         from transformers import CLIPTokenizer
 
         path = path or from_hub(version, lambda repo: hf_hub_download(repo, file), "xswu/HPSv2")
-        beside = Path(path).parent if (Path(path).parent / "tokenizer_config.json").is_file() else TOKENIZER
+        beside = (
+            Path(path).parent
+            if (Path(path).parent / "tokenizer_config.json").is_file()
+            else TOKENIZER
+        )
         model = hpsv2_model(version, load_torch(version, path))
         tokenizer = from_hub(version, CLIPTokenizer.from_pretrained, str(beside))
-        return cosine_scorer(model.to(device).eval().requires_grad_(False), tokenizer, preprocess_hpsv2, clean_text)
+        return cosine_scorer(
+            model.to(device).eval().requires_grad_(False), tokenizer, preprocess_hpsv2, clean_text
+        )
 
     return load
 
@@ -325,8 +423,12 @@ def vit_h_14_config():
     from transformers import CLIPConfig
 
     shared = dict(hidden_act="gelu", projection_dim=1024, num_attention_heads=16)
-    text = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, eos_token_id=49407, **shared)
-    vision = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, patch_size=14, **shared)
+    text = dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, eos_token_id=49407, **shared
+    )
+    vision = dict(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, patch_size=14, **shared
+    )
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024)
 
 
@@ -337,11 +439,18 @@ def hpsv2_model(what: str, state_dict: dict[str, Tensor], config=None):
     with torch.device("meta"):
         model = CLIPModel(config or vit_h_14_config())
     try:
-        weights = {name: value.float() for name, value in open_clip_to_transformers(state_dict).items()}
+        weights = {
+            name: value.float() for name, value in open_clip_to_transformers(state_dict).items()
+        }
         model.load_state_dict(weights, strict=True, assign=True)
     except (KeyError, ValueError, RuntimeError) as error:
-        raise InputError(f"--reward {what}: its checkpoint is no open_clip ViT-H-14 (other weights).") from error
-    for embeddings in (model.text_model.embeddings, model.vision_model.embeddings):  # not in a checkpoint: 0, 1, 2, ...
+        raise InputError(
+            f"--reward {what}: its checkpoint is no open_clip ViT-H-14 (other weights)."
+        ) from error
+    for embeddings in (
+        model.text_model.embeddings,
+        model.vision_model.embeddings,
+    ):  # not in a checkpoint: 0, 1, 2, ...
         embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings)[None]
     return model
 
@@ -356,10 +465,15 @@ def open_clip_to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor
         "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
         "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
         **{f"ln_final.{p}": f"text_model.final_layer_norm.{p}" for p in ("weight", "bias")},
-        **{f"visual.ln_pre.{p}": f"vision_model.pre_layrnorm.{p}" for p in ("weight", "bias")},  # (sic)
+        **{
+            f"visual.ln_pre.{p}": f"vision_model.pre_layrnorm.{p}" for p in ("weight", "bias")
+        },  # (sic)
         **{f"visual.ln_post.{p}": f"vision_model.post_layernorm.{p}" for p in ("weight", "bias")},
     }
-    transposed = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+    transposed = {
+        "visual.proj": "visual_projection.weight",
+        "text_projection": "text_projection.weight",
+    }
     parts = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
              "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}  # fmt: skip
     mapped = {}
@@ -368,7 +482,9 @@ def open_clip_to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor
             continue
         if name in transposed:  # x @ projection there, projection(x) here
             mapped[transposed[name]] = value.T.contiguous()
-        elif match := re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", name):
+        elif match := re.fullmatch(
+            r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", name
+        ):
             tower = "vision_model" if match[1] else "text_model"
             layer = f"{tower}.encoder.layers.{match[2]}"
             if match[3] == "attn.in_proj":  # query, key and value, stacked in this order
@@ -387,13 +503,22 @@ def load_aesthetic(path: str, device: torch.device) -> Scorer:
     from transformers import CLIPVisionModelWithProjection
 
     repository = "trl-lib/ddpo-aesthetic-predictor"
-    path = path or from_hub("aesthetic", lambda repo: hf_hub_download(repo, "aesthetic-model.pth"), repository)
+    path = path or from_hub(
+        "aesthetic", lambda repo: hf_hub_download(repo, "aesthetic-model.pth"), repository
+    )
     head = aesthetic_head(load_torch("aesthetic", path)).to(device)
-    model = load_clip("aesthetic", CLIPVisionModelWithProjection, "openai/clip-vit-large-patch14", device)
+    model = load_clip(
+        "aesthetic", CLIPVisionModelWithProjection, "openai/clip-vit-large-patch14", device
+    )
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
-        pixels = (preprocess_clip(part, model.config.image_size).to(model.device) for part in images.split(32))
-        return torch.cat([head(F.normalize(model(pixel_values=p).image_embeds, dim=-1)) for p in pixels]).squeeze(-1)
+        pixels = (
+            preprocess_clip(part, model.config.image_size).to(model.device)
+            for part in images.split(32)
+        )
+        return torch.cat(
+            [head(F.normalize(model(pixel_values=p).image_embeds, dim=-1)) for p in pixels]
+        ).squeeze(-1)
 
     score.networks = (model, head)
     return score
@@ -402,12 +527,18 @@ def load_aesthetic(path: str, device: torch.device) -> Scorer:
 def aesthetic_head(state_dict: dict[str, Tensor]) -> torch.nn.Sequential:
     """The head 768-1024-128-64-16-1, linear throughout (its dropout is off, it has no activations), in float32."""
     sizes, places = (768, 1024, 128, 64, 16, 1), (0, 2, 4, 6, 7)  # places among the official layers
-    head = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False)))
+    head = torch.nn.Sequential(
+        *(torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+    )
     try:
         for layer, place in zip(head, places, strict=True):
-            layer.load_state_dict({p: state_dict[f"layers.{place}.{p}"].float() for p in ("weight", "bias")})
+            layer.load_state_dict(
+                {p: state_dict[f"layers.{place}.{p}"].float() for p in ("weight", "bias")}
+            )
     except (KeyError, RuntimeError) as error:
-        raise InputError("--reward aesthetic: its checkpoint is not the head sac+logos+ava1-l14-linearMSE.") from error
+        raise InputError(
+            "--reward aesthetic: its checkpoint is not the head sac+logos+ava1-l14-linearMSE."
+        ) from error
     return head.eval().requires_grad_(False)
 
 
@@ -430,14 +561,20 @@ def load_images(paths: list[str]) -> dict[str, Tensor]:
     from PIL import Image, UnidentifiedImageError
 
     pictures = {}
-    for file, named in ((f, p == f) for p in map(Path, paths) for f in (sorted(p.iterdir()) if p.is_dir() else [p])):
+    for file, named in (
+        (f, p == f) for p in map(Path, paths) for f in (sorted(p.iterdir()) if p.is_dir() else [p])
+    ):
         try:
-            pictures[str(file)] = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)[None]
+            pictures[str(file)] = torch.from_numpy(
+                np.array(Image.open(file).convert("RGB"))
+            ).permute(2, 0, 1)[None]
         except (UnidentifiedImageError, IsADirectoryError):
             if named:  # and not merely found in a folder
                 raise InputError(f"--images {file}: is no picture.") from None
         except OSError as error:
-            raise InputError(f"--images {file}: cannot be read ({error.strerror or error}).") from error
+            raise InputError(
+                f"--images {file}: cannot be read ({error.strerror or error})."
+            ) from error
     if not pictures:
         raise InputError(f"--images {' '.join(paths)}: no pictures there.")
     return pictures
@@ -446,7 +583,9 @@ def load_images(paths: list[str]) -> dict[str, Tensor]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Score pictures with a reward.")
     parser.add_argument("--reward", required=True, help="as in prdp.py")
-    parser.add_argument("--images", required=True, nargs="+", help="picture files, or folders of them")
+    parser.add_argument(
+        "--images", required=True, nargs="+", help="picture files, or folders of them"
+    )
     parser.add_argument("--prompt", default="", help="the prompt of all of them")
     args = parser.parse_args(argv)
     try:
@@ -461,7 +600,10 @@ def main(argv: list[str] | None = None) -> None:
     names = [*reward.parts, "sum"][: None if len(reward.parts) > 1 else 1]
     print("".join(f"{name:>18}" for name in names) + "  image")
     for file, values in rows:
-        print("".join(f"{value:>18.6g}" for _, value in zip(names, values, strict=False)) + f"  {file}")
+        print(
+            "".join(f"{value:>18.6g}" for _, value in zip(names, values, strict=False))
+            + f"  {file}"
+        )
 
 
 if __name__ == "__main__":

@@ -74,14 +74,20 @@ def main() -> None:
     print(f"{'prompts':<18}{'model':<11}{'images':>6}{'reward':>17}{'match':>17}{'shaded':>17}")
     for file in ("shapes.txt", "shapes_unseen.txt"):
         prompts = prdp.load_prompts(str(HERE.parent / "prompts" / file))[:: 6 if file == "shapes.txt" else 1]
-        models = [("base", HERE / "sd")] + ([("finetuned", args.run / "pipeline")] if args.run else [])
-        for name, folder in models:
-            config = prdp.parse_args(["--preset", "toy", "--model", str(folder)])
-            config.images_per_prompt = args.images_per_prompt
-            loaded = prdp.load_models(config, torch.device("cpu"))
-            batch = prdp.collect(config, loaded, 0, prompts, {})
-            each = [p for p in prompts for _ in range(args.images_per_prompt)]
-            columns = [batch.rewards.double(), *(answer.double() for answer in judge(oracle, batch.images, each))]
+        folders = [("base", HERE / "sd")]
+        if args.run:
+            folders.append(("finetuned", args.run / "pipeline"))
+        for name, folder in folders:
+            flags = ["--preset", "toy", "--model", str(folder)]
+            config = prdp.parse_args([*flags, "--prompts-per-epoch", str(len(prompts))])
+            models = prdp.load_models(config, torch.device("cpu"))
+            count = args.images_per_prompt
+            generators = prdp.image_generators(config.seed, 0, range(len(prompts)), count)
+            trajectories = prdp.sample_prompts(models, models.policy, prompts, generators)
+            images = prdp.decode(models, trajectories.latents[:, -1])
+            each = [p for p in prompts for _ in range(count)]
+            columns = [models.reward(images, each), *judge(oracle, images, each)]
+            columns = [column.double() for column in columns]
             figures = [f"{x.mean():.3f} +- {x.std() / len(x) ** 0.5:.3f}" for x in columns]
             print(f"{file:<18}{name:<11}{len(each):>6}" + "".join(f"{figure:>17}" for figure in figures), flush=True)
 

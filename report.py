@@ -1,0 +1,501 @@
+"""What a run shows and writes: its folder, a line an epoch, sample grids, the reward's curve, models
+side by side. Knows nothing of diffusion; of processes, since rank 0 alone shows and writes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+COLUMNS = (
+    "epoch",
+    "reward_mean",
+    "reward_std",
+    "loss",
+    "clip_fraction",
+    "skipped_fraction",
+    "log_ratio_old",
+    "log_ratio_ref",
+    "grad_norm",
+    "images_per_second",
+)
+# log_ratio_ref at which a step's mean is 4.5 of its sigmas off; toy runs that kept to the prompt
+# stayed below 7.
+FAR = 10.0
+
+
+class Samples(NamedTuple):
+    """S images for each of P prompts, and their rewards, on the CPU."""
+
+    prompts: list[str]
+    images: Tensor  # (P*S, 3, H, W) uint8
+    rewards: Tensor  # (P*S,) float32
+
+
+# ---- Processes -----------------------------------------------------------------------------------
+
+
+def start_processes() -> torch.device:
+    """Join the other processes where torchrun started this one; the device of this one."""
+    cuda = torch.cuda.is_available()
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        if cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def end_processes() -> None:
+    """A process that ends while another still works may abort in gloo: they wait for each other."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def processes() -> int:
+    """How many there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is; only rank 0 prints and writes files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def own_share(count: int) -> slice:
+    """Which of `count` things in a row are this process's."""
+    size = count // processes()
+    return slice(size * rank(), size * (rank() + 1))
+
+
+def gather(x: Tensor) -> Tensor:
+    """(M, ...) tensors of all processes as one, in their order."""
+    if processes() == 1:
+        return x
+    x = x.to("cuda" if dist.get_backend() == "nccl" else "cpu").contiguous()
+    parts = [torch.empty_like(x) for _ in range(processes())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+
+def share(content):
+    """Rank 0's, in every process: only there need its folder be."""
+    box = [content]
+    if processes() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def merge(content: dict) -> dict:
+    """The dicts of all processes as one."""
+    parts = [content]
+    if processes() > 1:
+        parts = [None] * processes()
+        dist.all_gather_object(parts, content)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def say(text: str) -> None:
+    """Print, at once, on rank 0."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, for a file or folder to take its place whole or not at all.
+
+    After a crash there is the old one or the new one. What cannot be written leaves nothing behind,
+    and is an OSError that names `path`.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    remove(temporary)  # of a run that was killed
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        for file in [temporary, *temporary.rglob("*")]:
+            if file.is_file():
+                flush(file)
+        if path.is_dir():
+            remove(path)
+        os.replace(temporary, path)
+    except BaseException as error:
+        remove(temporary)
+        if not isinstance(error, Exception):
+            raise
+        # torch, Pillow and safetensors each report a full disk by an exception of their own.
+        number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+        reason = os.strerror(number) if isinstance(error, OSError) else " ".join(str(error).split())
+        if shutil.disk_usage(path.parent).free < 2**20:
+            reason = os.strerror(errno.ENOSPC)
+        raise OSError(number, reason, str(path)) from error
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it, if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """To the disk, so that no crash of the machine can leave a renamed but empty file."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, content: object) -> None:
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False))
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """16 characters that stand for all of them, in order."""
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[
+        :16
+    ]
+
+
+def weights_digest(*networks: nn.Module) -> str:
+    """Of 64 numbers of every weight, adapters aside: cheap, and another model has others."""
+    named = [named for network in networks for named in network.named_parameters()]
+    weights = [p.detach().flatten() for name, p in named if "lora_" not in name]
+    some = (w[:: max(1, len(w) // 64)].float().cpu().numpy().tobytes() for w in weights)
+    return digest(some)
+
+
+# ---- The run folder ------------------------------------------------------------------------------
+
+VERSION = 3  # of the checkpoint's layout
+
+
+def is_used(run: Path) -> bool:
+    """Does a folder hold more than a start that failed before its first epoch?"""
+    if not run.is_dir():
+        return run.exists()
+    names = {path.name for path in run.iterdir()}
+    ours = "config.json" in names and not (run / "checkpoint" / "state.pt").exists()
+    return bool(names - {"config.json", "samples", "checkpoint"} if ours else names)
+
+
+def start_run(run: Path, record: dict, epoch: int, before: Samples) -> None:
+    """The files of a run that goes on with `epoch`; of epoch 1 a checkpoint without weights too, so
+    that a folder with metrics always has one."""
+    if rank() != 0:
+        return
+    write_json(run / "config.json", record)
+    if epoch == 1:
+        save_state(run, record, 0, {})
+    write_metrics(run, read_metrics(run)[: epoch - 1])
+    save_grid(run, 0, before)
+
+
+def save_state(run: Path, record: dict, epoch: int, state: dict) -> None:
+    """checkpoint/state.pt, after a whole epoch."""
+    if rank() == 0:
+        with writing(run / "checkpoint" / "state.pt") as temporary:
+            torch.save({"version": VERSION, "record": record, "epoch": epoch, **state}, temporary)
+
+
+def load_state(run: Path, harmless: set[str]) -> dict:
+    """What `save_state` saved, on the CPU; ValueError if it does not fit the run's config.json."""
+    path = run / "checkpoint" / "state.pt"
+    if not path.is_file():
+        raise ValueError("no checkpoint there to go on from")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["version"] != VERSION:
+        raise ValueError(f"checkpoint of version {state['version']}, and this is {VERSION}")
+    require_same(state["record"], json.loads((run / "config.json").read_text()), harmless)
+    return state
+
+
+def require_same(then: dict, now: dict, harmless: set[str]) -> None:
+    """Refuse to go on with other settings, prompts or weights than a run began with."""
+    for name in sorted(then.keys() - harmless):
+        if now.get(name) != then[name]:
+            raise ValueError(f"{name} is {now.get(name)}, and the run began with {then[name]}")
+
+
+# ---- Progress ------------------------------------------------------------------------------------
+
+
+def progress(label: str, total: int):
+    """A progress bar on the terminal of rank 0, nothing elsewhere."""
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # else a thread watches over the bars, and never ends
+    hidden = True if rank() else None  # None: unless on a terminal
+    return tqdm(total=total, desc=f"{label:>9}", unit="", leave=False, disable=hidden)
+
+
+def duration(seconds: float) -> str:
+    """In the unit a person would use: 40 s, 12 min, 3.5 h, 5 days."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds:.2g} s"
+
+
+class Stopwatch:
+    """`with timed("sample"):` adds the block's wall-clock time to seconds["sample"].
+
+    A long block prints a line where there is no terminal for a progress bar.
+    """
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        spent = time.perf_counter() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent
+        if spent > 10 and rank() == 0 and not sys.stderr.isatty():
+            print(f"{self.label}, {name}: {duration(spent)}", flush=True)
+
+
+# ---- Epochs --------------------------------------------------------------------------------------
+
+
+def epoch_metrics(
+    epoch: int,
+    rewards: Tensor,  # (M,)
+    parts: dict[str, Tensor],  # of a summed reward, each (M,)
+    log_ratio_ref: Tensor,  # (M, T)
+    updates: list[dict[str, Tensor]],
+    seconds: dict[str, float],
+) -> dict[str, float]:
+    """A line of metrics.jsonl, over all processes; the README defines its fields."""
+    means = {name: torch.stack([update[name] for update in updates]) for name in updates[0]}
+    means["log_ratio_ref"] = log_ratio_ref
+    means = {name: gather(x.double().mean()[None]).mean().item() for name, x in means.items()}
+    parts = {f"reward_mean/{label}": gather(part).mean().item() for label, part in parts.items()}
+    rewards = gather(rewards)
+    cuda = torch.cuda.is_available()
+    return {
+        "epoch": epoch,
+        "reward_mean": rewards.mean().item(),
+        "reward_std": rewards.std().item(),
+        "reward_se": rewards.std().item() / len(rewards) ** 0.5,
+        **parts,
+        **means,
+        **{f"seconds_{name}": value for name, value in seconds.items()},
+        "images_per_second": len(rewards) / sum(seconds.values()),
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0,
+    }
+
+
+@cache
+def open_log(kind: str, run: str) -> Callable[[dict[str, float]], object]:
+    """The function that sends an epoch's metrics to --log-to: "none", "tensorboard" or "wandb"."""
+    if kind == "wandb":
+        import wandb
+
+        return wandb.init(project="prdp", name=run, dir=run).log
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(run)
+
+        def send(metrics: dict[str, float]) -> None:
+            for name, value in metrics.items():
+                if value is not None:
+                    writer.add_scalar(name, value, metrics["epoch"])
+            writer.flush()
+
+        return send
+    return lambda metrics: None
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The rows of metrics.jsonl, in order, without lines that are none (torn, blank, foreign)."""
+    path, rows = run / "metrics.jsonl", []
+    if not path.is_file():
+        return rows
+    for line in path.read_text(errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.get("epoch") == len(rows) + 1:
+            rows.append(row)
+    return rows
+
+
+def write_metrics(run: Path, rows: list[dict]) -> None:
+    """metrics.jsonl, whole, a row a line; strict JSON."""
+    with writing(run / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def log_epoch(run: Path, metrics: dict[str, float], header: bool, log_to: str) -> None:
+    """A line on the screen, a line in metrics.jsonl, reward.png drawn again, and `log_to` told.
+
+    Warns, once a run, when the reward has risen and the distance to the reference passes FAR.
+    """
+    if rank() != 0:
+        return
+    metrics = {
+        name: value if math.isfinite(value) else None  # NaN is no JSON
+        for name, value in metrics.items()
+    }
+    parts = [name for name in metrics if name.startswith("reward_mean/")]
+    columns = [*COLUMNS[:3], *(parts if len(parts) > 1 else []), *COLUMNS[3:]]
+    if header:
+        print("  ".join(f"{name:>9}" for name in columns))
+    cells = []
+    for name in columns:
+        text = "-" if metrics[name] is None else f"{metrics[name]:.4g}"
+        cells.append(f"{text:>{max(9, len(name))}}")
+    print("  ".join(cells), flush=True)
+
+    rows = [*read_metrics(run), metrics]
+    write_metrics(run, rows)
+    if metrics["reward_std"] == 0:
+        print("warning: every image has the same reward; there is nothing to learn from.")
+    far = [is_far(row, rows[0]) for row in rows]
+    if far[-1] and sum(far) == 1:
+        print(
+            f"warning: the reward rises, and log_ratio_ref is {metrics['log_ratio_ref']:.1f} nats "
+            "per dimension: look in samples/ for over-optimisation (Sec. 4.4). Against it: a "
+            "higher --kl-weight, a lower --learning-rate, fewer epochs, a second reward that reads the "
+            "prompt."
+        )
+    open_log(log_to, str(run))(metrics)
+    plot_rewards(run)
+
+
+def is_far(row: dict, first: dict) -> bool:
+    return row["log_ratio_ref"] > FAR and row["reward_mean"] > first["reward_mean"]
+
+
+# ---- Pictures ------------------------------------------------------------------------------------
+
+
+def mean_and_error(rewards: Tensor) -> tuple[float, float]:
+    """Mean of rewards (P, S), and its standard error over prompts; of one prompt, over images."""
+    rows = (rewards.mean(1) if len(rewards) > 1 else rewards[0]).double()
+    return rows.mean().item(), (rows.std() / len(rows) ** 0.5).item()
+
+
+def save_grid(run: Path, epoch: int, samples: Samples) -> None:
+    """samples/epoch_NNNN.png, a row of at most 8 images a prompt; .json beside it, every reward."""
+    from PIL import Image
+
+    if rank() != 0:
+        return
+    path = run / "samples" / f"epoch_{epoch:04d}"
+
+    images, rewards = (x.unflatten(0, (len(samples.prompts), -1)) for x in samples[1:])
+    grid = (
+        images[:8, :8].permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    )  # (rows*H, columns*W, 3)
+    with writing(path.with_suffix(".png")) as temporary:
+        Image.fromarray(grid.numpy()).save(temporary, "png")
+    table = [
+        {"prompt": prompt, "rewards": row}
+        for prompt, row in zip(samples.prompts, rewards.tolist(), strict=True)
+    ]
+    write_json(path.with_suffix(".json"), table)
+
+
+def read_grids(run: Path) -> dict[int, float]:
+    """Epoch -> mean reward, of every samples/epoch_NNNN.json that save_grid wrote."""
+    means = {}
+    for path in sorted((run / "samples").glob("epoch_*.json")):
+        try:
+            rewards = [r for row in json.loads(path.read_text()) for r in row["rewards"]]
+            means[int(path.stem.removeprefix("epoch_"))] = sum(rewards) / len(rewards)
+        except (ValueError, TypeError, KeyError, ZeroDivisionError):
+            continue  # not ours
+    return means
+
+
+def save_figure(figure, path: Path) -> None:
+    with writing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+
+
+def plot_rewards(run: Path) -> None:
+    """reward.png: mean and deviation of each epoch's rewards, and means over the fixed samples."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(run)
+    epochs = [row["epoch"] for row in rows]
+    mean = torch.tensor([row["reward_mean"] for row in rows])
+    std = torch.tensor([row["reward_std"] or 0.0 for row in rows])
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.fill_between(epochs, mean - std, mean + std, alpha=0.15, lw=0)
+    axes.plot(epochs, mean, label="training images: mean, standard deviation")
+    grids = read_grids(run)
+    axes.plot(
+        grids.keys(), grids.values(), "o", color="C1", label="the same prompts and seeds: mean"
+    )
+    axes.set(xlabel="epoch", ylabel="reward")
+    axes.legend(frameon=False)
+    save_figure(figure, run / "reward.png")
+
+
+def plot_pairs(path: Path, shown: dict[str, Samples]) -> None:
+    """2 images for each of the first 8 prompts, a row a model, one seed a column, rewards below."""
+    from matplotlib.figure import Figure
+
+    first = next(iter(shown.values()))
+    per_prompt = len(first.images) // len(first.prompts)
+    columns = min(8, len(first.prompts))
+    shots = min(2, per_prompt)
+    size = (1.5 * columns + 0.5, 1.9 * shots * len(shown))
+    figure = Figure(figsize=size, layout="constrained")
+    for shot, part in enumerate(figure.subfigures(shots, 1, squeeze=False)[:, 0]):
+        axes = part.subplots(len(shown), columns, squeeze=False)
+        for row, (name, samples) in zip(axes, shown.items(), strict=True):
+            row[0].set_ylabel(name)
+            for column, axis in enumerate(row):
+                image = column * per_prompt + shot
+                pixels = samples.images[image].permute(1, 2, 0).numpy()
+                axis.imshow(pixels, interpolation="nearest")
+                axis.set(xticks=[], yticks=[])
+                axis.set_xlabel(f"{samples.rewards[image]:.4g}", fontsize=9, labelpad=2)
+        for axis, prompt in zip(axes[0], first.prompts, strict=False):
+            lines = textwrap.wrap(prompt, 20, max_lines=4, placeholder=" ...")
+            axis.set_title("\n".join(lines), fontsize=8, parse_math=False)
+    save_figure(figure, path)
+
+
+def compare(run: Path, before: Samples, after: Samples) -> None:
+    """A finished run's before_after.png and last reward.png, and how far the mean reward rose."""
+    if rank() != 0:
+        return
+    plot_rewards(run)
+    plot_pairs(run / "before_after.png", {"base": before, "finetuned": after})
+    rise, error = mean_and_error((after.rewards - before.rewards).unsqueeze(0))
+    print(
+        f"mean reward of {len(before.rewards)} images on fixed prompts and seeds: "
+        f"{before.rewards.mean():.4f} -> {after.rewards.mean():.4f}, {rise:+.4f} +- {error:.4f} "
+        f"(standard error of the paired difference)\nsee {run / 'before_after.png'}"
+    )
