@@ -3,7 +3,7 @@
     load_reward("hpsv2", device)                                # official weights, from the hub
     load_reward("hpsv2:/path/HPS_v2_compressed.pt", device)     # or from a file or folder
     load_reward("pickscore=10,hpsv2=2,aesthetic=0.05", device)  # a weighted sum
-    load_reward("mine.py:redness", device)                      # your (images, prompts) -> M numbers
+    load_reward("mine.py:redness", device)                      # your (images, prompts) -> numbers
     load_reward(redness, device)                                # the same, already imported
 
     python rewards.py --reward hpsv2 --images picture.png --prompt "a cat"    # score by hand
@@ -487,7 +487,7 @@ def hpsv2_model(what: str, state_dict: dict[str, Tensor], config=None):
 
 
 def open_clip_to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An open_clip CLIP's weights under a CLIPModel's names; KeyError for one that is not CLIP's."""
+    """An open_clip CLIP's weights under a CLIPModel's names; KeyError for a name not CLIP's."""
     whole = {
         "logit_scale": "logit_scale",
         "positional_embedding": "text_model.embeddings.position_embedding.weight",
