@@ -153,6 +153,8 @@ def parse_reward(spec: str) -> list[Component]:
         name, _, path = body.partition(":")  # the first: hpsv2:C:\me\weights.pt
         if file.endswith(".py") and function:
             label, source, detail = function, absolute(spec, file), function
+        elif name in LOADERS and path and name.endswith("compressibility"):
+            raise InputError(f"--reward {spec}: {name} takes no path.")
         elif name in LOADERS:
             label, source, detail = name, name, path and absolute(spec, path)
         else:
@@ -160,8 +162,6 @@ def parse_reward(spec: str) -> list[Component]:
             raise InputError(
                 f"--reward {spec}: no reward {name!r}; choose from {known}, FILE.py:FUNCTION."
             )
-        if source.endswith("compressibility") and path:
-            raise InputError(f"--reward {spec}: {name} takes no path.")
         if (source, detail) in [(c.source, c.detail) for c in components]:
             raise InputError(f"--reward {spec}: names {body} twice.")
         labels[label] += 1
