@@ -128,15 +128,14 @@ def on_one_line(error: BaseException) -> str:
 class Component(NamedTuple):
     """One term of a reward spec."""
 
-    label: (
-        str  # under which its scores are logged: NAME or FUNCTION; a second of that name is NAME-2
-    )
+    label: str  # of its scores in the log: NAME or FUNCTION, and NAME-2 where that is taken
     weight: float
     source: str  # a NAME of LOADERS, or an absolute path FILE.py
     detail: str  # the absolute path of its weights, "" for the official ones; or the FUNCTION
 
 
-UNQUOTED = r'(?=(?:[^"]*"[^"]*")*[^"]*$)'  # where an even number of quotes follows
+UNQUOTED = r'(?=(?:[^"]*"[^"]*")*[^"]*$)'  # what an even number of quotes follows
+QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 
 
 def parse_reward(spec: str) -> list[Component]:
@@ -145,9 +144,7 @@ def parse_reward(spec: str) -> list[Component]:
     for part in re.split("," + UNQUOTED, spec):
         body, *numbers = re.split("=" + UNQUOTED, part)
         weight = parse_weight(spec, numbers)
-        body = re.sub(
-            r'"((?:[^"]|"")*)"', lambda quoted: quoted[1].replace('""', '"'), body.strip()
-        )
+        body = QUOTED.sub(lambda quoted: quoted[1].replace('""', '"'), body.strip())
 
         file, _, function = body.rpartition(":")  # the last colon: C:\me\my.py:f
         name, _, path = body.partition(":")  # the first: hpsv2:C:\me\weights.pt
