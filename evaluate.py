@@ -27,7 +27,7 @@ from torch import Tensor
 
 import prdp
 import report
-from rewards import InputError, command, reading
+from rewards import InputError, Parser, command, reading
 
 # Fields of prdp.Config that decide the result, and that may be asked for.
 SETTINGS = ("reward", "prompts", "seed", "ddpm_steps", "guidance_scale", "dtype", "microbatch")
@@ -36,14 +36,7 @@ ASKED = (*SETTINGS, "offload")
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     """The command line; fields of prdp.Config that are not given are absent."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-    def refuse(message: str):
-        raise InputError(f"{message}; see --help.")
-
-    parser.error = refuse
+    parser = Parser(description=__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="run, folder or hub id")
     parser.add_argument("--against", metavar="BASE", help="default: what the first run began from")
     parser.add_argument("--samples-per-prompt", type=int, default=64, metavar="S")
@@ -59,7 +52,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def find_models(names: list[str], against: str | None) -> tuple[dict[str, str], str | None, dict]:
-    """Label -> folder or hub id of each model, the base first; its label; the first run's settings."""
+    """Label -> folder or hub id of each model; the base's label; the first run's settings."""
     folders, settings = {}, {}
     for name in names:
         run, folder = Path(name), name

@@ -61,7 +61,16 @@ import kernels
 import report
 from kernels import gaussian_log_prob, guided_log_prob, guided_sample  # noqa: F401
 from report import gather, own_share, processes, say
-from rewards import InputError, Reward, command, load_reward, parse_reward, reading
+from rewards import (
+    InputError,
+    Parser,
+    Reward,
+    command,
+    load_reward,
+    reading,
+    resolve_reward,
+    reward_files,
+)
 
 # ---- 1. Settings: Table 4 ------------------------------------------------------------------------
 
@@ -126,28 +135,19 @@ PRESETS = {
                           prompts=(PROMPTS + "hpdv2_train.json",)),
     "multi": LARGE | dict(reward="pickscore=10,hpsv2=2,aesthetic=0.05",
                           prompts=(PROMPTS + "pickapic_train.jsonl",)),
-    "toy": dict(model=f"{HERE}/toy/sd", reward=f"pickscore:{HERE}/toy/pickscore",
+    "toy": dict(model=f"{HERE}/toy/sd", reward=f'"pickscore:{HERE}/toy/pickscore"',
                 prompts=(PROMPTS + "shapes.txt",), epochs=30, updates_per_epoch=4,
                 prompts_per_epoch=8, images_per_prompt=8, clip_range=1e-3, learning_rate=2e-4,
                 ddpm_steps=10, microbatch=64, sample_every=5),
 }  # fmt: skip
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """A flag for every field of Config."""
     presets = [f"  {name}: {settings}" for name, settings in PRESETS.items()]
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\nIn reading order")[0],
-        epilog="\n".join(["presets:", *presets]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-
-    def refuse(message: str):
-        raise InputError(f"{message}; see --help.")
-
-    parser.error = refuse
+    about = __doc__.split("\n\nIn reading order")[0]
+    parser = Parser(description=about, epilog="\n".join(["presets:", *presets]),
+                    argument_default=argparse.SUPPRESS, allow_abbrev=False)  # fmt: skip
     for f in dataclasses.fields(Config):
         if f.name in GROUPS:
             group = parser.add_argument_group(GROUPS[f.name])
@@ -201,9 +201,9 @@ def resolved(config: Config) -> Config:
         raise InputError(f"--loss {config.loss}: {why}.")
     if config.log_to != "none" and not importlib.util.find_spec(config.log_to):
         raise InputError(f"--log-to {config.log_to}: not installed; pip install {config.log_to}.")
-    parse_reward(config.reward)
     return dataclasses.replace(
         config,
+        reward=resolve_reward(config.reward) if config.reward else "",
         prompts=tuple(str(Path(path).resolve()) for path in config.prompts),
         model=str(Path(config.model).resolve()) if Path(config.model).exists() else config.model,
         microbatch=min(config.microbatch, images),
@@ -214,7 +214,7 @@ def resolved(config: Config) -> Config:
 
 
 class Schedule(NamedTuple):
-    """Eq. 2 as N(coef_sample * x_t + coef_noise * noise_pred, sigma^2 I); each (T,), from x_T on."""
+    """Eq. 2: N(coef_sample * x_t + coef_noise * noise_pred, sigma^2 I); each (T,), from x_T on."""
 
     timesteps: Tensor  # int64: 981, 961, ..., 1 for T = 50
     coef_sample: Tensor  # float64
@@ -785,7 +785,8 @@ def run(config: Config, reward: Callable | None = None, prompts: list[str] | Non
     reward, (uint8 images (M, 3, H, W), M prompts) -> M numbers, and prompts are taken in place of
     those that config names. Raises InputError for what cannot run.
     """
-    device, config = report.start_processes(), resolved(config)
+    device = report.start_processes()
+    config = resolved(dataclasses.replace(config, reward="") if reward else config)
     out, state = Path(config.out), {"epoch": 0}
     if prompts is None:
         prompts = [prompt for file in config.prompts for prompt in load_prompts(file)]
@@ -803,6 +804,8 @@ def run(config: Config, reward: Callable | None = None, prompts: list[str] | Non
     pipe, unet = models.pipe, models.pipe.unet
     record = json.loads(json.dumps(vars(config) | {"clip_range": str(config.clip_range)}))
     record["prompts_digest"] = report.digest(prompt.encode() for prompt in prompts)
+    files = [] if reward else reward_files(config.reward)
+    record["reward_digest"] = report.digest(file.read_bytes() for file in files)
     record["model_digest"] = report.weights_digest(unet, pipe.vae, pipe.text_encoder)
     learning = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, config.learning_rate, weight_decay=config.weight_decay)

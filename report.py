@@ -1,5 +1,5 @@
-"""What a run shows and writes: its folder, a line an epoch, sample grids, the reward's curve, models
-side by side. Knows nothing of diffusion; of processes, since rank 0 alone shows and writes."""
+"""What a run shows and writes: its folder, a line an epoch, grids, the reward's curve, models side by
+side. Knows nothing of diffusion; of processes, since rank 0 alone shows and writes."""
 
 from __future__ import annotations
 
@@ -381,8 +381,8 @@ def log_epoch(run: Path, metrics: dict[str, float], header: bool, log_to: str) -
         print(
             f"warning: the reward rises, and log_ratio_ref is {metrics['log_ratio_ref']:.1f} nats "
             "per dimension: look in samples/ for over-optimisation (Sec. 4.4). Against it: a "
-            "higher --kl-weight, a lower --learning-rate, fewer epochs, a second reward that reads the "
-            "prompt."
+            "higher --kl-weight, a lower --learning-rate, fewer epochs, a second reward that reads "
+            "the prompt."
         )
     open_log(log_to, str(run))(metrics)
     plot_rewards(run)

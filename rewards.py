@@ -1,13 +1,20 @@
-"""Black-box rewards behind one callable: (uint8 images (M, 3, H, W), list of M prompts) -> float32 (M,).
+"""Black-box rewards behind one callable: (uint8 images (M, 3, H, W), M prompts) -> float32 (M,).
 
-    load_reward("hpsv2", device)                                     # official weights, from the hub
-    load_reward("hpsv2:/path/HPS_v2_compressed.pt", device)          # or from a file or folder
-    load_reward("pickscore=10,hpsv2=2,aesthetic=0.05", device)       # a weighted sum
-    load_reward("my_rewards.py:redness", device)                     # your own function (images, prompts) -> M numbers
+    load_reward("hpsv2", device)                                # official weights, from the hub
+    load_reward("hpsv2:/path/HPS_v2_compressed.pt", device)     # or from a file or folder
+    load_reward("pickscore=10,hpsv2=2,aesthetic=0.05", device)  # a weighted sum
+    load_reward("mine.py:redness", device)                      # your (images, prompts) -> numbers
+    load_reward(redness, device)                                # the same, already imported
 
-    python rewards.py --reward hpsv2 --images picture.png --prompt "a cat"     # score pictures by hand
+    python rewards.py --reward hpsv2 --images picture.png --prompt "a cat"    # score by hand
 
-Raw units: cosines are not scaled. Each scorer gives what its authors' code gives, without that code (see the README).
+A spec is NAME, NAME:PATH or FILE.py:FUNCTION, each with an optional =WEIGHT, joined by commas. A
+path is one on this machine, never a name on the hub. What holds a comma, an = or a double quote
+stands in double quotes, those within doubled: '"/data/v=2, big/my.py:redness"=0.5,hpsv2'. A file of
+your own can import the modules beside it, but for those whose name Python already knows.
+
+Raw units: cosines are not scaled. Each scorer gives what its authors' code gives, without that code
+(see the README).
 """
 
 from __future__ import annotations
@@ -16,12 +23,14 @@ import argparse
 import html
 import importlib.util
 import io
+import itertools
 import math
 import os
 import pickle
 import re
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,8 +47,21 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # of HPSv2 and PickScore
 
 
+# ---- Errors, as every command says them --------------------------------------------------------
+
+
 class InputError(Exception):
     """Something the user gave cannot be used; the message names it and says what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors are InputErrors, and whose descriptions keep their lines."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message}; see --help.")
 
 
 @contextmanager
@@ -90,10 +112,14 @@ def in_words(error: Exception) -> str | None:
     return None
 
 
-class Reward:
-    """A weighted sum of scorers. After a call `parts` holds each component's own scores by label, float32 (M,).
+# ---- The callable ------------------------------------------------------------------------------
 
-    The networks that a scorer lists in its attribute `networks` are on `device` while it scores, then on `waiting`.
+
+class Reward:
+    """A weighted sum of scorers, by label. After a call `parts` holds the scores of each, (M,).
+
+    The networks that a scorer lists in its attribute `networks` are on `device` while it scores,
+    then on `waiting`.
     """
 
     def __init__(
@@ -104,130 +130,201 @@ class Reward:
     ) -> None:
         self.components, self.device, self.waiting = components, device, waiting
         self.parts: dict[str, Tensor] = {}
+        for label, (_, scorer) in components.items():
+            networks = getattr(scorer, "networks", ())
+            if not isinstance(networks, (list, tuple)) or not all(
+                hasattr(n, "to") for n in networks
+            ):
+                raise InputError(
+                    f"reward {label}: its attribute `networks` must be a list of torch modules."
+                )
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        assert images.dtype == torch.uint8 and images.ndim == 4 and len(images) == len(prompts), (
-            images.shape,
-            len(prompts),
-        )
+        assert images.dtype == torch.uint8 and images.ndim == 4, (images.dtype, images.shape)
+        assert len(images) == len(prompts), (images.shape, len(prompts))
         self.parts = {}
-        for name, (_, scorer) in self.components.items():
+        for label, (_, scorer) in self.components.items():
             for network in getattr(scorer, "networks", ()):
                 network.to(self.device)
-            self.parts[name] = checked(name, scorer, images, prompts)
+            self.parts[label] = checked(label, scorer, images, prompts)
             for network in getattr(scorer, "networks", ()):
                 network.to(self.waiting)
-        return sum(weight * self.parts[name] for name, (weight, _) in self.components.items())
+        return sum(weight * self.parts[label] for label, (weight, _) in self.components.items())
 
 
-def checked(name: str, scorer: Scorer, images: Tensor, prompts: list[str]) -> Tensor:
-    """Scores of one component, float32 (M,) on the images' device; InputError unless they are M finite numbers."""
+def checked(label: str, scorer: Scorer, images: Tensor, prompts: list[str]) -> Tensor:
+    """Scores of one component, float32 (M,) on the images' device; (M, 1) will do.
+
+    InputError unless they are M finite numbers, and for whatever the scorer raises, SystemExit too,
+    which would end the run as if all were well. Running out of memory is no fault of the scorer's.
+    """
     try:
-        scores = torch.as_tensor(
-            scorer(images, prompts), dtype=torch.float32, device=images.device
-        ).detach()
-    except torch.OutOfMemoryError:
-        raise  # no fault of the scorer's
-    except Exception as error:
-        raise InputError(f"reward {name} failed: {on_one_line(error)}.") from error
+        # A copy: a scorer that changes its images must not change the next one's, or the grids.
+        scores = scorer(images.clone(), list(prompts))
+        scores = torch.as_tensor(scores, dtype=torch.float32, device=images.device).detach()
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"reward {label} failed: {on_one_line(error)}.") from error
+    if scores.shape == (len(prompts), 1):
+        scores = scores.squeeze(1)
     if scores.shape != (len(prompts),):
+        shape = tuple(scores.shape)
         raise InputError(
-            f"reward {name} returned numbers of shape {tuple(scores.shape)} for {len(prompts)} images."
+            f"reward {label} returned numbers of shape {shape} for {len(prompts)} images."
         )
     if not scores.isfinite().all():
         bad = (~scores.isfinite()).nonzero()[0].item()
-        raise InputError(f"reward {name} returned {scores[bad]} for the prompt {prompts[bad]!r}.")
+        raise InputError(f"reward {label} returned {scores[bad]} for the prompt {prompts[bad]!r}.")
     return scores
 
 
-class Component(NamedTuple):
-    """One term of a reward spec: NAME, NAME:PATH or FILE.py:FUNCTION, with an optional =WEIGHT."""
+def on_one_line(error: BaseException) -> str:
+    """What failed and where, on one line."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{what} ({Path(where.filename).name}, line {where.lineno})"
 
-    label: str  # under which its scores are logged
+
+# ---- Specs -------------------------------------------------------------------------------------
+
+
+class Component(NamedTuple):
+    """One term of a reward spec."""
+
+    label: str  # of its scores in the log: NAME or FUNCTION, and NAME-2 where that is taken
     weight: float
-    name: str
-    path: str
+    source: str  # a NAME of LOADERS, or an absolute path FILE.py
+    detail: str  # the absolute path of its weights, "" for the official ones; or the FUNCTION
+
+
+UNQUOTED = r'(?=(?:[^"]*"[^"]*")*[^"]*$)'  # what an even number of quotes follows
+QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 
 
 def parse_reward(spec: str) -> list[Component]:
-    """The components of a spec, joined by commas. InputError for an unknown name, a bad weight, or a repeat."""
-    components = []
-    for part in spec.split(","):
-        body, _, number = re.fullmatch(r"(.*?)(=([^=/\\]*))?", part.strip()).groups(
-            default="1"
-        )  # a path may hold a =
-        name, _, path = body.partition(":")
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = math.nan
-        if not math.isfinite(weight):
-            raise InputError(f"--reward {spec}: {number!r} is no weight.")
-        if name.endswith(".py") and path:
-            components.append(Component(path, weight, name, path))
-        elif name in LOADERS:
-            components.append(Component(name, weight, name, path))
-        else:
-            raise InputError(
-                f"--reward {spec}: no reward {name!r}; choose from {', '.join(LOADERS)}, FILE.py:FUNCTION."
-            )
-        if name.endswith("compressibility") and path:
+    """The components of a spec, paths made absolute; InputError for one that cannot be loaded."""
+    components, labels = [], Counter()
+    for part in re.split("," + UNQUOTED, spec):
+        body, *numbers = re.split("=" + UNQUOTED, part)
+        weight = parse_weight(spec, numbers)
+        body = QUOTED.sub(lambda quoted: quoted[1].replace('""', '"'), body.strip())
+
+        file, _, function = body.rpartition(":")  # the last colon: C:\me\my.py:f
+        name, _, path = body.partition(":")  # the first: hpsv2:C:\me\weights.pt
+        if file.endswith(".py") and function:
+            label, source, detail = function, absolute(spec, file), function
+        elif name in LOADERS and path and name.endswith("compressibility"):
             raise InputError(f"--reward {spec}: {name} takes no path.")
-        if [c.label for c in components].count(components[-1].label) > 1:
-            raise InputError(f"--reward {spec}: names {components[-1].label} twice.")
+        elif name in LOADERS:
+            label, source, detail = name, name, path and absolute(spec, path)
+        else:
+            known = ", ".join(LOADERS)
+            raise InputError(
+                f"--reward {spec}: no reward {name!r}; choose from {known}, FILE.py:FUNCTION."
+            )
+        if (source, detail) in [(c.source, c.detail) for c in components]:
+            raise InputError(f"--reward {spec}: names {body} twice.")
+        labels[label] += 1
+        if labels[label] > 1:
+            label = f"{label}-{labels[label]}"
+        components.append(Component(label, weight, source, detail))
     return components
 
 
+def parse_weight(spec: str, numbers: list[str]) -> float:
+    """The number after the = of a component; 1 where there is none."""
+    text = "=".join(numbers or ["1"])
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise InputError(
+            f"--reward {spec}: {text!r} is no weight (what holds an = stands in double quotes)."
+        )
+    return weight
+
+
+def absolute(spec: str, path: str) -> str:
+    """The path as seen from any folder. Links stay: the hub's cache has files beside them."""
+    path = os.path.abspath(os.path.expanduser(path))
+    if not os.path.exists(path):
+        raise InputError(f"--reward {spec}: no such file or folder: {path}.")
+    return path
+
+
+def resolve_reward(spec: str) -> str:
+    """The same spec with absolute paths, which means the same in another folder."""
+    parts = []
+    for component in parse_reward(spec):
+        part = component.source
+        if component.detail:
+            part += f":{component.detail}"
+        if re.search(r'[,="]|^\s|\s$', part):
+            part = '"' + part.replace('"', '""') + '"'
+        if component.weight != 1:
+            part += f"={component.weight}"
+        parts.append(part)
+    return ",".join(parts)
+
+
+def reward_files(spec: str) -> list[Path]:
+    """The Python files that a spec names, each once: code that a result depends on."""
+    files = (c.source for c in parse_reward(spec) if c.source not in LOADERS)
+    return [Path(file) for file in dict.fromkeys(files)]
+
+
 def load_reward(
-    spec: str, device: torch.device | str, waiting: torch.device | str | None = None
+    spec: str | Scorer, device: torch.device | str, waiting: torch.device | str | None = None
 ) -> Reward:
-    """The reward that `spec` names, its models loaded once; they score on `device`, and wait there or on `waiting`."""
-    device, waiting, loaded = torch.device(device), torch.device(waiting or device), {}
-    for label, weight, name, path in parse_reward(spec):
-        scorer = load_function(name, path) if name.endswith(".py") else LOADERS[name](path, waiting)
-        loaded[label] = (weight, scorer)
-    return Reward(loaded, device, waiting)
+    """The reward that `spec` names, or is, its models loaded once.
 
-
-def on_one_line(error: Exception) -> str:
-    """What failed and where, on one line."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {' '.join(str(error).split())} ({Path(where.filename).name}, line {where.lineno})"
+    They score on `device`, and wait there or on `waiting`.
+    """
+    device = torch.device(device)
+    waiting = torch.device(waiting or device)
+    if callable(spec):
+        label = getattr(spec, "__name__", type(spec).__name__)
+        return Reward({label: (1.0, spec)}, device, waiting)
+    components = {}
+    for label, weight, source, detail in parse_reward(spec):
+        if source in LOADERS:
+            scorer = LOADERS[source](detail, waiting)
+        else:
+            scorer = load_function(source, detail)
+        components[label] = (weight, scorer)
+    return Reward(components, device, waiting)
 
 
 def load_function(file: str, function: str) -> Scorer:
     """Your own reward: `function` of the Python file `file`."""
-    if not Path(file).is_file():
-        raise InputError(f"--reward {file}:{function}: no such file.")
-    spec = importlib.util.spec_from_file_location(
-        f"reward_file_{Path(file).stem}", file
-    )  # shadows no other module
+    # Last in the search path: the file finds the modules beside it, now and when it is called, and
+    # none of them hides Python's own, an installed one or ours.
+    folder = os.path.dirname(file)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    spec = importlib.util.spec_from_file_location(f"reward_file {file}", file)  # nobody's name
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(
-            f"--reward {file}:{function}: cannot be imported: {on_one_line(error)}."
-        ) from error
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        what = on_one_line(error)
+        raise InputError(f"--reward {file}:{function}: cannot be imported: {what}.") from error
     scorer = getattr(module, function, None)
     if not callable(scorer):
         raise InputError(f"--reward {file}:{function}: the file has no function {function!r}.")
-    networks = getattr(scorer, "networks", ())
-    if not isinstance(networks, (list, tuple)) or not all(
-        hasattr(network, "to") for network in networks
-    ):
-        raise InputError(
-            f"--reward {file}:{function}: its attribute `networks` must be a list of torch modules."
-        )
     return scorer
 
 
-# -------------------------------------------------------------------------------- JPEG size (DDPO, Sec. 5)
+# ---- JPEG size (DDPO, Sec. 5) ------------------------------------------------------------------
 
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:
-    """Size of each image as a JPEG of quality 95, in units of 1,000 bytes: (M, 3, H, W) uint8 -> (M,)."""
+    """Size of each image as a JPEG of quality 95, in 1,000 bytes: (M, 3, H, W) uint8 -> (M,)."""
     from PIL import Image
 
     def size(pixels) -> int:
@@ -239,21 +336,21 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
     )
 
 
-# -------------------------------------------------------------------------------- preprocessing
+# ---- Preprocessing -----------------------------------------------------------------------------
 
 
 def normalise(pixels: Tensor) -> Tensor:
     """(M, 3, H, W) floats in [0, 1], with the mean and deviation CLIP was trained with."""
-    mean, std = (
-        torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD)
-    )
+    mean = torch.tensor(CLIP_MEAN, device=pixels.device).view(3, 1, 1)
+    std = torch.tensor(CLIP_STD, device=pixels.device).view(3, 1, 1)
     return (pixels - mean) / std
 
 
 def preprocess_clip(images: Tensor, size: int = 224) -> Tensor:
-    """What CLIP's own processor does: Pillow's bicubic on uint8 to shortest edge `size`, centre crop, normalise.
+    """CLIP's own: Pillow's bicubic on uint8 to shortest edge `size`, centre crop, normalise.
 
-    (M, 3, H, W) uint8 -> (M, 3, size, size) float32. Pillow itself: tensor resizing differs by up to 10 levels.
+    (M, 3, H, W) uint8 -> (M, 3, size, size) float32. Pillow itself: resizing tensors differs from
+    it by up to 10 levels.
     """
     import numpy as np
     from PIL import Image
@@ -267,17 +364,16 @@ def preprocess_clip(images: Tensor, size: int = 224) -> Tensor:
         picture = Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BICUBIC)
         return torch.from_numpy(np.array(picture.crop((left, top, left + size, top + size))))
 
-    pixels = torch.stack([resize(p) for p in images.permute(0, 2, 3, 1).cpu().numpy()]).permute(
-        0, 3, 1, 2
-    )
-    return normalise(pixels.to(images.device).float() / 255)
+    pixels = torch.stack([resize(p) for p in images.permute(0, 2, 3, 1).cpu().numpy()])
+    return normalise(pixels.permute(0, 3, 1, 2).to(images.device).float() / 255)
 
 
 def preprocess_hpsv2(images: Tensor, size: int = 224, antialias: bool = True) -> Tensor:
-    """HPSv2's own transform: longest edge to `size`, zero padding to a square, normalise.
+    """HPSv2's own: longest edge to `size`, zero padding to a square, normalise.
 
-    (M, 3, H, W) uint8 -> (M, 3, size, size) float32. Bicubic on floats, neither clamped nor rounded, padded *before*
-    normalising: borders are not zero. antialias=False is what its code did under torchvision < 0.17.
+    (M, 3, H, W) uint8 -> (M, 3, size, size) float32. Bicubic on floats, neither clamped nor
+    rounded, padded *before* normalising: borders are not zero. antialias=False is what its code did
+    under torchvision < 0.17.
     """
     height, width = images.shape[-2:]
     scale = size / max(height, width)
@@ -291,9 +387,10 @@ def preprocess_hpsv2(images: Tensor, size: int = 224, antialias: bool = True) ->
 
 
 def clean_text(prompt: str) -> str:
-    """open_clip's cleaning: mend Unicode (by ftfy where it is installed), unescape HTML twice, fold spaces, lower case.
+    """open_clip's cleaning: mend Unicode, unescape HTML twice, fold spaces, lower case.
 
-    Names of control tokens are cut out: transformers' tokenizer would obey them, and pool the text at the wrong place.
+    ftfy mends where it is installed. Names of control tokens are cut out: transformers' tokenizer
+    would obey them, and pool the text at the wrong place.
     """
     try:
         from ftfy import fix_text
@@ -304,41 +401,35 @@ def clean_text(prompt: str) -> str:
             return text.translate(plain)
 
     text = html.unescape(html.unescape(fix_text(prompt)))
-    text = re.sub(r"<\|(start|end)oftext\|>|<(start|end)_of_text>", " ", text, flags=re.IGNORECASE)
+    control = r"<\|(start|end)oftext\|>|<(start|end)_of_text>"
+    text = re.sub(control, " ", text, flags=re.IGNORECASE)
     return re.sub(r"\s+", " ", text).strip().lower()
 
 
-# -------------------------------------------------------------------------------- CLIP scorers
-
-
-def features(output) -> Tensor:
-    """Projected features from get_image_features or get_text_features: a tensor in transformers 4, an object in 5."""
-    return output if torch.is_tensor(output) else output.pooler_output
+# ---- CLIP scorers ------------------------------------------------------------------------------
 
 
 def cosine_scorer(
     model, tokenizer, preprocess: Callable[[Tensor, int], Tensor], clean: Callable[[str], str]
 ) -> Scorer:
     """Cosine of image and prompt in a transformers CLIPModel, in float32, unscaled."""
-    size, context = (
-        model.config.vision_config.image_size,
-        model.config.text_config.max_position_embeddings,
-    )
+    size = model.config.vision_config.image_size
+    context = model.config.text_config.max_position_embeddings
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
-        options = dict(
-            padding="max_length", truncation=True, max_length=context, return_tensors="pt"
-        )
-        tokens = tokenizer([clean(p) for p in prompts], **options).input_ids
+        tokens = tokenizer(
+            [clean(p) for p in prompts],
+            padding="max_length",
+            truncation=True,
+            max_length=context,
+            return_tensors="pt",
+        ).input_ids.to(model.device)
         scores = []
-        for pixels, ids in zip(images.split(32), tokens.split(32), strict=True):
-            image = features(
-                model.get_image_features(pixel_values=preprocess(pixels, size).to(model.device))
-            )
-            text = features(model.get_text_features(input_ids=ids.to(model.device)))
-            scores.append(
-                (F.normalize(image.float(), dim=-1) * F.normalize(text.float(), dim=-1)).sum(-1)
-            )
+        for part, ids in zip(images.split(32), tokens.split(32), strict=True):
+            pixels = preprocess(part, size).to(model.device)
+            image = model.get_image_features(pixel_values=pixels).pooler_output.float()
+            text = model.get_text_features(input_ids=ids).pooler_output.float()
+            scores.append((F.normalize(image, dim=-1) * F.normalize(text, dim=-1)).sum(-1))
         return torch.cat(scores)
 
     score.networks = (model,)
@@ -346,49 +437,48 @@ def cosine_scorer(
 
 
 def from_hub(what: str, load: Callable, name: str, **options):
-    """load(name, **options), with one clear sentence where neither the hub nor the cache nor the folder has it."""
+    """load(name, **options); InputError where neither the hub, the cache nor the folder has it."""
     from safetensors import SafetensorError
 
     try:
         return load(name, **options)
     except (OSError, ValueError, SafetensorError) as error:
-        where = (
-            "damaged or incomplete"
-            if Path(name).exists()
-            else "not cached, and the hub is out of reach"
-        )
-        raise InputError(f"--reward {what}: cannot load {name}: {where}.") from error
+        why = "not cached, and the hub is out of reach"
+        if Path(name).exists():
+            why = "damaged or incomplete"
+        raise InputError(f"--reward {what}: cannot load {name}: {why}.") from error
 
 
 def load_clip(what: str, kind: type, name: str, device: torch.device):
-    """A transformers model, frozen, in float32 whatever the file holds; InputError if the file lacks any weight."""
+    """A transformers model, frozen, in float32 whatever the file's; InputError if it has a hole."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading from disk; downloads keep theirs
-    model, report = from_hub(
-        what, kind.from_pretrained, name, dtype=torch.float32, output_loading_info=True
-    )
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, report = from_hub(what, kind.from_pretrained, name, **options)
     if report["missing_keys"] or report["mismatched_keys"]:
         raise InputError(f"--reward {what}: {name} is no complete {kind.__name__}.")
     return model.to(device).eval().requires_grad_(False)
 
 
-def load_torch(what: str, path: str) -> dict:
-    """A checkpoint file as a dict of tensors, by the safe loader; InputError for a missing, damaged or unsafe file."""
-    if not Path(path).is_file():
-        raise InputError(f"--reward {what}: no such file: {path}.")
+def load_torch(what: str, path: str) -> dict[str, Tensor]:
+    """A checkpoint file's tensors, by the safe loader; InputError for a damaged or unsafe file."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise InputError(f"--reward {what}: {path} is no intact checkpoint of tensors.") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
         raise InputError(f"--reward {what}: {path} is no checkpoint of tensors.")
     return state
 
 
 def load_pickscore(path: str, device: torch.device) -> Scorer:
-    """PickScore (Kirstain et al. 2023): cosine in a CLIP ViT-H/14, about 0.2. `path`: any CLIPModel folder."""
+    """PickScore (Kirstain et al. 2023): cosine in a CLIP ViT-H/14, about 0.2.
+
+    `path`: any CLIPModel folder, tokenizer included.
+    """
     from transformers import CLIPModel, CLIPTokenizer
 
     model = load_clip("pickscore", CLIPModel, path or "yuvalkirstain/PickScore_v1", device)
@@ -397,66 +487,66 @@ def load_pickscore(path: str, device: torch.device) -> Scorer:
 
 
 def load_hpsv2(version: str, file: str) -> Callable[[str, torch.device], Scorer]:
-    """HPSv2 (Wu et al. 2023): cosine in a finetuned open_clip ViT-H/14, about 0.27. `path`: the official .pt file."""
+    """HPSv2 (Wu et al. 2023): cosine in a finetuned open_clip ViT-H/14, about 0.27.
+
+    `path`: the official .pt file; the tokenizer beside it is used if there is one.
+    """
 
     def load(path: str, device: torch.device) -> Scorer:
         from huggingface_hub import hf_hub_download
         from transformers import CLIPTokenizer
 
         path = path or from_hub(version, lambda repo: hf_hub_download(repo, file), "xswu/HPSv2")
-        beside = (
-            Path(path).parent
-            if (Path(path).parent / "tokenizer_config.json").is_file()
-            else TOKENIZER
-        )
         model = hpsv2_model(version, load_torch(version, path))
+        beside = Path(path).parent
+        if not (beside / "tokenizer_config.json").is_file():
+            beside = TOKENIZER
         tokenizer = from_hub(version, CLIPTokenizer.from_pretrained, str(beside))
-        return cosine_scorer(
-            model.to(device).eval().requires_grad_(False), tokenizer, preprocess_hpsv2, clean_text
-        )
+        model = model.to(device).eval().requires_grad_(False)
+        return cosine_scorer(model, tokenizer, preprocess_hpsv2, clean_text)
 
     return load
 
 
 def vit_h_14_config():
-    """open_clip's ViT-H-14 as a transformers config: exact GELU in both towers, 16 heads of 80 and of 64."""
+    """open_clip's ViT-H-14 as a transformers config.
+
+    Exact GELU in both towers; 16 heads, of 64 in the text's, of 80 in the image's.
+    """
     from transformers import CLIPConfig
 
-    shared = dict(hidden_act="gelu", projection_dim=1024, num_attention_heads=16)
-    text = dict(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, eos_token_id=49407, **shared
+    shared = {"hidden_act": "gelu", "projection_dim": 1024, "num_attention_heads": 16}
+    text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
+    vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
+    return CLIPConfig(
+        text_config={**shared, **text, "eos_token_id": 49407},
+        vision_config={**shared, **vision, "patch_size": 14},
+        projection_dim=1024,
     )
-    vision = dict(
-        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, patch_size=14, **shared
-    )
-    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024)
 
 
 def hpsv2_model(what: str, state_dict: dict[str, Tensor], config=None):
-    """A transformers CLIPModel in float32 from an open_clip state dict, every tensor accounted for, or InputError."""
+    """An open_clip state dict as a float32 CLIPModel, every tensor accounted for; or InputError."""
     from transformers import CLIPModel
 
     with torch.device("meta"):
         model = CLIPModel(config or vit_h_14_config())
     try:
-        weights = {
-            name: value.float() for name, value in open_clip_to_transformers(state_dict).items()
-        }
+        weights = open_clip_to_transformers(state_dict)
+        weights = {name: value.float() for name, value in weights.items()}
         model.load_state_dict(weights, strict=True, assign=True)
     except (KeyError, ValueError, RuntimeError) as error:
         raise InputError(
             f"--reward {what}: its checkpoint is no open_clip ViT-H-14 (other weights)."
         ) from error
-    for embeddings in (
-        model.text_model.embeddings,
-        model.vision_model.embeddings,
-    ):  # not in a checkpoint: 0, 1, 2, ...
-        embeddings.position_ids = torch.arange(embeddings.position_embedding.num_embeddings)[None]
+    for embeddings in (model.text_model.embeddings, model.vision_model.embeddings):
+        count = embeddings.position_embedding.num_embeddings
+        embeddings.position_ids = torch.arange(count)[None]  # not in a checkpoint
     return model
 
 
 def open_clip_to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An open_clip CLIP's weights under transformers' names of a CLIPModel. KeyError for a name that is not CLIP's."""
+    """An open_clip CLIP's weights under a CLIPModel's names; KeyError for a name not CLIP's."""
     whole = {
         "logit_scale": "logit_scale",
         "positional_embedding": "text_model.embeddings.position_embedding.weight",
@@ -464,77 +554,80 @@ def open_clip_to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor
         "visual.class_embedding": "vision_model.embeddings.class_embedding",
         "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
         "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-        **{f"ln_final.{p}": f"text_model.final_layer_norm.{p}" for p in ("weight", "bias")},
-        **{
-            f"visual.ln_pre.{p}": f"vision_model.pre_layrnorm.{p}" for p in ("weight", "bias")
-        },  # (sic)
-        **{f"visual.ln_post.{p}": f"vision_model.post_layernorm.{p}" for p in ("weight", "bias")},
     }
+    for p in ("weight", "bias"):
+        whole[f"ln_final.{p}"] = f"text_model.final_layer_norm.{p}"
+        whole[f"visual.ln_pre.{p}"] = f"vision_model.pre_layrnorm.{p}"  # (sic)
+        whole[f"visual.ln_post.{p}"] = f"vision_model.post_layernorm.{p}"
     transposed = {
         "visual.proj": "visual_projection.weight",
         "text_projection": "text_projection.weight",
     }
-    parts = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
-             "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}  # fmt: skip
+    parts = {
+        "attn.out_proj": "self_attn.out_proj",
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
+    block = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
+
     mapped = {}
     for name, value in state_dict.items():
         if name == "attn_mask":  # some exports carry it; transformers makes its own
             continue
         if name in transposed:  # x @ projection there, projection(x) here
             mapped[transposed[name]] = value.T.contiguous()
-        elif match := re.fullmatch(
-            r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", name
-        ):
-            tower = "vision_model" if match[1] else "text_model"
-            layer = f"{tower}.encoder.layers.{match[2]}"
-            if match[3] == "attn.in_proj":  # query, key and value, stacked in this order
+        elif match := block.fullmatch(name):
+            visual, index, part, kind = match.groups()
+            layer = f"{'vision' if visual else 'text'}_model.encoder.layers.{index}"
+            if part == "attn.in_proj":  # query, key and value, stacked in this order
                 for projection, rows in zip("qkv", value.chunk(3), strict=True):
-                    mapped[f"{layer}.self_attn.{projection}_proj.{match[4]}"] = rows
+                    mapped[f"{layer}.self_attn.{projection}_proj.{kind}"] = rows
             else:
-                mapped[f"{layer}.{parts[match[3]]}.{match[4]}"] = value
+                mapped[f"{layer}.{parts[part]}.{kind}"] = value
         else:
             mapped[whole[name]] = value
     return mapped
 
 
 def load_aesthetic(path: str, device: torch.device) -> Scorer:
-    """LAION aesthetic predictor v2 on CLIP ViT-L/14, about 5; ignores the prompt. `path`: the official .pth."""
+    """LAION aesthetic predictor v2 on CLIP ViT-L/14, about 5; ignores the prompt.
+
+    `path`: the official .pth file of its head.
+    """
     from huggingface_hub import hf_hub_download
     from transformers import CLIPVisionModelWithProjection
 
-    repository = "trl-lib/ddpo-aesthetic-predictor"
-    path = path or from_hub(
-        "aesthetic", lambda repo: hf_hub_download(repo, "aesthetic-model.pth"), repository
-    )
+    def download(repository: str) -> str:
+        return hf_hub_download(repository, "aesthetic-model.pth")
+
+    path = path or from_hub("aesthetic", download, "trl-lib/ddpo-aesthetic-predictor")
     head = aesthetic_head(load_torch("aesthetic", path)).to(device)
-    model = load_clip(
-        "aesthetic", CLIPVisionModelWithProjection, "openai/clip-vit-large-patch14", device
-    )
+    clip = "openai/clip-vit-large-patch14"
+    model = load_clip("aesthetic", CLIPVisionModelWithProjection, clip, device)
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
-        pixels = (
-            preprocess_clip(part, model.config.image_size).to(model.device)
-            for part in images.split(32)
-        )
-        return torch.cat(
-            [head(F.normalize(model(pixel_values=p).image_embeds, dim=-1)) for p in pixels]
-        ).squeeze(-1)
+        scores = []
+        for part in images.split(32):
+            pixels = preprocess_clip(part, model.config.image_size).to(model.device)
+            embeds = model(pixel_values=pixels).image_embeds
+            scores.append(head(F.normalize(embeds, dim=-1)).squeeze(-1))
+        return torch.cat(scores)
 
     score.networks = (model, head)
     return score
 
 
 def aesthetic_head(state_dict: dict[str, Tensor]) -> torch.nn.Sequential:
-    """The head 768-1024-128-64-16-1, linear throughout (its dropout is off, it has no activations), in float32."""
-    sizes, places = (768, 1024, 128, 64, 16, 1), (0, 2, 4, 6, 7)  # places among the official layers
-    head = torch.nn.Sequential(
-        *(torch.nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
-    )
+    """The head 768-1024-128-64-16-1, in float32: its dropout is off, and it has no activations."""
+    sizes = (768, 1024, 128, 64, 16, 1)
+    places = (0, 2, 4, 6, 7)  # among the official layers
+    head = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in itertools.pairwise(sizes)))
     try:
         for layer, place in zip(head, places, strict=True):
-            layer.load_state_dict(
-                {p: state_dict[f"layers.{place}.{p}"].float() for p in ("weight", "bias")}
-            )
+            names = {p: f"layers.{place}.{p}" for p in ("weight", "bias")}
+            layer.load_state_dict({p: state_dict[name] for p, name in names.items()})
     except (KeyError, RuntimeError) as error:
         raise InputError(
             "--reward aesthetic: its checkpoint is not the head sac+logos+ava1-l14-linearMSE."
@@ -552,7 +645,7 @@ LOADERS: dict[str, Callable[[str, torch.device], Scorer]] = {
 }
 
 
-# -------------------------------------------------------------------------------- scores by hand
+# ---- Scores by hand ----------------------------------------------------------------------------
 
 
 def load_images(paths: list[str]) -> dict[str, Tensor]:
@@ -560,50 +653,48 @@ def load_images(paths: list[str]) -> dict[str, Tensor]:
     import numpy as np
     from PIL import Image, UnidentifiedImageError
 
+    files = {}  # whether it was named, and not merely found in a folder
+    for path in map(Path, paths):
+        if path.is_dir():
+            files |= dict.fromkeys(sorted(path.iterdir()), False)
+        else:
+            files[path] = True
     pictures = {}
-    for file, named in (
-        (f, p == f) for p in map(Path, paths) for f in (sorted(p.iterdir()) if p.is_dir() else [p])
-    ):
+    for file, named in files.items():
         try:
-            pictures[str(file)] = torch.from_numpy(
-                np.array(Image.open(file).convert("RGB"))
-            ).permute(2, 0, 1)[None]
+            pixels = np.array(Image.open(file).convert("RGB"))
         except (UnidentifiedImageError, IsADirectoryError):
-            if named:  # and not merely found in a folder
+            if named:
                 raise InputError(f"--images {file}: is no picture.") from None
         except OSError as error:
-            raise InputError(
-                f"--images {file}: cannot be read ({error.strerror or error})."
-            ) from error
+            why = error.strerror or error
+            raise InputError(f"--images {file}: cannot be read ({why}).") from error
+        else:
+            pictures[str(file)] = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     if not pictures:
         raise InputError(f"--images {' '.join(paths)}: no pictures there.")
     return pictures
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Score pictures with a reward.")
+    parser = Parser(description="Score pictures with a reward.")
     parser.add_argument("--reward", required=True, help="as in prdp.py")
-    parser.add_argument(
-        "--images", required=True, nargs="+", help="picture files, or folders of them"
-    )
+    parser.add_argument("--images", required=True, nargs="+", help="picture files, or folders")
     parser.add_argument("--prompt", default="", help="the prompt of all of them")
-    args = parser.parse_args(argv)
-    try:
-        pictures, rows = load_images(args.images), []
+    rows = []
+    with command("rewards.py"):
+        args = parser.parse_args(argv)
+        pictures = load_images(args.images)
         reward = load_reward(args.reward, "cuda" if torch.cuda.is_available() else "cpu")
         for file, picture in pictures.items():
             total = reward(picture, [args.prompt]).item()
             rows.append((file, [*(part.item() for part in reward.parts.values()), total]))
-    except InputError as error:
-        print(f"rewards.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    names = [*reward.parts, "sum"][: None if len(reward.parts) > 1 else 1]
+    names = [*reward.parts, "sum"]
+    if len(reward.parts) == 1:
+        names = names[:1]
     print("".join(f"{name:>18}" for name in names) + "  image")
     for file, values in rows:
-        print(
-            "".join(f"{value:>18.6g}" for _, value in zip(names, values, strict=False))
-            + f"  {file}"
-        )
+        print("".join(f"{value:>18.6g}" for value in values[: len(names)]) + f"  {file}")
 
 
 if __name__ == "__main__":

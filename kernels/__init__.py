@@ -1,4 +1,4 @@
-"""Fused log-probabilities of guided denoising steps, each beside its eager reference. See log_prob.py."""
+"""Fused log-probabilities of guided denoising steps, each beside its eager reference."""
 
 from kernels.log_prob import (
     gaussian_log_prob,

@@ -42,7 +42,10 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
 def row(*cells) -> None:
-    print("| " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |", flush=True)
+    print(
+        "| " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |",
+        flush=True,
+    )
 
 
 def header(title: str, *columns: str) -> None:
@@ -95,7 +98,10 @@ def moved(name: str, numbers: int, itemsize: int) -> int:
     """The fewest bytes a pass can move, for M*D = `numbers`: noise_pred of that itemsize, latents float32."""
     per_number = {
         "forward": 2 * itemsize + 4 + 4,  # read both halves, x_t, x_prev
-        "backward": 2 * itemsize + 4 + 4 + 2 * itemsize,  # read the same, write both halves' gradients
+        "backward": 2 * itemsize
+        + 4
+        + 4
+        + 2 * itemsize,  # read the same, write both halves' gradients
         "sample": 2 * itemsize + 4 + 4 + 4,  # read both halves, x_t, noise; write x_prev
     }
     return numbers * per_number[name]
@@ -124,7 +130,9 @@ def kernel_table(shapes: list[tuple[int, ...]], copy_numbers: int) -> None:
     rate = copy_rate(copy_numbers)
     print(f"\ncopy rate: {rate:.0f} GB/s, bytes read and written")
     if not CUDA:
-        print("torch.compile and Triton are not timed: no CUDA device. Triton's interpreter serves the tests alone.")
+        print(
+            "torch.compile and Triton are not timed: no CUDA device. Triton's interpreter serves the tests alone."
+        )
     header(
         "(a) kernels: ms at the 20 / 50 / 80 percentiles, GB/s at the median, kernels alone by the profiler; largest error relative to eager's largest number",
         "shape", "dtype", "pass", "path", "error", "ms", "GB/s", "% of copy", "kernels us",
@@ -134,12 +142,17 @@ def kernel_table(shapes: list[tuple[int, ...]], copy_numbers: int) -> None:
         from torch._functorch import config
 
         config.donated_buffer = False  # the backward is timed again and again on one graph
-        versions["torch.compile"] = tuple(torch.compile(f, dynamic=False) for f in versions["eager"])
+        versions["torch.compile"] = tuple(
+            torch.compile(f, dynamic=False) for f in versions["eager"]
+        )
     if kernels.path(DEVICE) == "Triton kernels":
         versions["Triton"] = (kernels.guided_log_prob, kernels.guided_sample)
     for shape, dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
         torch.compiler.reset()
-        coefs = [column[torch.arange(shape[0]) % T].to(DEVICE) for column in prdp.ddpm_schedule({}, T)[1:]]
+        coefs = [
+            column[torch.arange(shape[0]) % T].to(DEVICE)
+            for column in prdp.ddpm_schedule({}, T)[1:]
+        ]
         noise_pred = torch.randn(2 * shape[0], *shape[1:], device=DEVICE, dtype=dtype)
         args = (noise_pred, *torch.randn(2, *shape, device=DEVICE), *coefs, 5.0)
         for name in ("forward", "backward", "sample"):
@@ -157,7 +170,13 @@ def kernel_table(shapes: list[tuple[int, ...]], copy_numbers: int) -> None:
                 times = milliseconds(call)
                 speed = size / times[1] / 1e6
                 us = attempt(kernel_microseconds, call) if CUDA else ""
-                row(*cells, " / ".join(f"{t:.4g}" for t in times), f"{speed:.0f}", f"{100 * speed / rate:.0f}", us)
+                row(
+                    *cells,
+                    " / ".join(f"{t:.4g}" for t in times),
+                    f"{speed:.0f}",
+                    f"{100 * speed / rate:.0f}",
+                    us,
+                )
 
 
 # ---- (b) epoch phases --------------------------------------------------------------------------------------
@@ -181,10 +200,20 @@ def random_unet(quick: bool) -> nn.Module:
 class Job:
     """A policy of `steps` of the T denoising steps, and the inputs of one microbatch."""
 
-    def __init__(self, unet: nn.Module, microbatch: int, autocast: torch.dtype | None, steps: list[int]) -> None:
-        size, width, self.images = unet.config.sample_size, unet.config.cross_attention_dim, microbatch
-        schedule = prdp.Schedule(*(column[steps].to(DEVICE) for column in prdp.ddpm_schedule({}, T)))
-        null_text, *text = torch.randn(1 + microbatch, 77, width, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    def __init__(
+        self, unet: nn.Module, microbatch: int, autocast: torch.dtype | None, steps: list[int]
+    ) -> None:
+        size, width, self.images = (
+            unet.config.sample_size,
+            unet.config.cross_attention_dim,
+            microbatch,
+        )
+        schedule = prdp.Schedule(
+            *(column[steps].to(DEVICE) for column in prdp.ddpm_schedule({}, T))
+        )
+        null_text, *text = torch.randn(
+            1 + microbatch, 77, width, generator=torch.Generator().manual_seed(0)
+        ).to(DEVICE)
         self.policy = prdp.Policy(unet, schedule, null_text, 5.0, microbatch, autocast)
         self.text, self.shape = torch.stack(text), (unet.config.in_channels, size, size)
 
@@ -193,7 +222,9 @@ class Job:
         return prdp.sample_trajectories(self.policy, self.text, generators, self.shape)
 
 
-def peer_log_prob(job: Job, x_t: Tensor, text: Tensor, step: int, given: Tensor | None = None) -> tuple:
+def peer_log_prob(
+    job: Job, x_t: Tensor, text: Tensor, step: int, given: Tensor | None = None
+) -> tuple:
     """A guided step as such trainers write it: autocast, float32 log-prob, one timestep for the whole batch."""
     timestep, coef_sample, coef_noise, sigma = (column[step] for column in job.policy.schedule)
     both = torch.cat([job.policy.null_text.expand_as(text), text])
@@ -202,7 +233,11 @@ def peer_log_prob(job: Job, x_t: Tensor, text: Tensor, step: int, given: Tensor 
     unconditional, conditional = out.float().chunk(2)
     mean = coef_sample * x_t + coef_noise * (unconditional + 5.0 * (conditional - unconditional))
     x_prev = given if given is not None else mean + sigma * torch.randn_like(mean)
-    log_prob = -((x_prev.detach() - mean) ** 2) / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
+    log_prob = (
+        -((x_prev.detach() - mean) ** 2) / (2 * sigma**2)
+        - sigma.log()
+        - 0.5 * math.log(2 * math.pi)
+    )
     return x_prev.float(), log_prob.mean((1, 2, 3))
 
 
@@ -251,7 +286,9 @@ def count_flops(job: Job) -> tuple[int, int]:
     with FlopCounterMode(display=False) as forward, torch.no_grad():
         peer_log_prob(job, torch.randn(1, *job.shape, device=DEVICE), job.text[:1], 0)
     with FlopCounterMode(display=False) as both:
-        peer_log_prob(job, torch.randn(1, *job.shape, device=DEVICE), job.text[:1], 0)[1].sum().backward()
+        peer_log_prob(job, torch.randn(1, *job.shape, device=DEVICE), job.text[:1], 0)[
+            1
+        ].sum().backward()
     job.policy.unet.zero_grad(set_to_none=True)
     return forward.get_total_flops(), both.get_total_flops()
 
@@ -278,7 +315,9 @@ def epoch_table(quick: bool, microbatches: list[int], steps: int) -> None:
         "loop", "microbatch", "phase", "images/s", "TFLOP/s", "% of matmul", "peak GB", "first call s", "on-policy gap",
     )  # fmt: skip
 
-    def measure(label: str, microbatch: int, phase: str, call: Callable, images: int, gap: str = "") -> float:
+    def measure(
+        label: str, microbatch: int, phase: str, call: Callable, images: int, gap: str = ""
+    ) -> float:
         """Print a row; the seconds per image."""
         result = attempt(seconds, call)
         unet.zero_grad(set_to_none=True)
@@ -286,8 +325,20 @@ def epoch_table(quick: bool, microbatches: list[int], steps: int) -> None:
             row(label, microbatch, phase, result, "", "", "", "", gap)
             return math.nan
         spent, first, peak = result
-        rate = flops["backward" if phase == "backward" else "forward"] * images * steps / spent / 1e12
-        row(label, microbatch, phase, images * steps / T / spent, rate, 100 * rate / matmul, peak, first, gap)
+        rate = (
+            flops["backward" if phase == "backward" else "forward"] * images * steps / spent / 1e12
+        )
+        row(
+            label,
+            microbatch,
+            phase,
+            images * steps / T / spent,
+            rate,
+            100 * rate / matmul,
+            peak,
+            first,
+            gap,
+        )
         return spent / images * T / steps
 
     def ours(label: str, microbatch: int) -> float:
@@ -316,7 +367,9 @@ def epoch_table(quick: bool, microbatches: list[int], steps: int) -> None:
     sampled = measure("peer-style", 8, "sample", lambda: peer_sample(peer, 8), 8)
     learned = measure("peer-style", 4, "backward", lambda: peer_backward(peer, *stored, 4), 8)
     epochs = {"peer-style": 2 * sampled + K * learned}
-    for label, microbatch in itertools.product(("eager", "compiled") if CUDA else ("eager",), microbatches):
+    for label, microbatch in itertools.product(
+        ("eager", "compiled") if CUDA else ("eager",), microbatches
+    ):
         epochs[f"{label}, microbatch {microbatch}"] = attempt(ours, label, microbatch)
     header(
         f"one K = {K} epoch of T = {T}, network passes alone: sample + reference + {K - 1} score + {K} backward "
@@ -345,10 +398,21 @@ def noise_table(quick: bool, microbatch: int, minutes: float) -> None:
         with torch.no_grad():
             torch._foreach_addcmul_(list(unet.parameters()), weights, signs)
         moved = prdp.score_trajectories(job.policy, stored) - stored.log_probs
-        return moved.square().mean().sqrt().item(), moved.abs().max().item(), str(gap.abs().max().item())
+        return (
+            moved.square().mean().sqrt().item(),
+            moved.abs().max().item(),
+            str(gap.abs().max().item()),
+        )
 
-    precisions = [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", None), ("fp32, TF32", None)]
-    for (name, autocast), label in itertools.product(precisions, ("eager", "compiled") if CUDA else ("eager",)):
+    precisions = [
+        ("bf16", torch.bfloat16),
+        ("fp16", torch.float16),
+        ("fp32", None),
+        ("fp32, TF32", None),
+    ]
+    for (name, autocast), label in itertools.product(
+        precisions, ("eager", "compiled") if CUDA else ("eager",)
+    ):
         if time.perf_counter() - STARTED > 60 * minutes:
             row(name, label, "skipped: out of time", "", "")
             continue
@@ -371,14 +435,21 @@ def random_models(folder: Path) -> tuple[Path, Path]:
     import diffusers
     from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "toy" / "sd" / "tokenizer", model_max_length=77)
+    tokenizer = CLIPTokenizer.from_pretrained(
+        ROOT / "toy" / "sd" / "tokenizer", model_max_length=77
+    )
     with torch.device(DEVICE):
         vae = diffusers.AutoencoderKL(
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         )  # fmt: skip
         text_encoder = CLIPTextModel(
-            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+            CLIPTextConfig(
+                hidden_size=768,
+                intermediate_size=3072,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+            )
         )
         clip = CLIPModel(rewards.vit_h_14_config())
     scheduler = diffusers.DDIMScheduler(**prdp.SD_SCHEDULER, clip_sample=False)
@@ -401,7 +472,11 @@ def peaks_of_a_run(flags: list[str], cap: float, folder: Path) -> dict[str, floa
             torch.cuda.reset_peak_memory_stats()
         with timed(seconds, name):
             yield
-        peak, held = (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()) if CUDA else (0, 0)
+        peak, held = (
+            (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+            if CUDA
+            else (0, 0)
+        )
         for key, size in ((name, peak), ("held", held)):
             peaks[key] = max(peaks.get(key, 0.0), size / 1e9)
 
@@ -415,10 +490,15 @@ def peaks_of_a_run(flags: list[str], cap: float, folder: Path) -> dict[str, floa
         models = prdp.load_models(config, DEVICE)
         rest = 0  # what Table 4's N*B = 512 images and T = 50 steps keep on the GPU, pictures in the reward phase alone
         if min(models.latent_shape[1:]) >= 64:
-            rest = 512 * (4 * (51 * math.prod(models.latent_shape) + models.policy.null_text.numel()) + 3 * 512**2)
+            rest = 512 * (
+                4 * (51 * math.prod(models.latent_shape) + models.policy.null_text.numel())
+                + 3 * 512**2
+            )
         ballast = torch.empty(rest, dtype=torch.uint8, device=DEVICE)
         learning = [p for p in models.pipe.unet.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(learning, lr=config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(
+            learning, lr=config.learning_rate, weight_decay=config.weight_decay
+        )
         prdp.timed, prdp.save_checkpoint = watched, lambda *_: None  # no 10 GB on the disk
         try:
             prdp.show(config, models, 0, prompts)
@@ -438,41 +518,99 @@ def memory_table(quick: bool, minutes: float) -> None:
         "learns", "dtype", "microbatch", "offload", *phases,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
-        sd, clip = (ROOT / "toy" / "sd", ROOT / "toy" / "pickscore") if quick else random_models(Path(name))
+        sd, clip = (
+            (ROOT / "toy" / "sd", ROOT / "toy" / "pickscore")
+            if quick
+            else random_models(Path(name))
+        )
         size = 2 if quick else 8
         settings = [("0", "bf16", size, "on"), ("0", "bf16", size, "off"), ("8", "bf16", size, "on"),
                     ("8", "bf16", size, "off"), ("0", "fp32", size // 2, "on"), ("8", "fp32", size // 2, "on")]  # fmt: skip
         for number, (rank, dtype, microbatch, offload) in enumerate(settings):
-            cells = ["the full UNet" if rank == "0" else f"LoRA of rank {rank}", dtype, microbatch, offload]
+            cells = [
+                "the full UNet" if rank == "0" else f"LoRA of rank {rank}",
+                dtype,
+                microbatch,
+                offload,
+            ]
             if time.perf_counter() - STARTED > 60 * minutes:
                 row(*cells, "skipped: out of time", *[""] * 5)
                 continue
-            flags = ["--model", str(sd), "--reward", f"pickscore:{clip}", "--lora-rank", rank, "--dtype", dtype]
-            flags += ["--prompts", str(ROOT / "prompts" / "shapes.txt"), "--images-per-prompt", str(2 * size)]
-            flags += ["--microbatch", str(microbatch), "--offload", offload, "--gradient-checkpointing"]
-            flags += ["--prompts-per-epoch", "1", "--epochs", "2", "--updates-per-epoch", "2", "--ddpm-steps", "2"]
+            flags = [
+                "--model",
+                str(sd),
+                "--reward",
+                f"pickscore:{clip}",
+                "--lora-rank",
+                rank,
+                "--dtype",
+                dtype,
+            ]
+            flags += [
+                "--prompts",
+                str(ROOT / "prompts" / "shapes.txt"),
+                "--images-per-prompt",
+                str(2 * size),
+            ]
+            flags += [
+                "--microbatch",
+                str(microbatch),
+                "--offload",
+                offload,
+                "--gradient-checkpointing",
+            ]
+            flags += [
+                "--prompts-per-epoch",
+                "1",
+                "--epochs",
+                "2",
+                "--updates-per-epoch",
+                "2",
+                "--ddpm-steps",
+                "2",
+            ]
             flags += ["--clip-range", "inf"]
             (folder := Path(name) / str(number)).mkdir()
             peaks = attempt(peaks_of_a_run, flags, cap, folder)
-            row(*cells, *([peaks] + [""] * 5 if isinstance(peaks, str) else (peaks[phase] for phase in phases)))
+            row(
+                *cells,
+                *(
+                    [peaks] + [""] * 5
+                    if isinstance(peaks, str)
+                    else (peaks[phase] for phase in phases)
+                ),
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tiny UNet and small kernels: a minute on a CPU")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tiny UNet and small kernels: a minute on a CPU"
+    )
     parser.add_argument("--only", choices=("kernels", "epoch", "noise", "memory"), help="one table")
-    parser.add_argument("--microbatch", type=int, nargs="+", help="images per network pass (default: 16)")
+    parser.add_argument(
+        "--microbatch", type=int, nargs="+", help="images per network pass (default: 16)"
+    )
     parser.add_argument("--steps", type=int, default=2, help="denoising steps to time (default: 2)")
     parser.add_argument(
-        "--minutes", type=float, default=8.0, help="start no row of (d) after these, nor of (c) 2 before (default: 8)"
+        "--minutes",
+        type=float,
+        default=8.0,
+        help="start no row of (d) after these, nor of (c) 2 before (default: 8)",
     )
     options = parser.parse_args()
     microbatches = options.microbatch or [2 if options.quick else 16]
     triton = getattr(kernels.log_prob.triton, "__version__", "not installed")
-    print(f"# {torch.cuda.get_device_name() if CUDA else 'CPU, ' + str(torch.get_num_threads()) + ' thread(s)'}")
+    print(
+        f"# {torch.cuda.get_device_name() if CUDA else 'CPU, ' + str(torch.get_num_threads()) + ' thread(s)'}"
+    )
     print(f"\ntorch {torch.__version__}, triton {triton}, kernels: {kernels.path(DEVICE)}")
     print(f"\n`python kernels/benchmark.py {' '.join(sys.argv[1:])}`")
-    shapes = [(16, 4, 16, 16), (3, 3, 5, 7)] if options.quick else [(512 * 50, 4, 64, 64), (16, 4, 64, 64)]
+    shapes = (
+        [(16, 4, 16, 16), (3, 3, 5, 7)]
+        if options.quick
+        else [(512 * 50, 4, 64, 64), (16, 4, 64, 64)]
+    )
     tables = {
         "kernels": lambda: kernel_table(shapes, 2**22 if options.quick else 2**30),
         "epoch": lambda: epoch_table(options.quick, microbatches, options.steps),

@@ -1,16 +1,19 @@
-"""log pi_theta(x_{t-1} | x_t, c) of a guided denoising step (Eqs. 2 and 4): eager references and fused Triton kernels.
+"""log pi_theta(x_{t-1} | x_t, c) of a guided denoising step (Eqs. 2 and 4), eager and in Triton.
 
-In order: references, kernels, launchers, autograd.Function, public functions. A public function has the signature,
-the shapes and the meaning of its `_ref` twin. It runs Triton on CUDA tensors and the reference on all others.
+In order: eager references, kernels, launchers, autograd.Function, public functions. A public
+function has the signature, the shapes and the meaning of its `_ref` twin. It runs Triton on CUDA
+tensors and the reference on all others.
 
-M rows, each one image at one step; D = C*H*W. Arithmetic is float64 in registers: log-probs are compared to within
-clip_range = 1e-6, and at the last step (sigma = 0.02, log-prob 2.5) a float32 residual alone errs by 4e-8. It costs
-no time where memory is the limit, as on A100, H100 and H200; consumer GPUs, with 1/64 of the float32 rate in float64,
-are limited by the arithmetic instead, at a time still small beside the network's.
+M rows, each one image at one step; D = C*H*W. Arithmetic is float64 in registers: log-probs are
+compared to within clip_range = 1e-6, and at the last step (sigma = 0.02, log-prob 2.5) a float32
+residual alone errs by 4e-8. It costs no time where memory is the limit, as on A100, H100 and H200;
+consumer GPUs, with 1/64 of the float32 rate in float64, are limited by the arithmetic instead, at a
+time still small beside the network's.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -25,25 +28,34 @@ except ImportError:  # macOS and Windows have no triton: the references run
 
 NoisePred = Tensor | tuple[Tensor, Tensor] | list[Tensor]
 
-# ---- 1. Eager references -----------------------------------------------------------------------------------
+# ---- 1. Eager references -----------------------------------------------------------------------
 
 
 def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor) -> Tensor:
-    """log N(sample; mean, sigma^2 I) of Eqs. 2 and 4, a mean over latent dimensions: (M, ...), (M, ...), (M,) -> (M,).
+    """log N(sample; mean, sigma^2 I) of Eqs. 2 and 4, a mean over latent dimensions.
 
-    float64 whatever comes in: at the last step a log-prob is about 2.5, where float32 numbers lie 2.4e-7 apart, a
-    quarter of Table 4's smallest clip_range. (Summed over 4*64*64 dimensions it would be 40,000: far worse.)
+    (M, ...), (M, ...), (M,) -> (M,). float64 whatever comes in: at the last step a log-prob is
+    about 2.5, where float32 numbers lie 2.4e-7 apart, a quarter of Table 4's smallest clip_range.
+    (Summed over 4*64*64 dimensions it would be 40,000: far worse.)
     """
-    assert sample.shape == mean.shape and sigma.shape == sample.shape[:1], (sample.shape, mean.shape, sigma.shape)
+    shapes = (sample.shape, mean.shape, sigma.shape)
+    assert sample.shape == mean.shape and sigma.shape == sample.shape[:1], shapes
     squared = (sample.double() - mean.double()).square().flatten(1).mean(1)
     sigma = sigma.double()
     return -squared / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
 
 
 def guided_mean_ref(
-    noise_pred: NoisePred, x_t: Tensor, coef_sample: Tensor, coef_noise: Tensor, guidance_scale: float
+    noise_pred: NoisePred,
+    x_t: Tensor,
+    coef_sample: Tensor,
+    coef_noise: Tensor,
+    guidance_scale: float,
 ) -> Tensor:
-    """The mean of Eq. 2 under classifier-free guidance (Sec. 4.1), gradient through both halves: (M, ...) float64."""
+    """The mean of Eq. 2 under classifier-free guidance (Sec. 4.1): (M, ...) float64.
+
+    The gradient goes through both halves.
+    """
     if isinstance(noise_pred, Tensor):
         unconditional, conditional = noise_pred.double().chunk(2)
     else:
@@ -54,18 +66,19 @@ def guided_mean_ref(
 
 
 def guided_log_prob_ref(
-    noise_pred: NoisePred,  # (2M, ...), the unconditional half first, or its halves (M, ...); carries the gradient
+    noise_pred: NoisePred,  # (2M, ...), the unconditional half first, or its two halves (M, ...)
     x_t: Tensor,  # (M, ...) float32
     x_prev: Tensor,  # (M, ...) float32: x_{t-1}
-    coef_sample: Tensor,  # (M,) float64, as are the next two: of Eq. 2, per row, so that steps may be mixed
-    coef_noise: Tensor,  # (M,)
-    sigma: Tensor,  # (M,)
+    coef_sample: Tensor,  # (M,) float64, of Eq. 2, per row: steps may be mixed
+    coef_noise: Tensor,  # (M,) float64
+    sigma: Tensor,  # (M,) float64
     guidance_scale: float,
 ) -> Tensor:
-    """log N(x_prev; coef_sample * x_t + coef_noise * guided, sigma^2 I) of Eqs. 2 and 4: (M,) float64.
+    """log N(x_prev; coef_sample * x_t + coef_noise * guided, sigma^2 I) of Eqs. 2 and 4.
 
-    guided = u + guidance_scale * (c - u) for the unconditional and conditional halves u, c of noise_pred, in any
-    float dtype. Unit: nats per latent dimension. Only noise_pred gets a gradient.
+    (M,) float64, in nats per latent dimension. guided = u + guidance_scale * (c - u) for the
+    unconditional and conditional halves u, c of noise_pred, in any float dtype. Only noise_pred
+    gets a gradient.
     """
     mean = guided_mean_ref(noise_pred, x_t, coef_sample, coef_noise, guidance_scale)
     return gaussian_log_prob(x_prev, mean, sigma)
@@ -83,13 +96,18 @@ def guided_log_ratio_ref(
     log_prob_old: Tensor,  # (M,) float64, under pi_theta_old
     clip_range: float,  # epsilon of Eq. 20, in the unit of log_prob; inf: no clipping
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`guided_log_prob` and, from it, r-hat of Eq. 19 and its clipped form of Eq. 20, each (M,) float64.
+    """`guided_log_prob` and, from it, r-hat of Eq. 19 and its clipped form of Eq. 20.
 
-    Returns log_prob, log_ratio, clipped_log_ratio. The gradient passes at the clip range's edge, as torch.clamp's.
+    Returns log_prob, log_ratio, clipped_log_ratio, each (M,) float64. The gradient passes at the
+    clip range's edge, as torch.clamp's. prdp.py keeps log_probs and needs only those; this is for
+    trainers that never store them, and want log-prob and clipping fused.
     """
-    log_prob = guided_log_prob_ref(noise_pred, x_t, x_prev, coef_sample, coef_noise, sigma, guidance_scale)
+    log_prob = guided_log_prob_ref(
+        noise_pred, x_t, x_prev, coef_sample, coef_noise, sigma, guidance_scale
+    )
     log_ratio, log_ratio_old = log_prob - log_prob_ref, log_prob_old - log_prob_ref  # Eq. 19
-    clipped_log_ratio = torch.clamp(log_ratio, log_ratio_old - clip_range, log_ratio_old + clip_range)  # Eq. 20
+    low, high = log_ratio_old - clip_range, log_ratio_old + clip_range
+    clipped_log_ratio = torch.clamp(log_ratio, low, high)  # Eq. 20
     return log_prob, log_ratio, clipped_log_ratio
 
 
@@ -103,16 +121,17 @@ def guided_sample_ref(
     sigma: Tensor,
     guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """x_{t-1} ~ N(mean, sigma^2 I) of Eq. 2: x_prev (M, ...) float32, and its log-prob (M,) float64. No gradient.
+    """x_{t-1} ~ N(mean, sigma^2 I) of Eq. 2, without a gradient.
 
-    The log-prob is that of the stored, rounded x_prev: to the bit what `guided_log_prob` says of it.
+    Returns x_prev, (M, ...) float32, and its log-prob, (M,) float64: that of the stored, rounded
+    x_prev, to the bit what `guided_log_prob` says of it.
     """
     mean = guided_mean_ref(noise_pred, x_t, coef_sample, coef_noise, guidance_scale)
     x_prev = (mean + sigma.view((-1,) + (1,) * (x_t.dim() - 1)) * noise).float()
     return x_prev, gaussian_log_prob(x_prev, mean, sigma)
 
 
-# ---- 2. Triton kernels -------------------------------------------------------------------------------------
+# ---- 2. Triton kernels -------------------------------------------------------------------------
 #
 # Floats are passed as tl.float64: unannotated, Triton would round them to float32.
 
@@ -132,8 +151,16 @@ def guided_mean(u, c, x_t, coef_sample, coef_noise, guidance_scale):
 
 @jit(
     do_not_specialize=["draw", "clip"],
-    do_not_specialize_on_alignment=["coef_sample", "coef_noise", "sigma", "log_prob_ref", "log_prob_old"]
-    + ["log_prob", "log_ratio", "clipped_log_ratio"],
+    do_not_specialize_on_alignment=[
+        "coef_sample",
+        "coef_noise",
+        "sigma",
+        "log_prob_ref",
+        "log_prob_old",
+        "log_prob",
+        "log_ratio",
+        "clipped_log_ratio",
+    ],
 )
 def forward_kernel(
     u,  # (M, D) fp32, bf16 or fp16: unconditional half
@@ -156,10 +183,11 @@ def forward_kernel(
     clip,
     BLOCK: tl.constexpr,
 ):
-    """One program a row: guidance, mean, residual, square, sum; with `draw` x_prev first, with `clip` Eqs. 19 and 20.
+    """One program a row: guidance, mean, residual, square, sum.
 
-    `draw` and `clip` are known at run time only. So the three operations share one binary, with one order of summation,
-    and a sample's log-prob has the very bits of its later re-scoring.
+    With `draw` x_prev first, with `clip` Eqs. 19 and 20. Both are known at run time only. So the
+    three operations share one binary, with one order of summation, and a sample's log-prob has the
+    very bits of its later re-scoring.
     """
     row = tl.program_id(0).to(tl.int64)
     a, b, s = tl.load(coef_sample + row), tl.load(coef_noise + row), tl.load(sigma + row)
@@ -185,7 +213,8 @@ def forward_kernel(
         low, high = ratio_old - clip_range, ratio_old + clip_range
         tl.store(log_ratio + row, ratio)
         # Eq. 20. Not tl.clamp, which would turn NaN into a bound.
-        tl.store(clipped_log_ratio + row, tl.where(ratio < low, low, tl.where(ratio > high, high, ratio)))
+        clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+        tl.store(clipped_log_ratio + row, clipped)
 
 
 @jit(do_not_specialize_on_alignment=["upstream", "coef_sample", "coef_noise", "sigma"])
@@ -207,7 +236,8 @@ def backward_kernel(
     """One program a block of a row.
 
     dlog_prob/dmean = (x_prev - mean) / (sigma^2 D); dmean/dc = coef_noise * guidance_scale;
-    dmean/du = coef_noise * (1 - guidance_scale). The mean is computed again: reading one would cost more.
+    dmean/du = coef_noise * (1 - guidance_scale). The mean is computed again: reading one would cost
+    more.
     """
     row = tl.program_id(0).to(tl.int64)
     a, b, s = tl.load(coef_sample + row), tl.load(coef_noise + row), tl.load(sigma + row)
@@ -226,17 +256,22 @@ def backward_kernel(
     tl.store(grad_u + row * D + column, grad_u_block, inside)
 
 
-# ---- 3. Launchers ------------------------------------------------------------------------------------------
+# ---- 3. Launchers ------------------------------------------------------------------------------
 #
-# One program a row, with no second stage to join partial sums: a training microbatch of 16 rows fills 16 of an H200's
-# 132 processors, but the four rounds of loads and arithmetic of a row take an estimated 8 microseconds, and a second
-# stage would add a launch. In 64 registers, two programs of 16 warps share a processor: one loads while one computes.
+# One program a row, with no second stage to join partial sums: a training microbatch of 16 rows
+# fills 16 of an H200's 132 processors, but the four rounds of loads and arithmetic of a row take an
+# estimated 8 microseconds, and a second stage would add a launch. In 64 registers, two programs of
+# 16 warps share a processor: one loads while one computes.
 #
-# enable_fp_fusion=False: no multiply and add is fused, so that each operation rounds as in the reference.
+# enable_fp_fusion=False: no multiply and add is fused, so that each operation rounds as in the
+# reference.
 
 
 def packed(x: Tensor) -> Tensor:
-    """Contiguous, and at an address Triton vectorises: one binary whatever the caller sliced, so one order of sums."""
+    """Contiguous, and at an address Triton vectorises.
+
+    So one binary, and one order of sums, whatever the caller sliced.
+    """
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
@@ -246,15 +281,22 @@ def halves(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     return tensors[0].chunk(2) if len(tensors) == 1 else tensors
 
 
-def launch_forward(u, c, x_t, x_prev, coefs, guidance_scale, noise=None, clipping=None) -> tuple[Tensor, ...]:
-    """log_prob, log_ratio, clipped_log_ratio, the last two only with clipping = (log_prob_ref, log_prob_old,
-    clip_range). Reads x_prev, or writes it where `noise` is given."""
-    out = torch.empty(3 if clipping else 1, len(x_t), dtype=torch.float64, device=x_t.device).expand(3, -1)
+def launch_forward(
+    u, c, x_t, x_prev, coefs, guidance_scale, noise=None, clipping=None
+) -> tuple[Tensor, ...]:
+    """log_prob, log_ratio, clipped_log_ratio; reads x_prev, or writes it where `noise` is given.
+
+    The ratios only with clipping = (log_prob_ref, log_prob_old, clip_range).
+    """
+    count = 3 if clipping else 1
+    out = torch.empty(count, len(x_t), dtype=torch.float64, device=x_t.device).expand(3, -1)
     log_prob_ref, log_prob_old, clip_range = clipping or (out[0], out[0], math.inf)  # not read
+    given = x_prev if noise is None else noise
     with torch.cuda.device_of(x_t):
         forward_kernel[(len(x_t),)](
-            u, c, x_t, x_prev if noise is None else noise, x_prev, *coefs, log_prob_ref, log_prob_old, *out,
-            guidance_scale, clip_range, math.prod(x_t.shape[1:]), int(noise is not None), int(clipping is not None),
+            u, c, x_t, given, x_prev, *coefs, log_prob_ref, log_prob_old, *out,
+            guidance_scale, clip_range, math.prod(x_t.shape[1:]),
+            int(noise is not None), int(clipping is not None),
             BLOCK=4096, num_warps=16, maxnreg=64, enable_fp_fusion=False,
         )  # fmt: skip
     return tuple(out)
@@ -269,36 +311,39 @@ def launch_backward(upstream, u, c, x_t, x_prev, coefs, guidance_scale, grad_u, 
         )  # fmt: skip
 
 
-# ---- 4. Gradient -------------------------------------------------------------------------------------------
+# ---- 4. Gradient -------------------------------------------------------------------------------
 
 
 class GuidedLogProb(torch.autograd.Function):
-    """log_prob alone, or with clipping = (log_prob_ref, log_prob_old, clip_range) also both ratios."""
+    """log_prob; with clipping = (log_prob_ref, log_prob_old, clip_range) both ratios too."""
 
     @staticmethod
     def forward(ctx, x_t, x_prev, coefs, guidance_scale, clipping, *noise_pred):
         ctx.coefs, ctx.guidance_scale = coefs, guidance_scale
         ctx.set_materialize_grads(False)  # no zeros for an output that is not used
-        outputs = launch_forward(*halves(noise_pred), x_t, x_prev, coefs, guidance_scale, clipping=clipping)
+        u, c = halves(noise_pred)
+        outputs = launch_forward(u, c, x_t, x_prev, coefs, guidance_scale, clipping=clipping)
         ctx.save_for_backward(x_t, x_prev, *noise_pred, *outputs[1:])
         return outputs if clipping else outputs[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_log_prob=None, grad_log_ratio=None, grad_clipped=None):
-        """dlog_prob/dnoise_pred is `backward_kernel`'s; dlog_ratio/dlog_prob = 1; of the clipped ratio 1 or 0."""
+        """dlog_ratio/dlog_prob = 1, the clipped ratio's 1 or 0; the rest is `backward_kernel`'s."""
         x_t, x_prev, *noise_pred, log_ratio, clipped_log_ratio = ctx.saved_tensors
-        if grad_clipped is not None:  # an unclipped ratio is equal to its clipped form, also at the edge
-            grad_clipped = torch.where(log_ratio == clipped_log_ratio, grad_clipped, 0.0)
-        upstream = sum(g for g in (grad_log_prob, grad_log_ratio, grad_clipped) if g is not None)
+        if grad_clipped is not None:
+            inside = log_ratio == clipped_log_ratio  # its edges too
+            grad_clipped = torch.where(inside, grad_clipped, 0.0)
+        used = [g for g in (grad_log_prob, grad_log_ratio, grad_clipped) if g is not None]
+        upstream = functools.reduce(torch.add, used).contiguous()
         grads = [torch.empty_like(x) for x in noise_pred]
-        launch_backward(
-            upstream.contiguous(), *halves(noise_pred), x_t, x_prev, ctx.coefs, ctx.guidance_scale, *halves(grads)
-        )
+        u, c = halves(noise_pred)
+        coefs, scale = ctx.coefs, ctx.guidance_scale
+        launch_backward(upstream, u, c, x_t, x_prev, coefs, scale, *halves(grads))
         return None, None, None, None, None, *grads
 
 
-# ---- 5. Public functions -----------------------------------------------------------------------------------
+# ---- 5. Public functions -----------------------------------------------------------------------
 
 TRITON = "Triton kernels"
 
@@ -311,57 +356,87 @@ def path(device: torch.device) -> str:
 
 
 def prepare(noise_pred: NoisePred, x_t: Tensor, x_other: Tensor, *rows: Tensor) -> tuple | None:
-    """Check shapes, of x_other as of x_t and of each of `rows` (M,). None: the reference is to run; else what the
-    launchers take: noise_pred as a tuple, x_t, x_other, rows."""
+    """Check shapes, of x_other as of x_t, of each of `rows` (M,).
+
+    None: the reference is to run. Else what the launchers take: noise_pred as a tuple, x_t,
+    x_other, rows.
+    """
     given = (noise_pred,) if isinstance(noise_pred, Tensor) else tuple(noise_pred)
     shapes = [tuple(x.shape) for x in (*given, x_t, x_other, *rows)]
     expected = (2 * len(x_t) if len(given) == 1 else len(x_t), *x_t.shape[1:])
-    assert len(given) in (1, 2) and all(x.shape == expected for x in given) and x_other.shape == x_t.shape, shapes
-    assert all(x.shape == x_t.shape[:1] for x in rows), shapes
+    assert len(given) in (1, 2) and all(x.shape == expected for x in given), shapes
+    assert x_other.shape == x_t.shape and all(x.shape == x_t.shape[:1] for x in rows), shapes
+
     half_or_single = given[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if path(x_t.device) != TRITON or not half_or_single or {x_t.dtype, x_other.dtype} != {torch.float32}:
+    if not half_or_single or x_t.dtype != torch.float32 or x_other.dtype != torch.float32:
         return None
-    return tuple(packed(x) for x in given), packed(x_t), packed(x_other), [x.double().contiguous() for x in rows]
+    if path(x_t.device) != TRITON:
+        return None
+    rows = [x.double().contiguous() for x in rows]
+    return tuple(packed(x) for x in given), packed(x_t), packed(x_other), rows
 
 
 def guided_log_prob(
-    noise_pred: NoisePred, x_t: Tensor, x_prev: Tensor, coef_sample: Tensor, coef_noise: Tensor, sigma: Tensor,
+    noise_pred: NoisePred,
+    x_t: Tensor,
+    x_prev: Tensor,
+    coef_sample: Tensor,
+    coef_noise: Tensor,
+    sigma: Tensor,
     guidance_scale: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     fused = prepare(noise_pred, x_t, x_prev, coef_sample, coef_noise, sigma)
     if fused is None:
-        return guided_log_prob_ref(noise_pred, x_t, x_prev, coef_sample, coef_noise, sigma, guidance_scale)
+        return guided_log_prob_ref(
+            noise_pred, x_t, x_prev, coef_sample, coef_noise, sigma, guidance_scale
+        )
     noise_pred, x_t, x_prev, coefs = fused
     return GuidedLogProb.apply(x_t, x_prev, coefs, guidance_scale, None, *noise_pred)
 
 
 def guided_log_ratio(
-    noise_pred: NoisePred, x_t: Tensor, x_prev: Tensor, coef_sample: Tensor, coef_noise: Tensor, sigma: Tensor,
-    guidance_scale: float, log_prob_ref: Tensor, log_prob_old: Tensor, clip_range: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    fused = prepare(noise_pred, x_t, x_prev, coef_sample, coef_noise, sigma, log_prob_ref, log_prob_old)
+    noise_pred: NoisePred,
+    x_t: Tensor,
+    x_prev: Tensor,
+    coef_sample: Tensor,
+    coef_noise: Tensor,
+    sigma: Tensor,
+    guidance_scale: float,
+    log_prob_ref: Tensor,
+    log_prob_old: Tensor,
+    clip_range: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = (coef_sample, coef_noise, sigma, log_prob_ref, log_prob_old)
+    fused = prepare(noise_pred, x_t, x_prev, *rows)
     if fused is None:
         return guided_log_ratio_ref(
             noise_pred, x_t, x_prev, coef_sample, coef_noise, sigma, guidance_scale,
             log_prob_ref, log_prob_old, clip_range,
         )  # fmt: skip
     noise_pred, x_t, x_prev, (*coefs, log_prob_ref, log_prob_old) = fused
-    return GuidedLogProb.apply(
-        x_t, x_prev, coefs, guidance_scale, (log_prob_ref, log_prob_old, clip_range), *noise_pred
-    )
+    clipping = (log_prob_ref, log_prob_old, clip_range)
+    return GuidedLogProb.apply(x_t, x_prev, coefs, guidance_scale, clipping, *noise_pred)
 
 
 @torch.no_grad()
 def guided_sample(
-    noise_pred: NoisePred, x_t: Tensor, noise: Tensor, coef_sample: Tensor, coef_noise: Tensor, sigma: Tensor,
+    noise_pred: NoisePred,
+    x_t: Tensor,
+    noise: Tensor,
+    coef_sample: Tensor,
+    coef_noise: Tensor,
+    sigma: Tensor,
     guidance_scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     fused = prepare(noise_pred, x_t, noise, coef_sample, coef_noise, sigma)
     if fused is None:
-        return guided_sample_ref(noise_pred, x_t, noise, coef_sample, coef_noise, sigma, guidance_scale)
+        return guided_sample_ref(
+            noise_pred, x_t, noise, coef_sample, coef_noise, sigma, guidance_scale
+        )
     noise_pred, x_t, noise, coefs = fused
     x_prev = torch.empty_like(noise)
-    return x_prev, launch_forward(*halves(noise_pred), x_t, x_prev, coefs, guidance_scale, noise)[0]
+    u, c = halves(noise_pred)
+    return x_prev, launch_forward(u, c, x_t, x_prev, coefs, guidance_scale, noise)[0]
 
 
 guided_log_prob.__doc__ = guided_log_prob_ref.__doc__

@@ -48,9 +48,15 @@ import prdp  # noqa: E402
 from prompts.report import write_file  # noqa: E402
 
 SCALES = {
-    "small": dict(prompts="few", prompts_per_epoch=4, images_per_prompt=8, updates_per_epoch=4, epochs=20),
-    "large": dict(prompts="all", prompts_per_epoch=8, images_per_prompt=4, updates_per_epoch=1, epochs=50),
-    "large-k4": dict(prompts="all", prompts_per_epoch=8, images_per_prompt=4, updates_per_epoch=4, epochs=10),
+    "small": dict(
+        prompts="few", prompts_per_epoch=4, images_per_prompt=8, updates_per_epoch=4, epochs=20
+    ),
+    "large": dict(
+        prompts="all", prompts_per_epoch=8, images_per_prompt=4, updates_per_epoch=1, epochs=50
+    ),
+    "large-k4": dict(
+        prompts="all", prompts_per_epoch=8, images_per_prompt=4, updates_per_epoch=4, epochs=10
+    ),
 }
 QUICK = dict(prompts_per_epoch=2, images_per_prompt=2, epochs=2, ddpm_steps=2)
 SHORT = dict(
@@ -99,7 +105,9 @@ def name_of(run: dict) -> str:
 def flags_of(run: dict, out: Path, quick: bool) -> list[str]:
     """The command line of prdp.py for it."""
     settings = {**SCALES[run["scale"]], **run, **(QUICK if quick else {})}
-    settings["prompts"] = {"few": out / "few.txt", "all": ROOT / "prompts" / "shapes.txt"}[settings["prompts"]]
+    settings["prompts"] = {"few": out / "few.txt", "all": ROOT / "prompts" / "shapes.txt"}[
+        settings["prompts"]
+    ]
     settings["microbatch"] = settings["prompts_per_epoch"] * settings["images_per_prompt"]
     settings |= {"save_every": 5, "sample_every": settings["epochs"], "out": out / name_of(run)}
     if "reward" in settings:
@@ -151,7 +159,11 @@ def execute(run: dict, out: Path, quick: bool) -> dict:
                 if "is not finite" not in stopped:
                     raise RuntimeError(f"{folder.name}: {stopped}") from stop
         metrics = folder / "metrics.jsonl"
-        rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+        rows = (
+            [json.loads(line) for line in metrics.read_text().splitlines()]
+            if metrics.is_file()
+            else []
+        )
         try:
             figures = evaluate(config, run["loss"] == "base", quick)
         except prdp.InputError as error:
@@ -164,7 +176,9 @@ def execute(run: dict, out: Path, quick: bool) -> dict:
         "seconds": time.time() - started,
     }
     result["curve"] = {
-        key: [rounded(row.get(key)) for row in rows] for key in (rows[0] if rows else {}) if key != "peak_gb"
+        key: [rounded(row.get(key)) for row in rows]
+        for key in (rows[0] if rows else {})
+        if key != "peak_gb"
     }
     os.replace(log, folder / "log.txt")
     for part in ("checkpoint", "pipeline"):
@@ -201,19 +215,39 @@ def evaluate(config: prdp.Config, base: bool, quick: bool) -> dict:
     for which, file in sets.items():
         prompts = prdp.load_prompts(file)
         prompts = [prompts[i * len(prompts) // count] for i in range(count)]
-        settings = dataclasses.replace(config, **{**fresh, "share_initial_noise": which == "shared"})
+        settings = dataclasses.replace(
+            config, **{**fresh, "share_initial_noise": which == "shared"}
+        )
         batch = prdp.collect(settings, models, 2, prompts, {})
-        match, shaded = judge(load_oracle(), batch.images, [p for p in prompts for _ in range(images)])
-        ratio = batch.trajectories.log_probs - batch.log_probs_ref  # (M, T), nats per latent dimension
-        each = {"reward": batch.rewards, "match": match, "shaded": shaded, "nats_per_dimension": ratio.mean(1)}
+        match, shaded = judge(
+            load_oracle(), batch.images, [p for p in prompts for _ in range(images)]
+        )
+        ratio = (
+            batch.trajectories.log_probs - batch.log_probs_ref
+        )  # (M, T), nats per latent dimension
+        each = {
+            "reward": batch.rewards,
+            "match": match,
+            "shaded": shaded,
+            "nats_per_dimension": ratio.mean(1),
+        }
         each["nats"] = ratio.sum(1) * batch.trajectories.latents[0, 0].numel()
         each["square"] = ratio.square().mean(1)
-        means = {key: value.double().unflatten(0, (count, images)).mean(1) for key, value in each.items()}
-        figures[which] = {k: [rounded(m.mean().item()), rounded(m.std().item() / count**0.5)] for k, m in means.items()}
+        means = {
+            key: value.double().unflatten(0, (count, images)).mean(1) for key, value in each.items()
+        }
+        figures[which] = {
+            k: [rounded(m.mean().item()), rounded(m.std().item() / count**0.5)]
+            for k, m in means.items()
+        }
         trained, ref, rewards = (
-            x.unflatten(0, (count, images)) for x in (batch.trajectories.log_probs, batch.log_probs_ref, batch.rewards)
+            x.unflatten(0, (count, images))
+            for x in (batch.trajectories.log_probs, batch.log_probs_ref, batch.rewards)
         )  # Eq. 14 of this policy over that of the base model, whose log-ratios are 0
-        losses = [prdp.prdp_loss(x, x, ref, rewards, math.inf, config.kl_weight).item() for x in (trained, ref)]
+        losses = [
+            prdp.prdp_loss(x, x, ref, rewards, math.inf, config.kl_weight).item()
+            for x in (trained, ref)
+        ]
         figures[which]["residual"] = [rounded(losses[0] / losses[1]) if losses[1] else None, None]
         figures[which]["rms"] = [rounded(figures[which].pop("square")[0] ** 0.5), None]
     return figures
@@ -245,7 +279,9 @@ def sweep_runs(quick: bool) -> dict[tuple[str, str], list[dict]]:
                            for r, knob in itertools.product(RATES, knobs)] for m, knobs in KNOBS.items()}  # fmt: skip
     for method, more in (("prdp", {}), ("ddpo", dict(advantage="global"))):
         rates = (3e-5, *RATES)  # many prompts, few images of each: gentler steps
-        runs["large", method] = [spec("large", SWEEP_SEEDS[0], method, learning_rate=r, **more) for r in rates]
+        runs["large", method] = [
+            spec("large", SWEEP_SEEDS[0], method, learning_rate=r, **more) for r in rates
+        ]
     return {key: tried[:1] if quick else tried for key, tried in runs.items()}
 
 
@@ -258,7 +294,11 @@ def arms(claim: int, best: dict, seeds: list[int], last: bool = False) -> dict[s
 
     base = {"base": [spec("small", 0, "base")]}
     if claim == 1:
-        others = {"DDPO-SF": "ddpo-sf", "RWR": "rwr", "RWR sparse": "rwr-sparse", "DPO": "dpo"} if last else {}
+        others = (
+            {"DDPO-SF": "ddpo-sf", "RWR": "rwr", "RWR sparse": "rwr-sparse", "DPO": "dpo"}
+            if last
+            else {}
+        )
         return (
             base
             | {"PRDP": arm("small"), "DDPO": arm("small", "ddpo")}
@@ -287,11 +327,24 @@ def arms(claim: int, best: dict, seeds: list[int], last: bool = False) -> dict[s
         # One setting for both methods, under which 20 epochs suffice to lose the prompt.
         red = dict(reward="redness", learning_rate=4e-4, clip_range=1e-2)
         runs = {f"PRDP, kl_weight {k:g}": arm("small", kl_weight=k, **red) for k in REDNESS_KL}
-        return {"base": [spec("small", 0, "base", reward="redness")], "DDPO": arm("small", "ddpo", **red)} | runs
-    own = dict(kl_weight=0.1)  # small enough targets r / kl_weight for the loss to be reachable at all
-    runs = {"own x_T": arm("small", **own), "shared x_T": arm("small", share_initial_noise=True, **own)}
+        return {
+            "base": [spec("small", 0, "base", reward="redness")],
+            "DDPO": arm("small", "ddpo", **red),
+        } | runs
+    own = dict(
+        kl_weight=0.1
+    )  # small enough targets r / kl_weight for the loss to be reachable at all
+    runs = {
+        "own x_T": arm("small", **own),
+        "shared x_T": arm("small", share_initial_noise=True, **own),
+    }
     return (
-        base | runs | {f"K = {k}": arm("small", **({} if k == 4 else {"updates_per_epoch": k}))[:1] for k in (1, 2, 4)}
+        base
+        | runs
+        | {
+            f"K = {k}": arm("small", **({} if k == 4 else {"updates_per_epoch": k}))[:1]
+            for k in (1, 2, 4)
+        }
     )
 
 
@@ -312,7 +365,9 @@ def mean_se(values: list[float]) -> tuple[float, float]:
     return x.mean().item(), (x.std().item() / len(x) ** 0.5 if len(x) > 1 else 0.0)
 
 
-def difference(a: list[dict], b: list[dict], quantity: str = "reward", where: str = "training") -> tuple[float, float]:
+def difference(
+    a: list[dict], b: list[dict], quantity: str = "reward", where: str = "training"
+) -> tuple[float, float]:
     """Mean of a minus mean of b, and the standard error of that."""
     (x, dx), (y, dy) = over_seeds(a, quantity, where), over_seeds(b, quantity, where)
     return x - y, math.hypot(dx, dy)
@@ -329,7 +384,9 @@ def unstable(result: dict, base: dict) -> bool:
         return True
     before, error = base["evaluation"]["training"]["reward"]
     curve = (
-        torch.tensor(result["curve"]["reward_mean"]).unfold(0, min(4, len(result["curve"]["reward_mean"])), 1).mean(1)
+        torch.tensor(result["curve"]["reward_mean"])
+        .unfold(0, min(4, len(result["curve"]["reward_mean"])), 1)
+        .mean(1)
     )
     lost = curve.max() - curve[-1] > 0.5 * max(curve.max().item() - before, 2 * error)
     collapsed = figure_of(result, "match") < 0.5 * figure_of(base, "match")
@@ -366,22 +423,47 @@ def verdict(claim: int, results: dict[str, list[dict]]) -> tuple[str, str, str]:
     if claim == 2:
         gap = difference(results["PRDP"], results["DDPO global"])
         rise = difference(results["PRDP"], base, where="unseen")
-        few = difference(results["few prompts, DDPO per-prompt"], results["few prompts, DDPO global"])
-        unseen = {k: say(over_seeds(results[k], "reward", "unseen")) for k in ("base", "PRDP", "DDPO global")}
+        few = difference(
+            results["few prompts, DDPO per-prompt"], results["few prompts, DDPO global"]
+        )
+        unseen = {
+            k: say(over_seeds(results[k], "reward", "unseen"))
+            for k in ("base", "PRDP", "DDPO global")
+        }
         shows = f"{listed}; unseen prompts: {', '.join(f'{k} {v}' for k, v in unseen.items())}; PRDP - DDPO global "
         shows += f"{say(gap)}; few prompts, DDPO per-prompt - global {say(few)}"
-        answer = compared(gap) if compared(rise) == "reproduced" else compared(gap, yes="no clear difference")
-        return shows, answer, f"PRDP - DDPO global {rule}; reproduced only if PRDP - base on unseen prompts is too"
+        answer = (
+            compared(gap)
+            if compared(rise) == "reproduced"
+            else compared(gap, yes="no clear difference")
+        )
+        return (
+            shows,
+            answer,
+            f"PRDP - DDPO global {rule}; reproduced only if PRDP - base on unseen prompts is too",
+        )
     if claim == 3:
-        bad = {k: sum(unstable(run, base[0]) for run in runs) for k, runs in results.items() if k != "base"}
-        arms = [k.removesuffix(", clipped") for k in results if k.endswith(", clipped") and "K = 1" not in k]
+        bad = {
+            k: sum(unstable(run, base[0]) for run in runs)
+            for k, runs in results.items()
+            if k != "base"
+        }
+        arms = [
+            k.removesuffix(", clipped")
+            for k in results
+            if k.endswith(", clipped") and "K = 1" not in k
+        ]
         cells = []
         for arm in arms:
             stable = arm != "DDPO large-k4"  # with clipping, in Table 5
             majority = len(results[f"{arm}, clipped"]) / 2
-            cells += [(bad[f"{arm}, clipped"] < majority) == stable, bad[f"{arm}, not clipped"] > majority]
+            cells += [
+                (bad[f"{arm}, clipped"] < majority) == stable,
+                bad[f"{arm}, not clipped"] > majority,
+            ]
         shows = f"unstable of {len(results[f'{arms[0]}, clipped'])} runs: " + "; ".join(
-            f"{arm} {bad[f'{arm}, clipped']} clipped, {bad[f'{arm}, not clipped']} not" for arm in arms
+            f"{arm} {bad[f'{arm}, clipped']} clipped, {bad[f'{arm}, not clipped']} not"
+            for arm in arms
         )
         one, other = (
             [run["evaluation"], run["curve"]["loss"]]
@@ -389,21 +471,38 @@ def verdict(claim: int, results: dict[str, list[dict]]) -> tuple[str, str, str]:
             for run in results[f"K = 1, {k}"]
         )
         shows += f"; PRDP large at K = 1, clipped and not: {'equal in every digit' if one == other else 'different'}"
-        answer = "reproduced" if all(cells) else f"{sum(cells)} of {len(cells)} cells of Table 5 reproduced"
-        return shows, answer, " ".join((unstable.__doc__ or "").split()) + " A cell counts by majority of seeds."
+        answer = (
+            "reproduced"
+            if all(cells)
+            else f"{sum(cells)} of {len(cells)} cells of Table 5 reproduced"
+        )
+        return (
+            shows,
+            answer,
+            " ".join((unstable.__doc__ or "").split()) + " A cell counts by majority of seeds.",
+        )
     if claim == 4:
         gap = difference(results["online"], results["offline"])
         return f"{listed}; online - offline {say(gap)}", compared(gap), f"online - offline {rule}"
     if claim == 5:
         whole = max(over_seeds(base, "match")[0], 1e-9)
         match = {k: over_seeds(runs, "match")[0] / whole for k, runs in results.items()}
-        gains = {k for k, runs in results.items() if compared(difference(runs, base)) == "reproduced"}
-        shows = "; ".join(f"{k}: reward {reward[k]}, match {say(over_seeds(results[k], 'match'))}" for k in results)
+        gains = {
+            k for k, runs in results.items() if compared(difference(runs, base)) == "reproduced"
+        }
+        shows = "; ".join(
+            f"{k}: reward {reward[k]}, match {say(over_seeds(results[k], 'match'))}"
+            for k in results
+        )
         smallest, *larger = (k for k in results if k.startswith("PRDP"))
         kept = any(match[k] >= MATCH_KEPT and k in gains for k in larger)
         good = kept and match[smallest] < 0.5 and match["DDPO"] < 0.5
         rule = f"smallest kl_weight and DDPO below half of the base's match; a larger one keeps {MATCH_KEPT:.0%} and still gains"
-        return shows, "reproduced" if good else "not reproduced", rule + " over 2 standard errors of reward"
+        return (
+            shows,
+            "reproduced" if good else "not reproduced",
+            rule + " over 2 standard errors of reward",
+        )
     places = {"own x_T": "training", "shared x_T": "shared"}
     left = {k: over_seeds(results[k], "residual", where) for k, where in places.items()}
     (own, own_error), (shared, shared_error) = left.values()
@@ -412,11 +511,18 @@ def verdict(claim: int, results: dict[str, list[dict]]) -> tuple[str, str, str]:
     )
     for k in (1, 2, 4):
         curve = results[f"K = {k}"][0]["curve"]
-        (skipped, _), (update, _) = mean_se(curve["skipped_fraction"]), mean_se(curve["seconds_update"])
+        (skipped, _), (update, _) = (
+            mean_se(curve["skipped_fraction"]),
+            mean_se(curve["seconds_update"]),
+        )
         whole = update / (1 - skipped)
         shows += f"; K = {k}: {skipped:.0%} skipped, {whole - update:.2f} s of {whole:.2f} s saved"
     rule = f"residual loss on fresh trajectories, own - shared, {RULE.format('shown', 'not shown')}"
-    return shows, compared((own - shared, math.hypot(own_error, shared_error)), "shown", "not shown"), rule
+    return (
+        shows,
+        compared((own - shared, math.hypot(own_error, shared_error)), "shown", "not shown"),
+        rule,
+    )
 
 
 # ---- Figures -------------------------------------------------------------------------------------------------
@@ -438,7 +544,13 @@ def plot(claim: int, results: dict[str, list[dict]], path: Path) -> None:
             mean = torch.tensor([row[:shown_epochs] for row in rows]).mean(0)
             mean = torch.stack([mean[max(0, e - 3) : e + 1].mean() for e in range(len(mean))])
             style = "--" if "not clipped" in label or "few prompts" in label else "-"
-            left.plot([r["curve"]["epoch"] for r in runs][0][:shown_epochs], mean, style, color=f"C{i}", label=label)
+            left.plot(
+                [r["curve"]["epoch"] for r in runs][0][:shown_epochs],
+                mean,
+                style,
+                color=f"C{i}",
+                label=label,
+            )
     left.axhline(figure_of(base[0], "reward"), color="grey", lw=0.8, ls=":")
     left.set(xlabel="epoch", ylabel="reward of the epoch's images (mean of 4 epochs)")
     left.legend(fontsize=7, framealpha=0.8, edgecolor="none")
@@ -457,9 +569,18 @@ def plot(claim: int, results: dict[str, list[dict]], path: Path) -> None:
         for where, name, shift in panels:
             for i, (label, runs) in enumerate(shown_arms.items()):
                 place = "shared" if claim == 6 and label == "shared x_T" else where
-                values = [figure_of(run, "residual" if claim == 6 else "reward", place) for run in runs]
+                values = [
+                    figure_of(run, "residual" if claim == 6 else "reward", place) for run in runs
+                ]
                 colour = "C0" if where == "training" else "C1"
-                right.barh(i + shift, mean_se(values)[0], 0.33, color=colour, alpha=0.4, label=name if i == 0 else None)
+                right.barh(
+                    i + shift,
+                    mean_se(values)[0],
+                    0.33,
+                    color=colour,
+                    alpha=0.4,
+                    label=name if i == 0 else None,
+                )
                 right.plot(values, [i + shift] * len(values), "k.", ms=4)
         right.set_yticks([i + 0.17 for i in range(len(shown_arms))], list(shown_arms), fontsize=7)
         right.invert_yaxis()
@@ -483,7 +604,9 @@ def table(claims: dict) -> str:
     lines = ["| | the paper | the toy | verdict |", "|---|---|---|---|"]
     for claim, entry in sorted(claims.items()):
         figure = f"[{claim}](toy/claim{claim}.png)"
-        lines.append(f"| {figure} | {entry['paper']} | {entry['toy'].replace('; ', '<br>')} | **{entry['verdict']}** |")
+        lines.append(
+            f"| {figure} | {entry['paper']} | {entry['toy'].replace('; ', '<br>')} | **{entry['verdict']}** |"
+        )
     return "\n".join(lines)
 
 
@@ -491,9 +614,18 @@ def machine() -> dict:
     """What the hours were measured on."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line] or [platform.processor()]
-    versions = {p: importlib.metadata.version(p) for p in ("torch", "diffusers", "transformers", "numpy")}
-    return {"cpu": names[0], "cores": os.cpu_count(), "python": platform.python_version(), **versions}
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line] or [
+        platform.processor()
+    ]
+    versions = {
+        p: importlib.metadata.version(p) for p in ("torch", "diffusers", "transformers", "numpy")
+    }
+    return {
+        "cpu": names[0],
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **versions,
+    }
 
 
 def estimate(run: dict, quick: bool) -> float:
@@ -554,11 +686,21 @@ def choose(sweep: Sweep, report: dict, methods: tuple[str, ...]) -> dict:
 
     Every setting on one seed; for PRDP and DDPO the better half on two more, and the best mean wins.
     """
-    groups = {(s, m): runs for (s, m), runs in sweep_runs(sweep.quick).items() if m in methods and m not in report[s]}
+    groups = {
+        (s, m): runs
+        for (s, m), runs in sweep_runs(sweep.quick).items()
+        if m in methods and m not in report[s]
+    }
     results = sweep([run for runs in groups.values() for run in runs])
     better = {key: sorted(runs, key=lambda run: -score(results[name_of(run)]))[: (len(runs) + 1) // 2]
               for key, runs in groups.items()}  # fmt: skip
-    pairs = [(run, seed) for (_, m), runs in better.items() if m in TWO for run in runs for seed in SWEEP_SEEDS[1:]]
+    pairs = [
+        (run, seed)
+        for (_, m), runs in better.items()
+        if m in TWO
+        for run in runs
+        for seed in SWEEP_SEEDS[1:]
+    ]
     again = [{**run, "seed": seed} for run, seed in pairs]
     results |= sweep([] if sweep.quick else again)
     for (scale, method), runs in groups.items():
@@ -566,12 +708,18 @@ def choose(sweep: Sweep, report: dict, methods: tuple[str, ...]) -> dict:
         for run in runs:
             repeats = [results.get(name_of({**run, "seed": seed})) for seed in SWEEP_SEEDS]
             rewards = [rounded(score(result)) for result in repeats if result]
-            settings = {k: v for k, v in run.items() if k not in ("scale", "seed", "loss", "advantage")}
+            settings = {
+                k: v for k, v in run.items() if k not in ("scale", "seed", "loss", "advantage")
+            }
             tried.append({"settings": settings, "rewards": rewards})
         # A mean over three seeds counts before any single one.
-        best = max(tried, key=lambda t: (len(t["rewards"]), mean_se([r or -1.0 for r in t["rewards"]])[0]))
+        best = max(
+            tried, key=lambda t: (len(t["rewards"]), mean_se([r or -1.0 for r in t["rewards"]])[0])
+        )
         report[scale][method] = {"chosen": best["settings"], "tried": tried}
-    return {scale: {m: entry["chosen"] for m, entry in tuned.items()} for scale, tuned in report.items()}
+    return {
+        scale: {m: entry["chosen"] for m, entry in tuned.items()} for scale, tuned in report.items()
+    }
 
 
 def score(result: dict) -> float:
@@ -580,12 +728,18 @@ def score(result: dict) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--claim", type=int, nargs="+", choices=range(1, 7), help="only these")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, one seed: does it all run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, one seed: does it all run?"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
-    parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/claims, or runs/claims-quick)")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the runs (default: runs/claims, or runs/claims-quick)"
+    )
     args = parser.parse_args()
     args.out = (args.out or Path("runs/claims-quick" if args.quick else "runs/claims")).resolve()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -599,13 +753,23 @@ def main() -> None:
     book = {"machine": {}, "sweep": {"small": {}, "large": {}}, "claims": {}, **book}
     steps = [(claim, False) for claim in args.claim or range(1, 7)]
     steps += [(1, True)] if (1, False) in steps else []  # the other baselines last
-    swept = {(s, m): runs for (s, m), runs in sweep_runs(args.quick).items() if m not in book["sweep"][s]}
-    planned = [run for (_, m), runs in swept.items() if m in TWO or (1, True) in steps for run in runs]
+    swept = {
+        (s, m): runs for (s, m), runs in sweep_runs(args.quick).items() if m not in book["sweep"][s]
+    }
+    planned = [
+        run for (_, m), runs in swept.items() if m in TWO or (1, True) in steps for run in runs
+    ]
     guess = {s: {m: {"learning_rate": RATES[0], **KNOBS[m][0]} for m in KNOBS} for s in SCALES}
     guess = {
-        s: {**tuned, **{m: v["chosen"] for m, v in book["sweep"].get(s, {}).items()}} for s, tuned in guess.items()
+        s: {**tuned, **{m: v["chosen"] for m, v in book["sweep"].get(s, {}).items()}}
+        for s, tuned in guess.items()
     }
-    planned += [run for step in steps for runs in arms(step[0], guess, seeds, step[1]).values() for run in runs]
+    planned += [
+        run
+        for step in steps
+        for runs in arms(step[0], guess, seeds, step[1]).values()
+        for run in runs
+    ]
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     started, sweep = time.time(), Sweep(args, planned)
@@ -614,7 +778,12 @@ def main() -> None:
             best = choose(sweep, book["sweep"], tuple(KNOBS) if last else TWO)
             runs = arms(claim, best, seeds, last)
             results = sweep([run for arm in runs.values() for run in arm])
-            record(book, claim, {label: [results[name_of(run)] for run in arm] for label, arm in runs.items()}, target)
+            record(
+                book,
+                claim,
+                {label: [results[name_of(run)] for run in arm] for label, arm in runs.items()},
+                target,
+            )
             write_json(known, book)
     except (KeyboardInterrupt, SystemExit):
         sweep.stop("stopped; the same command goes on", 130)
@@ -650,10 +819,17 @@ def record(book: dict, claim: int, results: dict[str, list[dict]], target: Path)
         }
         kept = ("run", "stopped", "evaluation", "seconds")
         numbers[label]["runs"] = [
-            {**{k: run[k] for k in kept}, "reward_curve": run["curve"].get("reward_mean", [])} for run in runs
+            {**{k: run[k] for k in kept}, "reward_curve": run["curve"].get("reward_mean", [])}
+            for run in runs
         ]
     answer = answer if max(map(len, results.values())) > 1 else "one seed: no verdict"
-    entry = {"paper": PAPER[claim], "toy": shows, "verdict": answer, "criterion": rule, "numbers": numbers}
+    entry = {
+        "paper": PAPER[claim],
+        "toy": shows,
+        "verdict": answer,
+        "criterion": rule,
+        "numbers": numbers,
+    }
     book["claims"][str(claim)] = entry
     plot(claim, results, target / f"claim{claim}.png")
 
