@@ -1,5 +1,5 @@
-"""What a run shows and writes: its folder, a line an epoch, grids, the reward's curve, models side by
-side. Knows nothing of diffusion; of processes, since rank 0 alone shows and writes."""
+"""What a run shows and writes: its folder, a line an epoch, grids, the curve of rewards, models side
+by side. Knows nothing of diffusion; of processes, since rank 0 alone shows and writes."""
 
 from __future__ import annotations
 
