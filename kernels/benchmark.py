@@ -36,7 +36,6 @@ from torch._functorch import config as functorch_config
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it runs from any folder
 
-import baselines  # noqa: E402
 import kernels  # noqa: E402
 import prdp  # noqa: E402
 import report  # noqa: E402
@@ -367,10 +366,6 @@ def epoch_table(
     )  # fmt: skip
 
     def cells(job: Job, dtype: str, phase: str) -> tuple:
-        if phase == "sample":  # the first; of a compiled loop, minutes
-            require_minutes(end, 3.5 if hasattr(job.policy.unet, "_orig_mod") else 0.7)
-        elif "sample" not in job.seconds:
-            raise Skipped("there is no sample")
         spent, first = seconds(getattr(job, phase))
         unet.zero_grad(set_to_none=True)
         job.seconds[phase] = spent / job.images * T / steps
@@ -380,20 +375,25 @@ def epoch_table(
 
     loops = [("peer-style", "bf16", 8)]
     for microbatch in microbatches:
-        loops += [("peer-style", "bf16", microbatch)]
+        loops += [("peer at our microbatch", "bf16", microbatch)]
         loops += [("eager", dtype, microbatch) for dtype in dtypes]
-        loops += [("eager, deterministic cuDNN", d, microbatch) for d in dtypes if d != "fp32"]
-    if CUDA:  # last: these take minutes each
-        loops += [("compiled", *rest) for rest in itertools.product(dtypes, microbatches)]
+    if CUDA:  # compiled last: these take minutes each
+        sixteen = [dtype for dtype in dtypes if dtype != "fp32"]
+        for label, some in (("eager, deterministic cuDNN", sixteen), ("compiled", dtypes)):
+            loops += [(label, *rest) for rest in itertools.product(some, microbatches)]
     epochs = []
     for label, dtype, microbatch in loops:
+        if late := attempt(require_minutes, end, 3.5 if label == "compiled" else 0.7):
+            row(label, dtype, microbatch, "all", *late)
+            continue
         torch.backends.cudnn.deterministic = "deterministic" in label
-        if label == "peer-style":  # DDPO's code samples 8 images at a time and learns from 4
-            job = PeerJob(unet, microbatch, 4 if microbatch == 8 else microbatch, range(steps))
-        else:
-            job = Job(unet, microbatch, dtype, range(steps))
+        job = Job(unet, microbatch, dtype, range(steps))
         if label == "compiled":
             job.policy = job.policy._replace(unet=compiled(unet))
+        elif label.startswith("peer"):  # DDPO's code samples 8 images at a time and learns from 4
+            job = PeerJob(
+                unet, microbatch, 4 if label == "peer-style" else microbatch, range(steps)
+            )
         for phase, batch in job.batches.items():
             row(label, dtype, batch, phase, *attempt(cells, job, dtype, phase))
         if job.seconds.keys() == job.epoch.keys():
@@ -408,11 +408,12 @@ def epoch_table(
         f"+ {K - 1} score + {K} backward (peer-style: sample + reference + {K} backward, which "
         "scores as it goes)",
         "loop", "dtype", "microbatch", "seconds per image", "hours of 512 images",
-        "times as fast as peer-style, 8 and 4", "as peer-style at this microbatch",
+        "times as fast as peer-style", "as the peer at this microbatch",
     )  # fmt: skip
-    peers = {batch: spent for label, _, batch, spent in epochs if label == "peer-style"}
+    found = {(label, microbatch): spent for label, _, microbatch, spent in epochs}
     for label, dtype, microbatch, spent in epochs:
-        against = [peers[batch] / spent if batch in peers else "" for batch in (8, microbatch)]
+        peers = (("peer-style", 8), ("peer at our microbatch", microbatch))
+        against = [found[peer] / spent if peer in found else "" for peer in peers]
         row(label, dtype, microbatch, spent, 512 * spent / 3600, *against)
 
 
@@ -548,12 +549,15 @@ def watched(*functions: tuple) -> Iterator[dict[str, tuple[float, float, float]]
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         yield
+        memory = (0.0, 0.0)
         if CUDA:
             torch.cuda.synchronize()
-        held = torch.cuda.max_memory_reserved() / 1e9 if CUDA else 0.0
+            memory = (
+                torch.cuda.max_memory_allocated() / 1e9,
+                torch.cuda.max_memory_reserved() / 1e9,
+            )
         total, *highest = phases.get(name, (0.0, 0.0, 0.0))
-        memory = map(max, highest, (peak_gb() or 0.0, held))
-        phases[name] = (total + time.perf_counter() - started, *memory)
+        phases[name] = (total + time.perf_counter() - started, *map(max, highest, memory))
 
     class Stopwatch(report.Stopwatch):
         @contextmanager
@@ -570,16 +574,18 @@ def watched(*functions: tuple) -> Iterator[dict[str, tuple[float, float, float]]
         yield phases
 
 
-def phase_cells(phases: dict, names: Iterable[str]) -> list[str]:
-    return [f"{phases[name][0]:.3g} s, {phases[name][1]:.3g} GB" for name in names]
-
-
 def settings(**values) -> prdp.Config:
     """prdp.py's, by its command line; a flag=True stands there alone."""
-    argv = ["--prompts", str(ROOT / "prompts" / "animals.txt")]
-    for name, value in values.items():
+    argv = ["--prompts", str(ROOT / "prompts" / "animals.txt"), "--prompts-per-epoch", "2"]
+    for name, value in {"updates_per_epoch": 2, **values}.items():
         argv += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
     return prdp.parse_args(argv)
+
+
+def in_cells(phases: dict, names: Iterable[str]) -> list[str]:
+    """Seconds, and on a GPU peak GB."""
+    found = [phases[name] for name in names]
+    return [f"{s:.3g} s" + f", {peak:.3g} GB" * CUDA for s, peak, _ in found]
 
 
 PHASES = ("sample", "reference", "reward", "score", "update")
@@ -588,9 +594,9 @@ PHASES = ("sample", "reference", "reward", "score", "update")
 def memory_table(quick: bool, end: float) -> None:
     cap, size = 24 * 2**30, 2 if quick else 8
     row = table(
-        f"(d) memory: each phase's seconds and peak GB, and the most GB that the allocator, capped "
-        f"at {cap / 1e9:.1f}, held; two epochs of two updates with gradient checkpointing, AdamW, a "
-        "reward of HPSv2's size, and the room of 512 trajectories of 50 steps",
+        "(d) memory: each phase's seconds and peak GB, and the most GB that the allocator, capped "
+        f"at {cap / 1e9:.1f}, held; runs of two epochs, K = 2, T = 2, with gradient checkpointing, "
+        "a reward of HPSv2's size, and the room of 512 trajectories of 50 steps",
         "learns", "dtype", "microbatch", "offload", *PHASES, "held GB",
     )  # fmt: skip
 
@@ -600,41 +606,28 @@ def memory_table(quick: bool, end: float) -> None:
         config = settings(
             model=folder / "sd", reward=f"pickscore:{folder / 'clip'}", lora_rank=rank,
             dtype=dtype, offload=offload, microbatch=microbatch, gradient_checkpointing=True,
-            prompts_per_epoch=1, images_per_prompt=2 * microbatch, epochs=2, updates_per_epoch=2,
-            ddpm_steps=2, clip_range="inf",
+            images_per_prompt=microbatch, epochs=2, ddpm_steps=2, clip_range="inf",
+            out=folder / f"run-{rank}-{dtype}-{offload}",
         )  # fmt: skip
-        if CUDA:
+        room = 0
+        if CUDA:  # latents and text, float32; and pictures, uint8
             torch.cuda.set_per_process_memory_fraction(min(1.0, cap / torch.cuda.mem_get_info()[1]))
-        with watched() as phases:
-            models = prdp.load_models(config, DEVICE)
-            room = 0
-            if not quick:  # latents and text; and pictures, uint8
-                text = models.policy.null_text.numel()
-                room = 512 * (4 * (51 * math.prod(models.latent_shape) + text) + 3 * 512**2)
-            ballast = torch.empty(room, dtype=torch.uint8, device=DEVICE)
-            learning = [p for p in models.pipe.unet.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(learning, config.learning_rate, fused=CUDA)
-            statistics = baselines.RewardStatistics(config.advantage)
-            prompts = prdp.load_prompts(config.prompts[0])
-            list(prdp.train(config, models, optimizer, statistics, prompts, 1))
-            del ballast
-        held = max(held for _, _, held in phases.values())
-        return [*phase_cells(phases, PHASES), held]
+            room = 512 * (4 * (51 * 4 * 64 * 64 + 77 * 768) + 3 * 512 * 512)
+        ballast = torch.empty(room, dtype=torch.uint8, device=DEVICE)
+        no_file = mock.patch.object(report, "save_state"), mock.patch.object(prdp, "save_pipeline")
+        with watched() as phases, no_file[0], no_file[1]:
+            prdp.run(config)
+        del ballast
+        return [*in_cells(phases, PHASES), max(held for _, _, held in phases.values())]
 
     with tempfile.TemporaryDirectory() as name:
         require_minutes(end, 1.5)
         require_disk(name, 0.1 if quick else 10)
         random_models(Path(name) / "sd", quick)
         random_clip(Path(name) / "clip", quick)
-        for rank, *rest in [
-            (0, "bf16", size, "on"),
-            (8, "bf16", size, "on"),
-            (0, "bf16", size, "off"),
-            (8, "bf16", size, "off"),
-            (0, "fp32", size // 2, "on"),
-            (8, "fp32", size // 2, "on"),
-        ]:
+        for offload, rank in itertools.product(("on", "off"), (0, 8)):
             learns = f"LoRA of rank {rank}" if rank else "the full UNet"
+            rest = ("bf16", size, offload)
             row(learns, *rest, *attempt(cells, Path(name), rank, *rest))
     if CUDA:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -646,14 +639,17 @@ def brightness(images: Tensor, prompts: list[str]) -> Tensor:
 
 
 def run_table(quick: bool, end: float, dtypes: list[str]) -> None:
-    around = [(prdp, "load_models"), (prdp, "check_on_policy"), (prdp, "draw_samples"),
-              (report, "save_state"), (prdp, "save_pipeline")]  # fmt: skip
-    names = [name for _, name in around]
+    begin, finish = (
+        ("load_models", "check_on_policy", "draw_samples"),
+        ("save_state", "save_pipeline"),
+    )
+    functions = [(report if name == "save_state" else prdp, name) for name in (*begin, *finish)]
+    columns = (*begin, *PHASES, *finish)
     images, steps = (2, 2) if quick else (8, T)
     row = table(
         f"(e) a run of one epoch, from loading to the saved pipeline: seconds in all and peak GB; "
         f"N = 2, B = {images}, T = {steps}, K = 2, a microbatch of {2 * images}",
-        "dtype", *names[:3], *PHASES, *names[3:], "checkpoint GB", "skipped %", "all s",
+        "dtype", *columns, "checkpoint GB", "skipped %", "whole s",
     )  # fmt: skip
 
     def cells(folder: Path, dtype: str) -> list:
@@ -661,15 +657,14 @@ def run_table(quick: bool, end: float, dtypes: list[str]) -> None:
         free_memory()
         out, started = folder / "run", time.perf_counter()
         config = settings(
-            model=folder / "sd", out=out, dtype=dtype, epochs=1, updates_per_epoch=2,
-            prompts_per_epoch=2, images_per_prompt=images, ddpm_steps=steps, microbatch=2 * images,
+            model=folder / "sd", out=out, dtype=dtype, epochs=1, images_per_prompt=images,
+            ddpm_steps=steps, microbatch=2 * images,
         )  # fmt: skip
-        with watched(*around) as phases:
+        with watched(*functions) as phases:
             prdp.run(config, reward=brightness)
         gigabytes = (out / "checkpoint" / "state.pt").stat().st_size / 1e9
         skipped = 100 * report.read_metrics(out)[0]["skipped_fraction"]
-        spent = phase_cells(phases, [*names[:3], *PHASES, *names[3:]])
-        return [*spent, gigabytes, skipped, time.perf_counter() - started]
+        return [*in_cells(phases, columns), gigabytes, skipped, time.perf_counter() - started]
 
     with tempfile.TemporaryDirectory() as name:
         require_minutes(end, 3)
