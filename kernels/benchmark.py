@@ -153,10 +153,6 @@ def kernel_microseconds(call: Callable) -> float:
     return sum(e.self_device_time_total for e in trace.key_averages() if e.device_type == cuda) / 10
 
 
-def peak_gb() -> float | str:
-    return torch.cuda.max_memory_allocated() / 1e9 if CUDA else ""
-
-
 def copy_rate(numbers: int) -> float:
     """GB/s of a plain copy, counting what it reads and what it writes."""
     source = torch.randn(numbers, device=DEVICE)
@@ -316,6 +312,9 @@ class PeerJob(Job):
                 (log_prob - log_probs[rows, step]).exp().mean().backward()
 
 
+PEERS = ("peer-style", "peer at our microbatch")
+
+
 def count_flops(unet: nn.Module) -> dict[str, int]:
     """Of one guided image-step: forward, and forward with backward."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -336,8 +335,8 @@ def matmul_rate(size: int, dtype: str) -> float:
     return 2 * size**3 / milliseconds(lambda: a @ b)[1] / 1e9
 
 
-def seconds(call: Callable) -> tuple[float, float]:
-    """Of a call, the median of three; of the first one, which compiles."""
+def seconds(call: Callable) -> tuple[float, float, float | str]:
+    """Of a call, the median of three; of the first one, which compiles; and peak memory in GB."""
     times = []
     for _ in range(4):
         if CUDA:
@@ -347,74 +346,72 @@ def seconds(call: Callable) -> tuple[float, float]:
         if CUDA:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return sorted(times[1:])[1], times[0]
+    peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else ""
+    return sorted(times[1:])[1], times[0], peak
 
 
 def epoch_table(
     quick: bool, end: float, microbatches: list[int], steps: int, dtypes: list[str]
 ) -> None:
-    unet = random_unet(quick)
+    unet, spent = random_unet(quick), {}
     flops = count_flops(unet)
     matmul = {dtype: matmul_rate(512 if quick else 8192, dtype) for dtype in {*dtypes, "bf16"}}
+    rates = ", ".join(f"{rate:.4g} in {dtype}" for dtype, rate in matmul.items())
     row = table(
         f"(b) epoch phases, over {steps} of {T} steps; an image is {T} steps; one image and step, "
         f"guided: {flops['sample'] / 1e12:.4g} TFLOP forward, {flops['backward'] / 1e12:.4g} with "
-        f"the backward; matmul: a product of {dtypes[0]} at {matmul[dtypes[0]]:.4g} TFLOP/s, and "
-        "so on; memory is without an optimizer",
+        f"the backward; a matmul's TFLOP/s: {rates}; memory is without an optimizer",
         "loop", "dtype", "microbatch", "phase", "images/s", "TFLOP/s", "% of matmul", "peak GB",
         "first call s", "on-policy gap",
     )  # fmt: skip
 
     def cells(job: Job, dtype: str, phase: str) -> tuple:
-        spent, first = seconds(getattr(job, phase))
-        unet.zero_grad(set_to_none=True)
-        job.seconds[phase] = spent / job.images * T / steps
-        rate = flops[phase] * job.images * steps / spent / 1e12
+        median, first, peak = seconds(getattr(job, phase))
+        job.seconds[phase] = median / job.images * T / steps
+        rate = flops[phase] * job.images * steps / median / 1e12
         gap = job.gap() if phase == "score" else ""
-        return 1 / job.seconds[phase], rate, 100 * rate / matmul[dtype], peak_gb(), first, gap
+        return 1 / job.seconds[phase], rate, 100 * rate / matmul[dtype], peak, first, gap
 
-    loops = [("peer-style", "bf16", 8)]
-    for microbatch in microbatches:
-        loops += [("peer at our microbatch", "bf16", microbatch)]
-        loops += [("eager", dtype, microbatch) for dtype in dtypes]
-    if CUDA:  # compiled last: these take minutes each
-        sixteen = [dtype for dtype in dtypes if dtype != "fp32"]
-        for label, some in (("eager, deterministic cuDNN", sixteen), ("compiled", dtypes)):
-            loops += [(label, *rest) for rest in itertools.product(some, microbatches)]
-    epochs = []
-    for label, dtype, microbatch in loops:
-        if late := attempt(require_minutes, end, 3.5 if label == "compiled" else 0.7):
-            row(label, dtype, microbatch, "all", *late)
-            continue
+    def measure(label: str, dtype: str, microbatch: int) -> None:
+        require_minutes(end, 3.5 if label == "compiled" else 0.7)
         torch.backends.cudnn.deterministic = "deterministic" in label
         job = Job(unet, microbatch, dtype, range(steps))
+        if label in PEERS:  # DDPO's code samples 8 images at a time and learns from 4
+            learned = 4 if label == "peer-style" else microbatch
+            job = PeerJob(unet, microbatch, learned, range(steps))
         if label == "compiled":
             job.policy = job.policy._replace(unet=compiled(unet))
-        elif label.startswith("peer"):  # DDPO's code samples 8 images at a time and learns from 4
-            job = PeerJob(
-                unet, microbatch, 4 if label == "peer-style" else microbatch, range(steps)
-            )
         for phase, batch in job.batches.items():
             row(label, dtype, batch, phase, *attempt(cells, job, dtype, phase))
+            unet.zero_grad(set_to_none=True)
         if job.seconds.keys() == job.epoch.keys():
-            spent = sum(passes * job.seconds[phase] for phase, passes in job.epoch.items())
-            epochs.append((label, dtype, microbatch, spent))
-        del job
-        free_memory()
+            passes = job.epoch.items()
+            spent[label, dtype, microbatch] = sum(n * job.seconds[phase] for phase, n in passes)
+
+    sixteen = [dtype for dtype in dtypes if dtype != "fp32"]
+    loops = [("peer-style", ["bf16"], [8]), ("peer at our microbatch", ["bf16"], microbatches),
+             ("eager", dtypes, microbatches)]  # fmt: skip
+    if CUDA:  # compiled last: these take minutes each
+        loops += [("eager, deterministic cuDNN", sixteen, microbatches),
+                  ("compiled", dtypes, microbatches)]  # fmt: skip
+    for label, some, batches in loops:
+        for dtype, microbatch in itertools.product(some, batches):
+            if failure := attempt(measure, label, dtype, microbatch):
+                row(label, dtype, microbatch, "epoch", *failure)
+            free_memory()
     torch.backends.cudnn.deterministic = False
 
     row = table(
         f"one K = {K} epoch of T = {T}, network passes alone, nothing skipped: sample + reference "
-        f"+ {K - 1} score + {K} backward (peer-style: sample + reference + {K} backward, which "
-        "scores as it goes)",
+        f"+ {K - 1} score + {K} backward (peers: sample + reference + {K} backward, which score as "
+        "they go)",
         "loop", "dtype", "microbatch", "seconds per image", "hours of 512 images",
         "times as fast as peer-style", "as the peer at this microbatch",
     )  # fmt: skip
-    found = {(label, microbatch): spent for label, _, microbatch, spent in epochs}
-    for label, dtype, microbatch, spent in epochs:
-        peers = (("peer-style", 8), ("peer at our microbatch", microbatch))
-        against = [found[peer] / spent if peer in found else "" for peer in peers]
-        row(label, dtype, microbatch, spent, 512 * spent / 3600, *against)
+    for (label, dtype, microbatch), time_of_one in spent.items():
+        peers = zip(PEERS, ("bf16", "bf16"), (8, microbatch), strict=True)
+        against = [spent[peer] / time_of_one if peer in spent else "" for peer in peers]
+        row(label, dtype, microbatch, time_of_one, 512 * time_of_one / 3600, *against)
 
 
 # ---- (c) Noise and drift -------------------------------------------------------------------------
@@ -430,7 +427,8 @@ def drifts(job: Job, unet: nn.Module) -> list[float]:
     config, old = prdp.Config(), job.stored.log_probs
     draws = torch.randn(job.images, generator=torch.Generator().manual_seed(1))
     scores, parameters = 0.01 * draws.to(DEVICE), list(unet.parameters())
-    optimizer = torch.optim.AdamW(parameters, config.learning_rate, fused=CUDA)
+    decay = config.weight_decay
+    optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=decay, fused=CUDA)
     found, log_probs = [], old
     for _ in range(3):
         leaf = log_probs.clone().requires_grad_()
@@ -549,15 +547,13 @@ def watched(*functions: tuple) -> Iterator[dict[str, tuple[float, float, float]]
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         yield
-        memory = (0.0, 0.0)
         if CUDA:
             torch.cuda.synchronize()
-            memory = (
-                torch.cuda.max_memory_allocated() / 1e9,
-                torch.cuda.max_memory_reserved() / 1e9,
-            )
-        total, *highest = phases.get(name, (0.0, 0.0, 0.0))
-        phases[name] = (total + time.perf_counter() - started, *map(max, highest, memory))
+        total, peak, held = phases.get(name, (0.0, 0.0, 0.0))
+        if CUDA:
+            peak = max(peak, torch.cuda.max_memory_allocated() / 1e9)
+            held = max(held, torch.cuda.max_memory_reserved() / 1e9)
+        phases[name] = (total + time.perf_counter() - started, peak, held)
 
     class Stopwatch(report.Stopwatch):
         @contextmanager
@@ -592,7 +588,9 @@ PHASES = ("sample", "reference", "reward", "score", "update")
 
 
 def memory_table(quick: bool, end: float) -> None:
-    cap, size = 24 * 2**30, 2 if quick else 8
+    cap, size, dtype = 24 * 2**30, 8, "bf16"
+    if quick:
+        size, dtype = 2, "fp32"  # which a CPU is fast at
     row = table(
         "(d) memory: each phase's seconds and peak GB, and the most GB that the allocator, capped "
         f"at {cap / 1e9:.1f}, held; runs of two epochs, K = 2, T = 2, with gradient checkpointing, "
@@ -601,7 +599,7 @@ def memory_table(quick: bool, end: float) -> None:
     )  # fmt: skip
 
     def cells(folder: Path, rank: int, dtype: str, microbatch: int, offload: str) -> list:
-        require_minutes(end, 1.0 if dtype == "fp32" else 0.6)
+        require_minutes(end, 0.6)
         free_memory()
         config = settings(
             model=folder / "sd", reward=f"pickscore:{folder / 'clip'}", lora_rank=rank,
@@ -627,7 +625,7 @@ def memory_table(quick: bool, end: float) -> None:
         random_clip(Path(name) / "clip", quick)
         for offload, rank in itertools.product(("on", "off"), (0, 8)):
             learns = f"LoRA of rank {rank}" if rank else "the full UNet"
-            rest = ("bf16", size, offload)
+            rest = (dtype, size, offload)
             row(learns, *rest, *attempt(cells, Path(name), rank, *rest))
     if CUDA:
         torch.cuda.set_per_process_memory_fraction(1.0)
@@ -639,12 +637,9 @@ def brightness(images: Tensor, prompts: list[str]) -> Tensor:
 
 
 def run_table(quick: bool, end: float, dtypes: list[str]) -> None:
-    begin, finish = (
-        ("load_models", "check_on_policy", "draw_samples"),
-        ("save_state", "save_pipeline"),
-    )
-    functions = [(report if name == "save_state" else prdp, name) for name in (*begin, *finish)]
-    columns = (*begin, *PHASES, *finish)
+    begin = ("load_models", "check_on_policy", "draw_samples")
+    functions = [(prdp, name) for name in (*begin, "save_pipeline")] + [(report, "save_state")]
+    columns = (*begin, *PHASES, "save_state", "save_pipeline")
     images, steps = (2, 2) if quick else (8, T)
     row = table(
         f"(e) a run of one epoch, from loading to the saved pipeline: seconds in all and peak GB; "
