@@ -98,12 +98,6 @@ def require_minutes(end: float, minutes: float) -> None:
         raise Skipped(f"takes about {minutes:.2g} minutes, {max(left, 0):.2g} are left")
 
 
-def require_disk(folder: str, gigabytes: float) -> None:
-    free = shutil.disk_usage(folder).free / 1e9
-    if free < gigabytes:
-        raise Skipped(f"writes {gigabytes:.2g} GB, {free:.2g} are free in {folder}; set TMPDIR")
-
-
 def set_dtype(dtype: str) -> torch.dtype | None:
     """As prdp.py's --dtype; what its Policy calls autocast."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype != "fp32"
@@ -490,49 +484,37 @@ def noise_table(quick: bool, end: float, images: int, dtypes: list[str]) -> None
 
 # ---- (d) Memory, (e) a run -----------------------------------------------------------------------
 
+PHASES = ("sample", "reference", "reward", "score", "update")
 
-def random_models(folder: Path, quick: bool) -> Path:
-    """SD v1.4, or a tiny one, with random weights: 4.3 GB in `folder`."""
+
+def random_models(folder: Path, quick: bool) -> None:
+    """In `folder`, sd/, SD v1.4, and clip/, a ViT-H/14 as HPSv2 and PickScore are, or tiny ones,
+    with random weights: 8.2 GB."""
     import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     width = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512)
     text = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
                 num_attention_heads=12)  # fmt: skip
+    reward = rewards.vit_h_14_config()
     if quick:
-        width, text = dict(block_out_channels=(8,) * 4, norm_num_groups=4, sample_size=128), TINY
+        width = dict(block_out_channels=(8,) * 4, norm_num_groups=4, sample_size=128)
+        text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                    num_attention_heads=2)  # fmt: skip
+        reward = CLIPConfig(text_config=text, vision_config=text, projection_dim=16)
     down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     with torch.device(DEVICE):
         vae = diffusers.AutoencoderKL(**width, down_block_types=down, up_block_types=up)
         text_encoder = CLIPTextModel(CLIPTextConfig(**text))
+        clip = CLIPModel(reward)
+    toys = ROOT / "toy" / "sd" / "tokenizer"
+    tokenizer = CLIPTokenizer.from_pretrained(toys, model_max_length=77)
     scheduler = diffusers.DDIMScheduler(**prdp.SD_SCHEDULER, clip_sample=False)
-    parts = (vae, text_encoder, tokenizer(), random_unet(quick), scheduler, None, None)
+    parts = (vae, text_encoder, tokenizer, random_unet(quick), scheduler, None, None)
     pipe = diffusers.StableDiffusionPipeline(*parts, requires_safety_checker=False)
-    pipe.save_pretrained(folder)
-    return folder
-
-
-TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-
-
-def random_clip(folder: Path, quick: bool) -> Path:
-    """A CLIP ViT-H/14, the size of HPSv2 and PickScore, or a tiny one: 3.9 GB in `folder`."""
-    from transformers import CLIPConfig, CLIPModel
-
-    config = rewards.vit_h_14_config()
-    if quick:
-        config = CLIPConfig(text_config=TINY, vision_config=TINY, projection_dim=16)
-    with torch.device(DEVICE):
-        CLIPModel(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
-
-
-def tokenizer():
-    """The toy's: any will do."""
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer.from_pretrained(ROOT / "toy" / "sd" / "tokenizer", model_max_length=77)
+    pipe.save_pretrained(folder / "sd")
+    clip.save_pretrained(folder / "clip")
+    tokenizer.save_pretrained(folder / "clip")
 
 
 @contextmanager
@@ -570,21 +552,33 @@ def watched(*functions: tuple) -> Iterator[dict[str, tuple[float, float, float]]
         yield phases
 
 
-def settings(**values) -> prdp.Config:
-    """prdp.py's, by its command line; a flag=True stands there alone."""
-    argv = ["--prompts", str(ROOT / "prompts" / "animals.txt"), "--prompts-per-epoch", "2"]
-    for name, value in {"updates_per_epoch": 2, **values}.items():
+def run(folder: Path, **settings) -> None:
+    """`prdp.run` of the models in `folder` with K = 2; a setting of True is a flag."""
+    free_memory()
+    argv = ["--model", str(folder / "sd"), "--reward", f'"pickscore:{folder / "clip"}"',
+            "--prompts", str(ROOT / "prompts" / "animals.txt"), "--updates-per-epoch", "2",
+            "--out", str(folder / "run")]  # fmt: skip
+    for name, value in settings.items():
         argv += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
-    return prdp.parse_args(argv)
+    prdp.run(prdp.parse_args(argv))
 
 
 def in_cells(phases: dict, names: Iterable[str]) -> list[str]:
     """Seconds, and on a GPU peak GB."""
     found = [phases[name] for name in names]
-    return [f"{s:.3g} s" + f", {peak:.3g} GB" * CUDA for s, peak, _ in found]
+    return [f"{spent:.3g} s" + f", {peak:.3g} GB" * CUDA for spent, peak, _ in found]
 
 
-PHASES = ("sample", "reference", "reward", "score", "update")
+@contextmanager
+def folder_of_models(quick: bool, gigabytes: float, end: float, minutes: float) -> Iterator[Path]:
+    """With room for what is written there; made only if there is time to use it."""
+    with tempfile.TemporaryDirectory() as name:
+        require_minutes(end, minutes)
+        free = shutil.disk_usage(name).free / 1e9
+        if free < gigabytes and not quick:
+            raise Skipped(f"writes {gigabytes} GB, {free:.3g} are free in {name}; set TMPDIR")
+        random_models(Path(name), quick)
+        yield Path(name)
 
 
 def memory_table(quick: bool, end: float) -> None:
@@ -598,42 +592,30 @@ def memory_table(quick: bool, end: float) -> None:
         "learns", "dtype", "microbatch", "offload", *PHASES, "held GB",
     )  # fmt: skip
 
-    def cells(folder: Path, rank: int, dtype: str, microbatch: int, offload: str) -> list:
+    def cells(folder: Path, rank: int, offload: str) -> list:
         require_minutes(end, 0.6)
-        free_memory()
-        config = settings(
-            model=folder / "sd", reward=f"pickscore:{folder / 'clip'}", lora_rank=rank,
-            dtype=dtype, offload=offload, microbatch=microbatch, gradient_checkpointing=True,
-            images_per_prompt=microbatch, epochs=2, ddpm_steps=2, clip_range="inf",
-            out=folder / f"run-{rank}-{dtype}-{offload}",
-        )  # fmt: skip
         room = 0
         if CUDA:  # latents and text, float32; and pictures, uint8
             torch.cuda.set_per_process_memory_fraction(min(1.0, cap / torch.cuda.mem_get_info()[1]))
             room = 512 * (4 * (51 * 4 * 64 * 64 + 77 * 768) + 3 * 512 * 512)
         ballast = torch.empty(room, dtype=torch.uint8, device=DEVICE)
-        no_file = mock.patch.object(report, "save_state"), mock.patch.object(prdp, "save_pipeline")
-        with watched() as phases, no_file[0], no_file[1]:
-            prdp.run(config)
+        unsaved = mock.patch.object(prdp, "save_pipeline")
+        with watched() as phases, unsaved, mock.patch.object(report, "save_state"):
+            run(
+                folder, lora_rank=rank, dtype=dtype, offload=offload, gradient_checkpointing=True,
+                microbatch=size, prompts_per_epoch=1, images_per_prompt=size, epochs=2,
+                ddpm_steps=2, clip_range="inf",
+            )  # fmt: skip
         del ballast
         return [*in_cells(phases, PHASES), max(held for _, _, held in phases.values())]
 
-    with tempfile.TemporaryDirectory() as name:
-        require_minutes(end, 1.5)
-        require_disk(name, 0.1 if quick else 10)
-        random_models(Path(name) / "sd", quick)
-        random_clip(Path(name) / "clip", quick)
+    with folder_of_models(quick, 9, end, 1.5) as folder:
         for offload, rank in itertools.product(("on", "off"), (0, 8)):
             learns = f"LoRA of rank {rank}" if rank else "the full UNet"
-            rest = (dtype, size, offload)
-            row(learns, *rest, *attempt(cells, Path(name), rank, *rest))
+            row(learns, dtype, size, offload, *attempt(cells, folder, rank, offload))
+            shutil.rmtree(folder / "run", ignore_errors=True)
     if CUDA:
         torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def brightness(images: Tensor, prompts: list[str]) -> Tensor:
-    """A reward that costs nothing."""
-    return images.float().mean((1, 2, 3)) / 255
 
 
 def run_table(quick: bool, end: float, dtypes: list[str]) -> None:
@@ -642,32 +624,27 @@ def run_table(quick: bool, end: float, dtypes: list[str]) -> None:
     columns = (*begin, *PHASES, "save_state", "save_pipeline")
     images, steps = (2, 2) if quick else (8, T)
     row = table(
-        f"(e) a run of one epoch, from loading to the saved pipeline: seconds in all and peak GB; "
+        "(e) a run of one epoch, from loading to the saved pipeline: seconds in all and peak GB; "
         f"N = 2, B = {images}, T = {steps}, K = 2, a microbatch of {2 * images}",
         "dtype", *columns, "checkpoint GB", "skipped %", "whole s",
     )  # fmt: skip
 
     def cells(folder: Path, dtype: str) -> list:
         require_minutes(end, {"tf32": 4.5, "fp32": 8.5}.get(dtype, 3))
-        free_memory()
-        out, started = folder / "run", time.perf_counter()
-        config = settings(
-            model=folder / "sd", out=out, dtype=dtype, epochs=1, images_per_prompt=images,
-            ddpm_steps=steps, microbatch=2 * images,
-        )  # fmt: skip
+        started = time.perf_counter()
         with watched(*functions) as phases:
-            prdp.run(config, reward=brightness)
-        gigabytes = (out / "checkpoint" / "state.pt").stat().st_size / 1e9
-        skipped = 100 * report.read_metrics(out)[0]["skipped_fraction"]
+            run(
+                folder, dtype=dtype, epochs=1, prompts_per_epoch=2, images_per_prompt=images,
+                ddpm_steps=steps, microbatch=2 * images,
+            )  # fmt: skip
+        gigabytes = (folder / "run" / "checkpoint" / "state.pt").stat().st_size / 1e9
+        skipped = 100 * report.read_metrics(folder / "run")[0]["skipped_fraction"]
         return [*in_cells(phases, columns), gigabytes, skipped, time.perf_counter() - started]
 
-    with tempfile.TemporaryDirectory() as name:
-        require_minutes(end, 3)
-        require_disk(name, 0.1 if quick else 22)
-        random_models(Path(name) / "sd", quick)
+    with folder_of_models(quick, 24, end, 3.5) as folder:
         for dtype in dtypes:
-            row(dtype, *attempt(cells, Path(name), dtype))
-            shutil.rmtree(Path(name) / "run", ignore_errors=True)
+            row(dtype, *attempt(cells, folder, dtype))
+            shutil.rmtree(folder / "run", ignore_errors=True)
 
 
 # ---- Main ----------------------------------------------------------------------------------------
@@ -680,8 +657,8 @@ def main() -> None:
     parser.add_argument("--only", choices=names, help=ESTIMATES)
     text = "images per network pass of epoch and noise (default: 16)"
     parser.add_argument("--microbatch", type=int, nargs="+", help=text)
-    text = "denoising steps that epoch times (default: 2)"
-    parser.add_argument("--steps", type=int, default=2, help=text)
+    text = "denoising steps that epoch times (default: 2; with --quick 1)"
+    parser.add_argument("--steps", type=int, help=text)
     text = "of epoch, noise and run, in this order (default: all that the device has)"
     parser.add_argument("--dtypes", nargs="+", choices=AUTOCAST, help=text)
     text = "a table begins no row that would take it past these (default: 9; with --quick no limit)"
@@ -691,11 +668,12 @@ def main() -> None:
 
     quick = options.quick
     minutes = options.minutes or (math.inf if quick else 9.0)
+    steps = options.steps or (1 if quick else 2)
     microbatches = options.microbatch or [2 if quick else 16]
     dtypes = options.dtypes or [dtype for dtype in AUTOCAST if dtype != "tf32" or CUDA]
     tables = {
         "kernels": lambda end: kernel_table(quick),
-        "epoch": lambda end: epoch_table(quick, end, microbatches, options.steps, dtypes),
+        "epoch": lambda end: epoch_table(quick, end, microbatches, steps, dtypes),
         "noise": lambda end: noise_table(quick, end, microbatches[0], dtypes),
         "memory": lambda end: memory_table(quick, end),
         "run": lambda end: run_table(quick, end, dtypes),
