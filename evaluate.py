@@ -118,17 +118,6 @@ def measure(
             bar.update(min(report.processes(), len(todo) - first))
 
 
-def load_record(out: Path, asked: dict) -> dict:
-    """evaluation.json of an evaluation that was stopped, or a new one."""
-    path = out / "evaluation.json"
-    if not path.is_file():
-        return {"settings": asked, "digests": {}, "rewards": {}}
-    with reading(f"--out {out}, choose another folder"):
-        record = json.loads(path.read_text())
-        report.require_same(record["settings"], asked, set())
-    return record
-
-
 def tabulate(rewards: dict, chosen: dict, labels: list[str], base: str | None) -> list[dict]:
     """A row for each file, reward and model."""
     table = []
@@ -152,8 +141,10 @@ def tabulate(rewards: dict, chosen: dict, labels: list[str], base: str | None) -
 
 
 def print_table(table: list[dict]) -> None:
-    titles = f"{'prompts':>20} {'reward':>16} {'model':>16} {'images':>7} {'mean':>18}"
-    report.say(f"{titles} {'difference':>20} {'wins':>6}")
+    report.say(
+        f"{'prompts':>20} {'reward':>16} {'model':>16} {'images':>7} {'mean':>18} {'difference':>20}"
+        f" {'wins':>6}"
+    )
     for row in table:
         line = f"{row['prompts']:>20} {row['reward']:>16} {row['model']:>16} {row['images']:>7}"
         line += f" {row['mean']:>8.4f} +- {row['standard_error']:.4f}"
@@ -177,30 +168,34 @@ def main(argv: list[str] | None = None) -> None:
 
         asked = {name: getattr(config, name) for name in SETTINGS}
         asked |= {"samples_per_prompt": samples, "max_prompts": args.max_prompts}
-        files = reward_files(config.reward)
-        asked["reward_digest"] = report.digest(file.read_bytes() for file in files)
-        record = report.on_rank_0(lambda: load_record(out, json.loads(json.dumps(asked))))
-        shown = {}
+        own_code = (file.read_bytes() for file in reward_files(config.reward))
+        asked["reward_digest"] = report.digest(own_code)
+        path, shown = out / "evaluation.json", {}
+        record = {"settings": json.loads(json.dumps(asked)), "digests": {}, "rewards": {}}
+        if report.on_rank_0(path.is_file):
+            with reading(f"{path}, choose another --out"):
+                found = report.on_rank_0(lambda: json.loads(path.read_text()))
+                report.require_same(found["settings"], record["settings"], set())
+                record = found
         for label, folder in folders.items():
             models = prdp.load_models(dataclasses.replace(config, model=folder), device)
             models = models._replace(reference=None)  # and its memory
-            pipe = models.pipe
-            digest = report.weights_digest(pipe.unet, pipe.vae, pipe.text_encoder)
+            digest = report.weights_digest(models.pipe)
             if record["digests"].setdefault(label, digest) != digest:
                 raise InputError(f"--out {out}: holds rewards of another {label}; choose another.")
             for file, (prompts, indices) in chosen.items():
                 done = record["rewards"].setdefault(file, {}).setdefault(label, {})
                 for _ in measure(config, models, file, prompts, indices, samples, done):
-                    report.write_json(out / "evaluation.json", record)
+                    report.write_json(path, record)
             prompts, indices = next(iter(chosen.values()))
             some = indices[:: -(-len(indices) // 8)]
             images, rewards = draw(config, models, prompts, some, 2)
-            scores = list(rewards.values())[-1].flatten()
-            shown[label] = report.Samples([prompts[n] for n in some], images, scores)
-            del models, pipe  # before the next are loaded
+            *_, total = rewards.values()
+            shown[label] = report.Samples([prompts[n] for n in some], images, total.flatten())
+            del models  # before the next are loaded
 
         record["table"] = tabulate(record["rewards"], chosen, list(folders), base)
-        report.write_json(out / "evaluation.json", record)
+        report.write_json(path, record)
         print_table(record["table"])
         report.plot_pairs(out / "evaluation.png", shown)
         report.say(f"see {out / 'evaluation.png'}")

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 COLUMNS = (
@@ -185,12 +185,12 @@ def digest(parts: Iterable[bytes]) -> str:
     ]
 
 
-def weights_digest(*networks: nn.Module) -> str:
-    """Of 64 numbers of every weight, adapters aside: cheap, and another model has others."""
+def weights_digest(pipe) -> str:
+    """Of 64 numbers of every pretrained weight: cheap, and another model has others."""
+    networks = (pipe.unet, pipe.vae, pipe.text_encoder)
     named = [named for network in networks for named in network.named_parameters()]
     weights = [p.detach().flatten() for name, p in named if "lora_" not in name]
-    some = (w[:: max(1, len(w) // 64)].float().cpu().numpy().tobytes() for w in weights)
-    return digest(some)
+    return digest(w[:: max(1, len(w) // 64)].float().cpu().numpy().tobytes() for w in weights)
 
 
 # ---- The run folder ------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def make_record(settings: dict, prompts: list[str], files: list[Path], pipe) -> 
         **settings,
         "prompts_digest": digest(prompt.encode() for prompt in prompts),
         "reward_digest": digest(file.read_bytes() for file in files),
-        "model_digest": weights_digest(pipe.unet, pipe.vae, pipe.text_encoder),
+        "model_digest": weights_digest(pipe),
         "clip_range": str(settings["clip_range"]),  # infinity is no JSON
     }
     return json.loads(json.dumps(record))
