@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from tests.conftest import CPU, PROMPTS, SD14_SCHEDULER, needs_gpu, seed, tiny_config, tiny_sd  # noqa: F401
 
 # isort: split
+import prompts.report
+
 import kernels
 import prdp
-import prompts.report
 from prdp import Policy, Schedule, Trajectories, prdp_loss
 
 ROOT = Path(__file__).resolve().parent
@@ -1766,7 +1767,7 @@ def test_progress_bars_leave_no_threads():
 def test_over_optimisation_is_warned_of_once(tmp_path, capsys):
     """When the distance to the reference passes the threshold with a reward above the first epoch's: not before, not twice,
     and not where the reward fell."""
-    base = {"reward_std": 0.1, **{name: 0.0 for name in prompts.report.COLUMNS[3:]}}
+    base = {"reward_std": 0.1, **dict.fromkeys(prompts.report.COLUMNS[3:], 0.0)}
     for folder, heights in (
         ("rises", [0.3, 0.4, 0.2, 0.5, 0.6]),
         ("falls", [0.3, 0.2, 0.2, 0.1, 0.1]),
