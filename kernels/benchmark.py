@@ -349,7 +349,10 @@ def epoch_table(
 ) -> None:
     unet, spent = random_unet(quick), {}
     flops = count_flops(unet)
-    matmul = {dtype: matmul_rate(512 if quick else 8192, dtype) for dtype in {*dtypes, "bf16"}}
+    matmul = {
+        dtype: matmul_rate(512 if quick else 8192, dtype)
+        for dtype in dict.fromkeys([*dtypes, "bf16"])
+    }
     rates = ", ".join(f"{rate:.4g} in {dtype}" for dtype, rate in matmul.items())
     row = table(
         f"(b) epoch phases, over {steps} of {T} steps; an image is {T} steps; one image and step, "
