@@ -361,6 +361,17 @@ class Stopwatch:
             print(f"{self.label}, {name}: {duration(spent)}", flush=True)
 
 
+def introduce(settings: dict, learning: list[Tensor], log_probs: str, prompts: int) -> None:
+    """What is about to run."""
+    millions = sum(p.numel() for p in learning) / 1e6
+    symbols = {"E": "epochs", "K": "updates_per_epoch", "N": "prompts_per_epoch"}
+    symbols |= {"B": "images_per_prompt", "T": "ddpm_steps", "clip range": "clip_range"}
+    values = ", ".join(f"{symbol} {settings[name]}" for symbol, name in symbols.items())
+    say(f"{settings['loss']} on {settings['model']}: {millions:.1f} M parameters; {values}")
+    say(f"{processes()} process(es); passes in {settings['dtype']}; log-probs: {log_probs}")
+    say(f"reward {settings['reward'] or 'of the caller'}; {prompts} prompts; to {settings['out']}")
+
+
 def forecast(image: float, epoch: float, epochs: int) -> str:
     """What a run will take, from the seconds of its parts."""
     whole = f"an epoch takes about {duration(epoch)}, {epochs} epochs {duration(epochs * epoch)}"
