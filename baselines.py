@@ -76,6 +76,19 @@ def preference_loss(logits: Tensor, rewards: Tensor) -> Tensor:
     return (loss.sum((-2, -1)) / wins.sum((-2, -1)).clamp(min=1)).mean()
 
 
+def diffusion_dpo_loss(
+    errors: Tensor, errors_ref: Tensor, rewards: Tensor, kl_weight: float
+) -> Tensor:
+    """Diffusion-DPO's own objective (Wallace et al. 2024, Eq. 14), on all pairs of a prompt whose
+    rewards differ (Sec. 5.4): a scalar.
+
+    errors, errors_ref (..., B): squared errors of the noise predicted by policy and reference, mean
+    over latent dimensions, at one random timestep that the B images share. kl_weight is its
+    beta * T * omega. It needs x_0 alone and no trajectory, so it is none of LOSSES.
+    """
+    return preference_loss(-kl_weight * (errors - errors_ref), rewards)
+
+
 LOSSES = {
     "ddpo": ddpo_loss,
     "ddpo-sf": ddpo_sf_loss,
@@ -85,11 +98,27 @@ LOSSES = {
 }
 
 
-def misfit(config) -> str | None:
-    """Why a run's settings do not go with its loss, or None."""
+def settings(loss: str, preset: str) -> dict:
+    """What a loss brings with it, where its authors' settings are not Table 4's.
+
+    DDPO: 4 minibatches an epoch, each image in one (App. F.1), clip range 1e-4; at large scale one
+    image for each of 512 prompts, whose statistics cannot be the prompt's own (PRDP, App. B).
+    """
+    if loss != "ddpo":
+        return {}
+    values = {"updates_per_epoch": 4, "clip_range": 1e-4}
+    if preset in ("large", "multi"):
+        values |= {"prompts_per_epoch": 512, "images_per_prompt": 1}
+    return values
+
+
+def misfit(config, images: int) -> str | None:
+    """Why a run's settings do not go with its loss, or None; `images` are those of a process."""
     ddpo = config.loss.startswith("ddpo")
-    if config.images_per_prompt == 1 and not ddpo:
+    if config.images_per_prompt == 1 and (not ddpo or config.advantage == "group"):
         return "compares images of a prompt; --images-per-prompt must be 2 or more"
+    if config.loss == "ddpo" and images % config.updates_per_epoch:
+        return f"--updates-per-epoch must divide the {images} images, to use each in one minibatch"
     if config.loss == "ddpo-sf" and config.updates_per_epoch > 1:
         return "needs --updates-per-epoch 1"
     if ddpo and config.offline:
@@ -97,27 +126,45 @@ def misfit(config) -> str | None:
     return None
 
 
-class RewardStatistics:
-    """DDPO's normalised rewards (Black et al. 2024, App. F.3): minus a mean, over a deviation.
+def minibatch(config, epoch: int, k: int, targets: Tensor) -> Tensor:
+    """What update k learns from, of targets (M,): all; for DDPO the k-th of K random minibatches.
 
-    kind "global": of this epoch's rewards. "per-prompt": of the prompt's last 32 rewards, this
-    epoch's included; while they are fewer than 16, as in DDPO's code, of the epoch's.
-    `latest` holds those by prompt; it is what a checkpoint has to keep.
+    The others get 0, which is no gradient in DDPO's loss, a mean over all; the factor K makes it
+    the mean over the minibatch.
+    """
+    if config.loss != "ddpo":
+        return targets
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+    order = torch.randperm(len(targets), generator=generator)
+    rows = order.chunk(config.updates_per_epoch)[k].to(targets.device)
+    return torch.zeros_like(targets).index_copy(0, rows, config.updates_per_epoch * targets[rows])
+
+
+class RewardStatistics:
+    """What a loss is given for rewards: for DDPO, normalised (Black et al. 2024, App. F.3).
+
+    kind "none": the rewards. Else minus a mean, over a deviation, and no larger than 10: "global",
+    of this epoch's rewards; "per-prompt", of the prompt's last 32, this epoch's included (while
+    they are fewer than 16, as in DDPO's code, of the epoch's); "group", of the prompt's B, as GRPO
+    does. `latest` holds the last rewards by prompt: what a checkpoint has to keep.
     """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
         self.latest: dict[str, list[float]] = {}
 
-    def advantages(self, rewards: Tensor, prompts: list[str]) -> Tensor:
-        """Rewards (N*B,) of B images for each of N prompts -> advantages (N*B,)."""
+    def targets(self, rewards: Tensor, prompts: list[str]) -> Tensor:
+        """Rewards (N*B,) of B images for each of N prompts -> (N*B,)."""
+        if self.kind == "none":
+            return rewards
         rows = rewards.unflatten(0, (len(prompts), -1))  # (N, B)
-        for prompt, row in zip(prompts, rows.tolist(), strict=True):
-            self.latest[prompt] = (self.latest.get(prompt, []) + row)[-32:]
+        if self.kind == "per-prompt":
+            for prompt, row in zip(prompts, rows.tolist(), strict=True):
+                self.latest[prompt] = (self.latest.get(prompt, []) + row)[-32:]
         advantages = []
         for prompt, row in zip(prompts, rows, strict=True):
-            seen = rewards
-            if self.kind == "per-prompt" and len(self.latest[prompt]) >= 16:
+            seen = row if self.kind == "group" else rewards
+            if len(self.latest.get(prompt, [])) >= 16:
                 seen = torch.tensor(self.latest[prompt], device=row.device)
             advantages.append((row - seen.mean()) / (seen.std(correction=0) + 1e-6))
-        return torch.cat(advantages)
+        return torch.cat(advantages).clamp(-10, 10)

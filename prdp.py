@@ -1,14 +1,13 @@
 """PRDP: Proximal Reward Difference Prediction, for reward finetuning of diffusion models
 (Deng et al., CVPR 2024).
 
-    python prdp.py --preset toy                                  # embedded model, no network
+    python prdp.py --preset toy                                  # a small model: no GPU, no network
     python prdp.py --reward hpsv2 --prompts prompts/animals.txt  # SD v1.4, one GPU, Table 4
     python prdp.py --resume runs/toy --epochs 40                 # go on with a run
 
-In reading order: settings, the DDPM policy (Sec. 2), sampling and scoring of trajectories (Eqs. 1
-to 4; the Gaussian itself is in kernels/log_prob.py), the loss (Secs. 3.1 and 3.3, App. G), its
-exact gradient in the memory of one microbatch, the online loop that calls it (Sec. 3.2,
-Algorithm 1), then plumbing.
+In reading order: settings, the DDPM policy (Sec. 2), sampling and scoring (Eqs. 1 to 4; the very
+Gaussian is in kernels/log_prob.py), the loss (Secs. 3.1 and 3.3, App. G), its exact gradient in the
+memory of one microbatch, the online loop that calls it (Sec. 3.2, Algorithm 1), then plumbing.
 
 Paper                   Here             Shape (M = N*B images)  Note
 x_t                     latents[:, k]    (M, T+1, C, H, W)       k counts along the way, from x_T
@@ -28,8 +27,7 @@ Departures from the paper, and choices where it is silent or says two things (RE
  1. The mean over T (App. G), where Eqs. 10, 19, 21 sum: loss_sum(b) == T**2 * loss_mean(b * T).
  2. log_prob is a mean over latent dimensions, as in DDPO's code, whose clip range is Table 4's.
  3. The mean over pairs whose rewards differ (App. G; Alg. 1, line 10: all); 0, not NaN, if none do.
- 4. Steps are "leading"-spaced, sigma_t is the posterior's, and alpha-bar after the last step is
-    alphas_cumprod[0], as in Stable Diffusion's samplers.
+ 4. Steps are "leading"-spaced, sigma_t is the posterior's, alpha-bar ends at alphas_cumprod[0].
  5. The gradient runs through both branches of guidance.
  6. With K = 1 (large scale) theta is theta_old at the only update: Eq. 18's clip never acts there.
  7. The number format of the network passes (--dtype); the paper gives none.
@@ -38,7 +36,6 @@ Departures from the paper, and choices where it is silent or says two things (RE
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import hashlib
@@ -47,6 +44,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,17 +58,9 @@ import baselines
 import kernels
 import report
 from kernels import gaussian_log_prob, guided_log_prob, guided_sample  # noqa: F401
-from report import gather, own_share, processes, say
-from rewards import (
-    InputError,
-    Parser,
-    Reward,
-    command,
-    load_reward,
-    reading,
-    resolve_reward,
-    reward_files,
-)
+from report import Samples, gather, on_rank_0, own_share, processes, say
+from rewards import InputError, Parser, command, load_network, load_reward, option, reading
+from rewards import resolve_reward, reward_files
 
 # ---- 1. Settings: Table 4 ------------------------------------------------------------------------
 
@@ -109,26 +99,23 @@ class Config:
     max_grad_norm: float = flag(1.0, "gradients longer than this are scaled down to it")
     advantage: str = flag("per-prompt", "reward statistics of DDPO", "per-prompt", "global")
     offline: bool = flag(False, "learn from images of the pretrained model alone (Sec. 4.3)")
-    microbatch: int = flag(8, "images per network pass")
-    dtype: str = flag("fp32", "of network passes; weights stay fp32", "fp32", "bf16", "fp16")
+    microbatch: int = flag(0, "images per network pass; 0: 8, or 32 on a GPU of 80 GB or more")
+    dtype: str = flag("auto", "of network passes; weights are fp32",  # auto: see README
+                      "auto", "fp32", "tf32", "bf16", "fp16")  # fmt: skip
     lora_rank: int = flag(0, "train adapters of the attention layers alone; 0: the full UNet")
     gradient_checkpointing: bool = flag(False, "recompute activations, to save memory")
-    offload: str = flag(
-        "auto", "idle networks wait on the CPU; auto: under 40 GB", "auto", "on", "off"
-    )
+    offload: str = flag("auto", "idle networks on the CPU; auto: if < 40 GB", "auto", "on", "off")
     compile: bool = flag(False, "torch.compile the UNet's passes; minutes of start-up")
     save_every: int = flag(1, "epochs between checkpoints")
     sample_every: int = flag(10, "epochs between sample grids")
     log_to: str = flag("none", "also send metrics there", "none", "tensorboard", "wandb")
 
 
-GROUPS = {  # of --help, each from a field on
-    "preset": "the run", "epochs": "Table 4", "advantage": "baselines", "microbatch": "the machine",
-}  # fmt: skip
+GROUPS = {"preset": "run", "epochs": "Table 4", "advantage": "baselines", "microbatch": "machine"}
 # What a run and its continuation may differ in.
 HARMLESS = {"resume", "out", "epochs", "save_every", "sample_every", "log_to", "offload"}
 LARGE = dict(epochs=1000, updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8,
-             clip_range=1e-4, dtype="bf16")  # fmt: skip
+             clip_range=1e-4)  # fmt: skip
 PRESETS = {
     "small": {},
     "large": LARGE | dict(kl_weight=3e-6, learning_rate=7e-6,
@@ -142,43 +129,27 @@ PRESETS = {
 }  # fmt: skip
 
 
-def make_parser() -> Parser:
-    """A flag for every field of Config."""
-    presets = [f"  {name}: {settings}" for name, settings in PRESETS.items()]
-    about = __doc__.split("\n\nIn reading order")[0]
-    parser = Parser(description=about, epilog="\n".join(["presets:", *presets]),
-                    argument_default=argparse.SUPPRESS, allow_abbrev=False)  # fmt: skip
-    for f in dataclasses.fields(Config):
-        if f.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[f.name])
-        options = {"type": type(f.default), **f.metadata}
-        if f.default is False:
-            options = {"action": "store_true", **f.metadata}
-        elif f.default != "":
-            options["help"] += f" (default: {f.default})"
-        group.add_argument(option(f.name), **options)
-    return parser
-
-
-def option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def parse_args(argv: list[str]) -> Config:
     """The command line over the preset; with --resume, over the settings of the run."""
     for gone in ("--evaluate", "--against", "--samples-per-prompt"):
         if gone in argv:
             raise InputError(f"{gone}: is now of another command, see python evaluate.py --help.")
-    given = vars(make_parser().parse_args(argv))
+    presets = [f"  {name}: {settings}" for name, settings in PRESETS.items()]
+    about = __doc__.split("\n\nIn reading order")[0]
+    parser = Parser(description=about, epilog="\n".join(["presets:", *presets]), allow_abbrev=False)
+    parser.add_fields(dataclasses.fields(Config), GROUPS)
+    given = vars(parser.parse_args(argv))
     if "resume" not in given:
         preset = given.get("preset", "small")
-        return resolved(Config(**{"out": f"runs/{preset}", **PRESETS[preset], **given}))
+        settings = {"out": f"runs/{preset}", **PRESETS[preset]}
+        settings |= baselines.settings(given.get("loss", "prdp"), preset)
+        return resolved(Config(**settings | given))
 
     run = Path(given["resume"])
     if "out" in given:
         raise InputError(f"--out {given['out']}: not with --resume, which goes on in {run}.")
     with reading(str(run / "config.json")):
-        record = json.loads((run / "config.json").read_text())
+        record = on_rank_0(lambda: json.loads((run / "config.json").read_text()))
         saved = {f.name: type(f.default)(record[f.name]) for f in dataclasses.fields(Config)}
     config = resolved(Config(**saved | given | {"out": str(run)}))
     for name in given.keys() - HARMLESS:
@@ -188,26 +159,35 @@ def parse_args(argv: list[str]) -> Config:
 
 
 def resolved(config: Config) -> Config:
-    """The settings as they act: absolute paths, so that --resume finds them from anywhere; no
-    microbatch larger than the batch. Raises InputError for settings that cannot run."""
+    """The settings as they act: "auto" decided for this machine, paths absolute, so that --resume
+    finds them from anywhere. Raises InputError for settings that cannot run."""
+    memory = report.gpu_memory()
+    acting = {"reward": resolve_reward(config.reward) if config.reward else ""}
+    acting["prompts"] = tuple(str(Path(path).resolve()) for path in config.prompts)
+    if Path(config.model).exists():
+        acting["model"] = str(Path(config.model).resolve())
+    if config.dtype == "auto":  # README: why
+        on_gpu = "bf16" if config.updates_per_epoch == 1 else "tf32"
+        acting["dtype"] = on_gpu if memory else "fp32"
+    if config.offload == "auto":
+        acting["offload"] = "on" if 0 < memory < 40e9 else "off"
+    images = config.prompts_per_epoch * config.images_per_prompt // processes()
+    acting["microbatch"] = min(config.microbatch or (32 if memory >= 80e9 else 8), max(images, 1))
+    config = dataclasses.replace(config, **acting)
+
     for name, value in vars(config).items():
         may_be_0 = name in ("seed", "guidance_scale", "weight_decay", "lora_rank")
         if type(value) in (int, float) and not (value > 0 or (may_be_0 and value == 0)):
             raise InputError(f"{option(name)} {value}: too small.")
-    images = config.prompts_per_epoch * config.images_per_prompt // processes()
+        if type(value) is int and value >= 2**63:
+            raise InputError(f"{option(name)} {value}: too large.")
     if config.prompts_per_epoch % processes():
         raise InputError(f"--prompts-per-epoch: must be a multiple of the {processes()} processes.")
-    if why := baselines.misfit(config):
+    if why := baselines.misfit(config, images):
         raise InputError(f"--loss {config.loss}: {why}.")
     if config.log_to != "none" and not importlib.util.find_spec(config.log_to):
         raise InputError(f"--log-to {config.log_to}: not installed; pip install {config.log_to}.")
-    return dataclasses.replace(
-        config,
-        reward=resolve_reward(config.reward) if config.reward else "",
-        prompts=tuple(str(Path(path).resolve()) for path in config.prompts),
-        model=str(Path(config.model).resolve()) if Path(config.model).exists() else config.model,
-        microbatch=min(config.microbatch, images),
-    )
+    return config
 
 
 # ---- 2. The policy: DDPM ancestral sampling, a chain of Gaussians (Sec. 2) -----------------------
@@ -246,8 +226,7 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
             raise InputError(f"the model's scheduler has {name} {config[name]!r}: not supported.")
     train_steps = config["num_train_timesteps"]
     power = 2 if config["beta_schedule"] == "scaled_linear" else 1
-    start = config["beta_start"] ** (1 / power)
-    end = config["beta_end"] ** (1 / power)
+    start, end = (config[name] ** (1 / power) for name in ("beta_start", "beta_end"))
     betas = torch.linspace(start, end, train_steps, dtype=torch.float64) ** power
 
     stride = train_steps // max(num_steps, 1)
@@ -287,17 +266,14 @@ class Policy(NamedTuple):
 def predict_noise(
     policy: Policy, sample: Tensor, text: Tensor, steps: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """The network's output for both branches of guidance (Sec. 4.1), in one pass: (2M, C, H, W),
-    the unconditional half first; and coef_sample, coef_noise, sigma of Eq. 2, each (M,).
-
-    steps (M,) count from x_T, each row its own.
-    """
+    """The network's output for both branches of guidance (Sec. 4.1), unconditional first: (2M, C,
+    H, W), in one pass; and coef_sample, coef_noise, sigma of Eq. 2, each (M,). steps (M,) count
+    from x_T, each row its own."""
     timesteps, *coefficients = (column[steps] for column in policy.schedule)
     both = torch.cat([policy.null_text.expand_as(text), text])  # (2M, L, D)
     with torch.autocast(sample.device.type, policy.autocast, enabled=policy.autocast is not None):
-        out = policy.unet(
-            torch.cat([sample, sample]), timesteps.repeat(2), encoder_hidden_states=both
-        ).sample
+        inputs = torch.cat([sample, sample]), timesteps.repeat(2)
+        out = policy.unet(*inputs, encoder_hidden_states=both).sample
     return out, coefficients
 
 
@@ -312,10 +288,8 @@ class Trajectories(NamedTuple):
     text: Tensor  # (M, L, D), the embedding of each image's prompt
 
 
-def image_generators(
-    seed: int, epoch: int, prompts: Sequence[int], images: int
-) -> list[torch.Generator]:
-    """One CPU generator an image: its noise depends on no microbatch, device or other image."""
+def image_generators(seed: int, epoch: int, prompts: Sequence[int], images: int) -> list:
+    """A CPU torch.Generator an image: its noise depends on no microbatch, device or other image."""
     names = [f"{seed} {epoch} {prompt} {image}" for prompt in prompts for image in range(images)]
     keys = [hashlib.sha256(name.encode()).digest()[:8] for name in names]
     return [torch.Generator().manual_seed(int.from_bytes(k, "little", signed=True)) for k in keys]
@@ -330,8 +304,7 @@ def sample_trajectories(
     text (M, L, D), a generator for each image, shape (C, H, W). Latents are rounded to float32
     *before* they are scored: scoring what is stored, under the same weights, gives the same bits.
     """
-    images = len(text)
-    num_steps = len(policy.schedule.timesteps)
+    images, num_steps = len(text), len(policy.schedule.timesteps)
     assert len(generators) == images, (len(generators), text.shape)
     latents = torch.empty(images, num_steps + 1, *shape, dtype=torch.float32, device=text.device)
     log_probs = torch.empty(images, num_steps, dtype=torch.float64, device=text.device)
@@ -421,7 +394,9 @@ def prdp_loss(
 # ---- 5. Exact gradients, through T steps and all pairs, in the memory of one microbatch ----------
 
 
-def backward_trajectories(policy: Policy, trajectories: Trajectories, weights: Tensor) -> None:
+def backward_trajectories(
+    policy: Policy, trajectories: Trajectories, weights: Tensor, headroom: int = 6
+) -> None:
     """Add the loss's gradient to each `.grad` (Alg. 1, line 11), given dloss/dlog_probs, (M, T).
 
     The loss squares a mean over T and pairs B images, so plain backpropagation would hold the
@@ -436,9 +411,9 @@ def backward_trajectories(policy: Policy, trajectories: Trajectories, weights: T
     scale = 1.0
     if policy.autocast == torch.float16 and weights.any():
         # The gradient of a mean over C*H*W would underflow in fp16. A power of two scales it up
-        # exactly, to about 1/64 a latent element, which leaves room for sums over positions.
+        # exactly, to 2**-headroom a latent element: what is left is for sums over positions.
         numel = trajectories.latents[0, 0].numel()
-        scale = 2.0 ** round(math.log2(numel / weights.abs().max().item()) - 6)
+        scale = 2.0 ** round(math.log2(numel / weights.abs().max().item()) - headroom)
 
     parameters = [p for p in policy.unet.parameters() if p.requires_grad]
     for p in parameters:  # without a gradient so far (or at all, if all rewards tie): 0
@@ -484,7 +459,7 @@ def train(
         return x.unflatten(0, (-1, per_prompt))  # (M, ...) -> (N, B, ...)
 
     for epoch in range(start, config.epochs + 1):  # line 2
-        timed = report.Stopwatch(f"epoch {epoch}")
+        timed, updates = report.Stopwatch(f"epoch {epoch}"), []
 
         # Lines 3 to 7: N prompts, and B trajectories of each under theta_old, which theta is yet.
         drawn = draw_prompts(config, prompts, epoch)
@@ -495,59 +470,71 @@ def train(
         log_probs_old = trajectories.log_probs
 
         # Eqs. 10 and 19: their log-probs under pi_ref.
-        with timed("reference"), in_use(models, reference.unet):
+        with timed("reference"), in_use(models, reference):
             log_probs_ref = score_trajectories(reference, trajectories, "reference")
-            if config.offline:
-                log_probs_old = score_trajectories(policy, trajectories, "old")
+        if config.offline:
+            log_probs_old = score_trajectories(policy, trajectories, "old")
 
         # Line 8: decode, reward.
         with timed("reward"):
             images = decode(models, trajectories.latents[:, -1])
             rewards = models.reward(images, [p for p in drawn[own] for _ in range(per_prompt)])
-        targets = rewards
-        if config.loss.startswith("ddpo"):
-            advantages = statistics.advantages(gather(rewards), drawn)
-            targets = advantages[own_share(len(advantages))].to(rewards.device)
+        targets = statistics.targets(gather(rewards), drawn)  # the rewards; for DDPO, advantages
+        targets = targets[own_share(len(targets))].to(rewards.device)
 
-        updates = []
         for k in range(config.updates_per_epoch):  # line 9
             with timed("score"):
                 log_probs = score_trajectories(policy, trajectories) if k else log_probs_old.clone()
             log_probs.requires_grad_()
+            part = baselines.minibatch(config, epoch, k, targets)  # PRDP learns from all of them
             loss = loss_function(  # line 10
-                by_prompt(log_probs),
-                by_prompt(log_probs_old),
-                by_prompt(log_probs_ref),
-                by_prompt(targets),
-                config.clip_range,
-                config.kl_weight,
-            )
+                by_prompt(log_probs), by_prompt(log_probs_old), by_prompt(log_probs_ref),
+                by_prompt(part), config.clip_range, config.kl_weight,
+            )  # fmt: skip
             (weights,) = torch.autograd.grad(loss, log_probs)
 
             with timed("update"):  # line 11
                 require_finite("the loss", loss)
-                backward_trajectories(policy, trajectories, weights)
-                average_gradients(policy.unet)
-                grad_norm = nn.utils.clip_grad_norm_(policy.unet.parameters(), config.max_grad_norm)
-                require_finite("the gradient", grad_norm)
+                for headroom in (6, 14):  # should fp16 overflow, once more at a smaller scale
+                    optimizer.zero_grad(set_to_none=True)
+                    backward_trajectories(policy, trajectories, weights, headroom)
+                    average_gradients(policy.unet)
+                    norm = nn.utils.clip_grad_norm_(policy.unet.parameters(), config.max_grad_norm)
+                    if norm.isfinite():
+                        break
+                require_finite("the gradient", norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            matrices = map(by_prompt, (log_probs.detach(), log_probs_old, log_probs_ref, part))
+            updates.append(update_metrics(config, *matrices, weights, norm))
 
-            moved = (log_probs.detach() - log_probs_old).abs()
-            matrices = map(by_prompt, (log_probs.detach(), log_probs_old, log_probs_ref, targets))
-            updates.append({
-                "loss": loss.detach(),
-                "loss_unclipped": loss_function(*matrices, math.inf, config.kl_weight),  # Eq. 14
-                "clip_fraction": moved > config.clip_range,
-                "skipped_fraction": weights == 0,
-                "log_ratio_old": moved,
-                "grad_norm": grad_norm,
-            })  # fmt: skip
-
-        log_ratio_ref = log_probs_old - log_probs_ref
-        parts = models.reward.parts
-        yield report.epoch_metrics(epoch, rewards, parts, log_ratio_ref, updates, timed.seconds)
+        distance, parts = log_probs_old - log_probs_ref, models.reward.parts
+        means = {
+            "log_ratio_ref": distance,
+            "kl_nats": distance * trajectories.latents[0, 1:].numel(),
+        }
+        yield report.epoch_metrics(epoch, rewards, parts, means, updates, timed.seconds)
         del trajectories, images  # and their memory, before the next are drawn
+
+
+def update_metrics(
+    config: Config, log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor,
+    rewards: Tensor, weights: Tensor, norm: Tensor,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Of one update, before it is made; the README defines the fields."""
+    loss_function, others = LOSSES[config.loss], (log_probs_old, log_probs_ref, rewards)
+    unclipped = loss_function(log_probs, *others, math.inf, config.kl_weight)  # Eq. 14
+    of_reference = loss_function(log_probs_ref, *others, math.inf, config.kl_weight)
+    moved = (log_probs - log_probs_old).abs()
+    return {
+        "loss": loss_function(log_probs, *others, config.clip_range, config.kl_weight),
+        "loss_unclipped": unclipped,
+        "explained": (1 - unclipped / of_reference) * (1 if config.loss == "prdp" else math.nan),
+        "clip_fraction": moved > config.clip_range,
+        "skipped_fraction": weights == 0,
+        "log_ratio_old": moved,
+        "grad_norm": norm,
+    }
 
 
 def draw_prompts(config: Config, prompts: list[str], epoch: int) -> list[str]:
@@ -564,7 +551,7 @@ def sample_prompts(
     with in_use(models, models.pipe.text_encoder):
         text = encode(models.pipe, prompts)
         text = text.repeat_interleave(len(generators) // len(prompts), dim=0)
-    with in_use(models, policy.unet):
+    with in_use(models, policy):
         trajectories = sample_trajectories(policy, text, generators, models.latent_shape)
     require_finite("a log-prob", trajectories.log_probs)
     return trajectories
@@ -586,28 +573,34 @@ class Models(NamedTuple):
     pipe: object  # StableDiffusionPipeline
     policy: Policy
     reference: Policy
-    reward: Reward
+    reward: Callable  # a rewards.Reward
     latent_shape: tuple[int, int, int]
     waiting: torch.device  # where all but the policy's network are outside `in_use`
 
 
 def load_pipeline(model: str):
-    """The diffusers pipeline of a folder or the hub, in float32; InputError for all but SD 1, 2."""
+    """The diffusers pipeline of a folder or the hub, in float32, whole; InputError for others."""
     import diffusers
     import transformers
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # of loading; downloads keep theirs
         library.utils.logging.set_verbosity_error()
-    what = f"--model {model}: no Stable Diffusion in diffusers layout there"
-    if not Path(model).exists():
-        what = f"--model {model}: no such folder; nor on the hub or in its cache"
-    with reading(what):
-        kind = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
+    if (Path(model) / "pipeline").is_dir():
+        raise InputError(f"--model {model}: is a run; its model is {Path(model) / 'pipeline'}.")
+    local, pipeline = Path(model).exists(), diffusers.StableDiffusionPipeline
+    where = "no Stable Diffusion folder" if local else "neither a folder nor on the hub"
+    with reading(f"--model {model}: {where}"):
+        kind = pipeline.load_config(model)["_class_name"]
         if kind != "StableDiffusionPipeline":
             raise InputError(f"--model {model}: a {kind}; only Stable Diffusion 1.x and 2.x work.")
-        options = dict(dtype=torch.float32, safety_checker=None, requires_safety_checker=False)
-        return diffusers.StableDiffusionPipeline.from_pretrained(model, **options)
+        folder = model if local else pipeline.download(model)
+        parts = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
+                 "text_encoder": transformers.CLIPTextModel}  # fmt: skip
+        for name, kind in parts.items():
+            parts[name] = load_network(f"--model {model}: its {name}", kind, folder, subfolder=name)
+        options = dict(safety_checker=None, requires_safety_checker=False)
+        return pipeline.from_pretrained(folder, **parts, **options)
 
 
 def load_models(config: Config, device: torch.device, reward: Callable | None = None) -> Models:
@@ -621,17 +614,20 @@ def load_models(config: Config, device: torch.device, reward: Callable | None = 
     channels, expected = unet.config.in_channels, vae.config.latent_channels
     if channels != expected:
         raise InputError(f"--model {config.model}: UNet of {channels} channels, VAE of {expected}.")
+    size = unet.config.sample_size
+    latent_shape = (channels, *(size if isinstance(size, (list, tuple)) else (size, size)))
     vae.requires_grad_(False)
     text_encoder.requires_grad_(False)
     unet.requires_grad_(True).eval()  # eval: with dropout every pass would be another policy
 
-    torch.backends.cudnn.allow_tf32 = config.dtype != "fp32"  # TF32 convolutions round like fp16
-    autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype]
+    tf32 = config.dtype != "fp32"  # it rounds like fp16
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.dtype)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.lora_rank:
         add_adapters(unet, config)
-        reference = WithoutAdapters(unet)
+        reference = unet  # without them, see `in_use`
     else:
         reference = copy.deepcopy(unet).requires_grad_(False)
         for layer in reference.modules() if autocast and not config.compile else ():
@@ -639,21 +635,21 @@ def load_models(config: Config, device: torch.device, reward: Callable | None = 
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 layer.to(autocast)
 
-    unet.to(device)
     reference.to(waiting)
     vae.to(waiting)
+    unet.to(device)
     text_encoder.to(device)
     null_text = encode(pipe, [""])[0]  # on `device`, for the same bits wherever networks wait
     text_encoder.to(waiting)
     if config.compile:  # dynamic=False: a graph a shape, so that no pass changes another's bits
-        unet, reference = (torch.compile(network, dynamic=False) for network in (unet, reference))
+        importlib.import_module("torch._inductor.config").deterministic = True  # nor a resume
+        compiled = {network: torch.compile(network, dynamic=False) for network in (unet, reference)}
+        unet, reference = compiled[unet], compiled[reference]
     schedule = ddpm_schedule(pipe.scheduler.config, config.ddpm_steps)
     schedule = Schedule(*(column.to(device) for column in schedule))
     settings = {**SD_SCHEDULER, **pipe.scheduler.config, "timestep_spacing": "leading"}
     pipe.scheduler = DDIMScheduler.from_config(settings | {"clip_sample": False})  # ours: eta = 1
     policy = Policy(unet, schedule, null_text, config.guidance_scale, config.microbatch, autocast)
-    size = pipe.unet.config.sample_size
-    latent_shape = (channels, *(size if isinstance(size, (list, tuple)) else (size, size)))
     return Models(pipe, policy, policy._replace(unet=reference), reward, latent_shape, waiting)
 
 
@@ -668,31 +664,19 @@ def add_adapters(unet: nn.Module, config: Config) -> None:
     unet.add_adapter(LoraConfig(r=rank, target_modules=layers, **start))
 
 
-class WithoutAdapters(nn.Module):
-    """The pretrained network within one that has adapters: pi_ref, in no memory of its own."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.shared = [unet]  # in a list: not a part, so that moving this moves nothing
-
-    def forward(self, *arguments, **options):
-        self.shared[0].disable_adapters()
-        try:
-            return self.shared[0](*arguments, **options)
-        finally:
-            self.shared[0].enable_adapters()
-
-
 @contextmanager
-def in_use(models: Models, network: nn.Module) -> Iterator[None]:
-    """Have a network on the policy's device within this block.
-
-    Under --offload all but the policy's own wait on the CPU, as the rewards' do: they are needed in
-    passes of their own, and gradients in none of those.
-    """
+def in_use(models: Models, part: Policy | nn.Module) -> Iterator[None]:
+    """Have a policy's network, or another, on the policy's device within this block: --offload lets
+    all but the policy's own wait on the CPU, as they are needed in passes of their own."""
+    network, own = getattr(part, "unet", part), models.policy.unet
+    adapted = part is models.reference and network is own  # pi_ref: the same without its adapters
     network.to(models.policy.null_text.device)
+    if adapted:
+        models.pipe.unet.disable_adapters()
     yield
-    if network is not models.policy.unet:
+    if adapted:
+        models.pipe.unet.enable_adapters()
+    elif network is not own:
         network.to(models.waiting)
 
 
@@ -723,52 +707,52 @@ def load_prompts(path: str | Path) -> list[str]:
     """Prompts of a .txt (a line each; blank and # lines skipped), .json or .jsonl file (strings, or
     objects with a "prompt" or "caption"), in order, repeats dropped; InputError if it is none."""
     what, kind = f"--prompts {path}", Path(path).suffix.lower()
+    if str(path).startswith(PROMPTS):
+        what += " (the README tells how to get the large sets)"
     with reading(what):
         text = Path(path).read_text(encoding="utf-8-sig")
-        # not splitlines(): JSON strings may hold other separators
-        lines = [line for line in text.split("\n") if line.strip()]
+        lines = text.split("\n")  # not splitlines(): JSON strings may hold other separators
         if kind == ".json":
             records = json.loads(text)
         elif kind == ".jsonl":
-            records = [json.loads(line) for line in lines]
+            records = [json.loads(line) for line in lines if line.strip()]
         else:
             records = [line for line in lines if not line.lstrip().startswith("#")]
-    if kind not in (".txt", ".json", ".jsonl", "") or not isinstance(records, list):
-        raise InputError(f"{what}: must be a .txt, .json or .jsonl file with a list of prompts.")
-    prompts = {}
-    for number, record in enumerate(records, 1):
-        if isinstance(record, dict):
-            record = record.get("prompt") or record.get("caption")
-        if not isinstance(record, str):
-            raise InputError(f'{what}: entry {number} is neither a string nor has a "prompt".')
-        prompts[record.strip()] = None
-    prompts.pop("", None)
-    if not prompts:
-        raise InputError(f"{what}: holds no prompt.")
-    return list(prompts)
+        if kind not in (".txt", ".json", ".jsonl", "") or not isinstance(records, list):
+            raise ValueError("must be .txt, .json or .jsonl, and hold a list of prompts")
+        for number, record in enumerate(records):
+            if isinstance(record, dict):
+                records[number] = record.get("prompt") or record.get("caption")
+            if not isinstance(records[number], str):
+                raise ValueError(f"entry {number + 1} is neither a string nor has a prompt")
+        "".join(records).encode()  # refuses half a surrogate pair, which no tokenizer takes
+        prompts = list(dict.fromkeys(record.strip() for record in records if record.strip()))
+        if not prompts:
+            raise ValueError("holds no prompt")
+    return prompts
 
 
-def check_on_policy(config: Config, models: Models, prompt: str) -> None:
-    """Score a fresh microbatch again, under policy and reference: both must return the same bits.
+def check_on_policy(config: Config, models: Models, prompt: str) -> float:
+    """Score a fresh microbatch again, under policy and reference: both must return the same bits,
+    for Eq. 20 compares two passes to within clip_range, 1e-6 to 1e-4 in Table 4, and would clip
+    noise. Returns the seconds that a pass through T steps takes an image."""
+    for deterministic in (False, True):
+        torch.backends.cudnn.deterministic = deterministic
+        generators, gap = image_generators(config.seed, 0, range(1), config.microbatch), 0.0
+        trajectories = sample_prompts(models, models.reference, [prompt], generators)
+        for policy in (models.policy, models.reference):
+            with in_use(models, policy):
+                started = time.perf_counter()
+                scores = score_trajectories(policy, trajectories)
+                gap = max(gap, (scores - trajectories.log_probs).abs().max().item())
+                seconds = time.perf_counter() - started  # the last is warm, and compiled
+        say(f"on-policy gap{', with deterministic cuDNN' * deterministic}: {gap:.1e}")
+        if gap == 0:
+            return seconds / config.microbatch
+    raise InputError(f"on-policy gap: {gap:.1e}, so the clip would act on noise; try --dtype fp32.")
 
-    Eq. 20 compares two passes to within clip_range, 1e-6 to 1e-4 in Table 4, and would otherwise
-    clip noise.
-    """
-    generators = image_generators(config.seed, 0, range(1), config.microbatch)
-    trajectories = sample_prompts(models, models.reference, [prompt], generators)
-    for name, policy in (("policy", models.policy), ("reference", models.reference)):
-        with in_use(models, policy.unet):
-            log_probs = score_trajectories(policy, trajectories)
-        gap = (log_probs - trajectories.log_probs).abs().max().item()
-        say(f"on-policy gap of the {name}: {gap:.1e}")
-        if gap != 0:
-            what = f"the {name} scores its own trajectory {gap:.1e} off"
-            raise InputError(f"{what}: clipping would act on noise; try --dtype fp32.")
 
-
-def draw_samples(
-    config: Config, models: Models, policy: Policy, prompts: list[str]
-) -> report.Samples:
+def draw_samples(config: Config, models: Models, policy: Policy, prompts: list[str]) -> Samples:
     """At most 8 images of 8 prompts spread over all, from the same noise every time."""
     count, images = min(8, config.prompts_per_epoch), min(8, config.images_per_prompt)
     shown = [prompts[n * len(prompts) // count] for n in range(count)]
@@ -776,7 +760,7 @@ def draw_samples(
     trajectories = sample_prompts(models, policy, shown, generators)
     pictures = decode(models, trajectories.latents[:, -1])
     rewards = models.reward(pictures, [prompt for prompt in shown for _ in range(images)])
-    return report.Samples(shown, pictures.cpu(), rewards.cpu())
+    return Samples(shown, pictures.cpu(), rewards.cpu())
 
 
 def run(config: Config, reward: Callable | None = None, prompts: list[str] | None = None) -> None:
@@ -785,9 +769,9 @@ def run(config: Config, reward: Callable | None = None, prompts: list[str] | Non
     reward, (uint8 images (M, 3, H, W), M prompts) -> M numbers, and prompts are taken in place of
     those that config names. Raises InputError for what cannot run.
     """
-    device = report.start_processes()
+    device, state = report.start_processes(), {"epoch": 0}
     config = resolved(dataclasses.replace(config, reward="") if reward else config)
-    out, state = Path(config.out), {"epoch": 0}
+    out = Path(config.out)
     if prompts is None:
         prompts = [prompt for file in config.prompts for prompt in load_prompts(file)]
     prompts = list(dict.fromkeys(prompts))
@@ -796,71 +780,57 @@ def run(config: Config, reward: Callable | None = None, prompts: list[str] | Non
             state = report.load_state(out, HARMLESS)
         if state["epoch"] > config.epochs:
             raise InputError(f"--epochs {config.epochs}: the run has done {state['epoch']}.")
-    elif report.is_used(out):
-        mend = f"choose another folder, or go on with --resume {out}"
-        raise InputError(f"--out {out}: already in use; {mend}.")
+    elif on_rank_0(lambda: report.is_used(out)):
+        raise InputError(f"--out {out}: in use; choose another, or go on with --resume {out}.")
 
     models = load_models(config, device, reward)
-    pipe, unet = models.pipe, models.pipe.unet
-    record = json.loads(json.dumps(vars(config) | {"clip_range": str(config.clip_range)}))
-    record["prompts_digest"] = report.digest(prompt.encode() for prompt in prompts)
+    pipe, unet, start = models.pipe, models.pipe.unet, state["epoch"] + 1
     files = [] if reward else reward_files(config.reward)
-    record["reward_digest"] = report.digest(file.read_bytes() for file in files)
-    record["model_digest"] = report.weights_digest(unet, pipe.vae, pipe.text_encoder)
+    record = report.make_record(vars(config), prompts, files, pipe)
+    if config.resume:
+        with reading(f"--resume {out}"):
+            report.require_same(state["record"], record, HARMLESS)
     learning = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, config.learning_rate, weight_decay=config.weight_decay)
-    statistics = baselines.RewardStatistics(config.advantage)
+    decay, fused = config.weight_decay, device.type == "cuda"
+    optimizer = torch.optim.AdamW(learning, config.learning_rate, weight_decay=decay, fused=fused)
+    statistics = baselines.RewardStatistics(config.advantage if "ddpo" in config.loss else "none")
     millions = sum(p.numel() for p in learning) / 1e6
     say(f"{config.model}: {millions:.1f} M parameters to learn, {processes()} process(es)")
     say(f"passes in {config.dtype}; log-probs: {kernels.path(device)}; reward {config.reward}")
     say(f"{len(prompts)} prompts from {', '.join(config.prompts)}; results in {out}")
-    context = pipe.tokenizer.model_max_length
-    if long := sum(len(ids) > context for ids in pipe.tokenizer(prompts).input_ids):
-        say(f"warning: {long} prompts are longer than {context} tokens; their ends go unread.")
-    check_on_policy(config, models, prompts[0])
+    context, some = pipe.tokenizer.model_max_length, prompts[:1000]
+    if long := sum(len(ids) > context for ids in pipe.tokenizer(some).input_ids):
+        say(
+            f"warning: {long} of {len(some)} prompts exceed {context} tokens; their ends go unread."
+        )
+    seconds = check_on_policy(config, models, prompts[0])
+    passes = 4 * config.updates_per_epoch + 1  # of each image; a backward one is about two others
+    passes *= config.prompts_per_epoch * config.images_per_prompt // processes()
+    say(report.forecast(seconds, passes * seconds, config.epochs - start + 1))
     before = draw_samples(config, models, models.reference, prompts)
 
-    start = state["epoch"] + 1
-    if config.resume:
+    if start > 1:  # all has been read and compared: load, and only then write
         with reading(f"--resume {out}"):
-            report.require_same(state["record"], record, HARMLESS)
-            if start > 1:  # of a LoRA, `unet` holds the adapters alone
-                unet.load_state_dict(state["unet"], strict=not config.lora_rank)
-                optimizer.load_state_dict(state["optimizer"])
-                statistics.latest = state["latest"]
+            unet.load_state_dict(state["unet"], strict=not config.lora_rank)  # or adapters alone
+            optimizer.load_state_dict(state["optimizer"])
+            statistics.latest = state["latest"]
     del state  # and its memory
-    report.start_run(out, record, start, before)  # from here on files change
+    report.start_run(out, record, start, before)
     for metrics in train(config, models, optimizer, statistics, prompts, start):
         epoch = metrics["epoch"]
         report.log_epoch(out, metrics, (epoch - start) % 20 == 0, config.log_to)
         if epoch % config.sample_every == 0 and epoch < config.epochs:
             report.save_grid(out, epoch, draw_samples(config, models, models.policy, prompts))
         if epoch % config.save_every == 0 or epoch == config.epochs:
-            weights = {name: p for name, p in unet.named_parameters() if p.requires_grad}
-            state = {
-                "unet": weights,
-                "optimizer": optimizer.state_dict(),
-                "latest": statistics.latest,
-            }
+            learned = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+            state = {"unet": learned, "optimizer": optimizer.state_dict()}
+            state["latest"] = statistics.latest
             report.save_state(out, record, epoch, state)
 
     after = draw_samples(config, models, models.policy, prompts)
     report.save_grid(out, config.epochs, after)
-    save_pipeline(config, models, out)
+    report.save_pipeline(out, pipe)
     report.compare(out, before, after)
-
-
-def save_pipeline(config: Config, models: Models, out: Path) -> None:
-    """pipeline/, for StableDiffusionPipeline.from_pretrained; of adapters lora/ too."""
-    if report.rank() != 0:
-        return
-    unet = models.pipe.unet
-    if config.lora_rank:
-        unet.save_lora_adapter(out / "lora")
-        unet.fuse_lora()
-        unet.unload_lora()
-    with report.writing(out / "pipeline") as folder:
-        models.pipe.save_pretrained(folder)
 
 
 def main(argv: list[str] | None = None) -> None:

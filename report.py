@@ -1,5 +1,5 @@
-"""What a run shows and writes: its folder, a line an epoch, grids, the curve of rewards, models side
-by side. Knows nothing of diffusion; of processes, since rank 0 alone shows and writes."""
+"""What a run shows and writes: its folder, a line an epoch, grids, the reward's curve, pictures of
+models. Knows nothing of diffusion; of processes, since rank 0 alone shows and writes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +22,14 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 COLUMNS = (
     "epoch",
     "reward_mean",
     "reward_std",
     "loss",
+    "explained",
     "clip_fraction",
     "skipped_fraction",
     "log_ratio_old",
@@ -56,7 +59,8 @@ def start_processes() -> torch.device:
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # NCCL's ten minutes are shorter than one process may lag behind another.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
     return torch.device("cuda" if cuda else "cpu")
 
 
@@ -99,6 +103,11 @@ def share(content):
     if processes() > 1:
         dist.broadcast_object_list(box)
     return box[0]
+
+
+def on_rank_0(read: Callable):
+    """What `read` returns on rank 0, in every process."""
+    return share(read() if rank() == 0 else None)
 
 
 def merge(content: dict) -> dict:
@@ -209,6 +218,51 @@ def start_run(run: Path, record: dict, epoch: int, before: Samples) -> None:
     save_grid(run, 0, before)
 
 
+def make_record(settings: dict, prompts: list[str], files: list[Path], pipe) -> dict:
+    """What config.json holds, as JSON gives it back: the settings, and digests of what a result
+    depends on beside them: prompts as read, the reward's Python files, pretrained weights."""
+    record = {
+        **settings,
+        "prompts_digest": digest(prompt.encode() for prompt in prompts),
+        "reward_digest": digest(file.read_bytes() for file in files),
+        "model_digest": weights_digest(pipe.unet, pipe.vae, pipe.text_encoder),
+        "clip_range": str(settings["clip_range"]),  # infinity is no JSON
+    }
+    return json.loads(json.dumps(record))
+
+
+def save_pipeline(run: Path, pipe) -> None:
+    """pipeline/, as diffusers' from_pretrained reads it: the learned UNet, the scheduler, and every
+    other part copied as it came. Of adapters, which become part of the UNet, lora/ too."""
+    if rank() != 0:
+        return
+    if hasattr(pipe.unet, "peft_config"):
+        save_adapters(run, pipe)
+    source, learned = Path(pipe.config._name_or_path), ("unet", "scheduler")
+    index = json.loads((source / "model_index.json").read_text())
+    with writing(run / "pipeline") as folder:
+        for name in index.keys() - set(learned):
+            if (source / name).is_dir():
+                shutil.copytree(source / name, folder / name)
+        for name in learned:
+            part = getattr(pipe, name)
+            part.save_pretrained(folder / name)
+            index[name] = ["diffusers", type(part).__name__]
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+
+
+def save_adapters(run: Path, pipe) -> None:
+    """lora/, for diffusers' `load_lora_weights`; then they are made part of the UNet."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+
+    adapters = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
+    with writing(run / "lora") as folder:
+        pipe.save_lora_weights(folder, unet_lora_layers=adapters)
+    pipe.unet.fuse_lora()
+    pipe.unet.unload_lora()
+
+
 def save_state(run: Path, record: dict, epoch: int, state: dict) -> None:
     """checkpoint/state.pt, after a whole epoch."""
     if rank() == 0:
@@ -217,15 +271,33 @@ def save_state(run: Path, record: dict, epoch: int, state: dict) -> None:
 
 
 def load_state(run: Path, harmless: set[str]) -> dict:
-    """What `save_state` saved, on the CPU; ValueError if it does not fit the run's config.json."""
-    path = run / "checkpoint" / "state.pt"
-    if not path.is_file():
-        raise ValueError("no checkpoint there to go on from")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if state["version"] != VERSION:
-        raise ValueError(f"checkpoint of version {state['version']}, and this is {VERSION}")
-    require_same(state["record"], json.loads((run / "config.json").read_text()), harmless)
-    return state
+    """What `save_state` saved, on the CPU; ValueError if it does not fit the run's config.json.
+
+    Only rank 0 needs the folder: the others are sent its tensors, one by one.
+    """
+
+    def read() -> dict:
+        path = run / "checkpoint" / "state.pt"
+        if not path.is_file():
+            raise ValueError("no checkpoint there to go on from")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["version"] != VERSION:
+            raise ValueError(f"checkpoint of version {state['version']}, and this is {VERSION}")
+        require_same(state["record"], json.loads((run / "config.json").read_text()), harmless)
+        return state
+
+    leaves, structure = tree_flatten(read()) if rank() == 0 else ([], None)
+    if processes() == 1:
+        return tree_unflatten(leaves, structure)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    shapes = [x.to("meta") if torch.is_tensor(x) else x for x in leaves]
+    shapes, structure = share((shapes, structure))
+    for i, shape in enumerate(shapes):
+        if torch.is_tensor(shape):
+            sent = leaves[i].to(device) if leaves else torch.empty_like(shape, device=device)
+            dist.broadcast(sent, 0)
+            shapes[i] = sent.cpu()
+    return tree_unflatten(shapes, structure)
 
 
 def require_same(then: dict, now: dict, harmless: set[str]) -> None:
@@ -245,6 +317,13 @@ def progress(label: str, total: int):
     tqdm.monitor_interval = 0  # else a thread watches over the bars, and never ends
     hidden = True if rank() else None  # None: unless on a terminal
     return tqdm(total=total, desc=f"{label:>9}", unit="", leave=False, disable=hidden)
+
+
+def gpu_memory() -> float:
+    """Bytes; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0.0
+    return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
 
 
 def duration(seconds: float) -> str:
@@ -268,13 +347,23 @@ class Stopwatch:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"{self.label}, {name}")  # where it happened
+            raise
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         spent = time.perf_counter() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
         if spent > 10 and rank() == 0 and not sys.stderr.isatty():
             print(f"{self.label}, {name}: {duration(spent)}", flush=True)
+
+
+def forecast(image: float, epoch: float, epochs: int) -> str:
+    """What a run will take, from the seconds of its parts."""
+    whole = f"an epoch takes about {duration(epoch)}, {epochs} epochs {duration(epochs * epoch)}"
+    return f"{duration(image)} to sample an image: {whole}"
 
 
 # ---- Epochs --------------------------------------------------------------------------------------
@@ -284,13 +373,13 @@ def epoch_metrics(
     epoch: int,
     rewards: Tensor,  # (M,)
     parts: dict[str, Tensor],  # of a summed reward, each (M,)
-    log_ratio_ref: Tensor,  # (M, T)
+    others: dict[str, Tensor],
     updates: list[dict[str, Tensor]],
     seconds: dict[str, float],
 ) -> dict[str, float]:
     """A line of metrics.jsonl, over all processes; the README defines its fields."""
     means = {name: torch.stack([update[name] for update in updates]) for name in updates[0]}
-    means["log_ratio_ref"] = log_ratio_ref
+    means |= others
     means = {name: gather(x.double().mean()[None]).mean().item() for name, x in means.items()}
     parts = {f"reward_mean/{label}": gather(part).mean().item() for label, part in parts.items()}
     rewards = gather(rewards)

@@ -20,6 +20,7 @@ Raw units: cosines are not scaled. Each scorer gives what its authors' code give
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import html
 import importlib.util
 import io
@@ -31,8 +32,9 @@ import re
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +65,25 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise InputError(f"{message}; see --help.")
 
+    def add_fields(self, fields: Iterable[dataclasses.Field], groups: dict[str, str]) -> None:
+        """A flag for each dataclass field; its metadata are argparse's options. A field that
+        `groups` names begins a group of --help."""
+        group = self
+        for f in fields:
+            if f.name in groups:
+                group = self.add_argument_group(groups[f.name])
+            options = {"type": type(f.default), **f.metadata}
+            if f.default is False:
+                options = {"action": "store_true", **f.metadata}
+            elif f.default != "":
+                options["help"] += f" (default: {f.default})"
+            group.add_argument(option(f.name), default=argparse.SUPPRESS, **options)
+
+
+def option(name: str) -> str:
+    """The flag of a dataclass field."""
+    return "--" + name.replace("_", "-")
+
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
@@ -72,8 +93,10 @@ def reading(what: str) -> Iterator[None]:
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise InputError(f"{what}: cannot be used ({' '.join(reason.split())}).") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        if not isinstance(error, (OSError, ValueError)):
+            reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{what}: {' '.join(reason.split()).rstrip('.')}.") from error
 
 
 @contextmanager
@@ -85,6 +108,11 @@ def command(name: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except (
+        BrokenPipeError
+    ):  # of `| head`: nobody reads on, and the interpreter's last flush must not
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # complain of it again
+        raise SystemExit(2) from None
     except Exception as error:
         sentence = in_words(error)
         if sentence is None:
@@ -98,7 +126,7 @@ def in_words(error: Exception) -> str | None:
     """A foreseen error as one sentence with its mend, else None."""
     text = " ".join(str(error).split())
     if isinstance(error, InputError):
-        return text
+        return ": ".join([*getattr(error, "__notes__", ()), text])
     if isinstance(error, torch.OutOfMemoryError):
         smaller = "--gradient-checkpointing, --lora-rank 8 or a smaller --microbatch"
         return f"out of GPU memory: try --offload on, or in a new run {smaller}."
@@ -449,16 +477,28 @@ def from_hub(what: str, load: Callable, name: str, **options):
         raise InputError(f"--reward {what}: cannot load {name}: {why}.") from error
 
 
+def load_network(what: str, kind: type, folder: str, **options):
+    """A diffusers or transformers network, in float32 whatever the file's; InputError if the file
+    lacks any of its weights, or holds one that is no number."""
+    network, found = kind.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **options
+    )
+    bad = [*found["missing_keys"], *found["mismatched_keys"]]
+    bad += [name for name, p in network.named_parameters() if not p.isfinite().all()]
+    if bad:
+        raise InputError(
+            f"{what}: {len(bad)} weights are missing, misshapen or not finite ({bad[0]})."
+        )
+    return network
+
+
 def load_clip(what: str, kind: type, name: str, device: torch.device):
-    """A transformers model, frozen, in float32 whatever the file's; InputError if it has a hole."""
+    """A transformers model of the hub or a folder, frozen."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of loading from disk; downloads keep theirs
-    options = {"dtype": torch.float32, "output_loading_info": True}
-    model, report = from_hub(what, kind.from_pretrained, name, **options)
-    if report["missing_keys"] or report["mismatched_keys"]:
-        raise InputError(f"--reward {what}: {name} is no complete {kind.__name__}.")
-    return model.to(device).eval().requires_grad_(False)
+    load = partial(load_network, f"--reward {what}: {name}", kind)
+    return from_hub(what, load, name).to(device).eval().requires_grad_(False)
 
 
 def load_torch(what: str, path: str) -> dict[str, Tensor]:

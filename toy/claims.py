@@ -42,10 +42,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 import torch  # noqa: E402
+from prompts.report import write_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import prdp  # noqa: E402
-from prompts.report import write_file  # noqa: E402
 
 SCALES = {
     "small": dict(
