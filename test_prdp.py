@@ -382,7 +382,7 @@ def test_run_checks_the_policy_itself(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(prdp, "load_models", off)
     code, _, errors = cli()
     assert code == 2
-    assert "scores its own trajectory" in errors
+    assert "on-policy gap" in errors
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -629,6 +629,7 @@ def algorithm_1(config: prdp.Config, models: prdp.Models) -> list[dict[str, floa
             matrices = by_prompt(log_probs, old, ref, r)
             loss = prdp_loss(*matrices, config.clip_range, config.kl_weight)
             unclipped = prdp_loss(*matrices, math.inf, config.kl_weight)
+            of_reference = prdp_loss(*by_prompt(ref, old, ref, r), math.inf, config.kl_weight)
             optimizer.zero_grad()
             loss.backward()
             gradient = gradient_of(policy.unet)
@@ -636,11 +637,12 @@ def algorithm_1(config: prdp.Config, models: prdp.Models) -> list[dict[str, floa
                 p.grad *= min(1, config.max_grad_norm / gradient.norm())
             optimizer.step()
             clipped = (moved > config.clip_range).double().mean()
-            updates.append((loss, unclipped, gradient.norm(), moved.mean(), clipped))
-        names = ("loss", "loss_unclipped", "grad_norm", "log_ratio_old", "clip_fraction")
-        means = [
-            sum(x.item() for x in column) / len(updates) for column in zip(*updates, strict=True)
-        ]
+            explained = 1 - unclipped / of_reference
+            row = (loss, unclipped, explained, gradient.norm(), moved.mean(), clipped)
+            updates.append([x.item() for x in row])
+        names = ("loss", "loss_unclipped", "explained", "grad_norm", "log_ratio_old")
+        names += ("clip_fraction",)
+        means = np.mean(updates, axis=0).tolist()
         row = dict(zip(names, means, strict=True))
         row |= {"epoch": epoch, "log_ratio_ref": (old - ref).mean().item()}
         rows.append(row | {"reward_mean": r.mean().item(), "reward_std": r.std().item()})
@@ -656,13 +658,14 @@ def test_train_is_algorithm_1(tiny_sd):
         in_double(prdp.load_models(config, torch.device("cpu"), brightness)) for _ in range(2)
     )
     optimizer = torch.optim.AdamW(ours.policy.unet.parameters(), config.learning_rate)
-    statistics = baselines.RewardStatistics(config.advantage)
+    statistics = baselines.RewardStatistics("none")
     metrics = list(prdp.train(config, ours, optimizer, statistics, PROMPTS, 1))
     for mine, expected in zip(metrics, algorithm_1(config, theirs), strict=True):
         assert expected["grad_norm"] > config.max_grad_norm  # so it is clipped
         for name, value in expected.items():
-            # Log-ratios are differences of numbers of size 1, of latents that fp32 rounds.
-            close = {"abs": 1e-6} if name.startswith("log_ratio") else {"rel": 1e-4}
+            # Differences of numbers of size 1, of latents that fp32 rounds.
+            small = name.startswith("log_ratio") or name == "explained"
+            close = {"abs": 1e-6} if small else {"rel": 1e-4}
             assert mine[name] == pytest.approx(value, **close), name
     assert metrics[1]["clip_fraction"] > 0.1
     assert abs(metrics[1]["log_ratio_ref"]) > 1e-4  # seen at that tolerance
@@ -683,7 +686,8 @@ def test_offline_learns_from_images_of_the_pretrained_model(tiny_sd, models, mon
 
     monkeypatch.setitem(prdp.LOSSES, "prdp", spied)
     optimizer = torch.optim.AdamW(loaded.policy.unet.parameters(), config.learning_rate)
-    epochs = prdp.train(config, loaded, optimizer, None, PROMPTS, 1)
+    statistics = baselines.RewardStatistics("none")
+    epochs = prdp.train(config, loaded, optimizer, statistics, PROMPTS, 1)
     next(epochs)
     drawn = prdp.draw_prompts(config, PROMPTS, 2)
     generators = prdp.image_generators(config.seed, 2, range(3), 4)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import baselines
+import prdp
 from tests.conftest import checkpoint, metrics_of, random_inputs
 
 each_loss = pytest.mark.parametrize("name", baselines.LOSSES)
@@ -98,43 +99,78 @@ def test_rewards_that_all_tie():
 
 
 def test_reward_statistics():
-    """12 epochs against lists kept by hand: the last 32 rewards of a prompt once it has 16, else
-    the epoch's; "global" always the epoch's."""
+    """12 epochs against lists kept by hand: "per-prompt" is of the last 32 rewards of a prompt once
+    it has 16, else of the epoch's; "group" of its images; "none" leaves rewards as they are."""
     random.seed(0)
-    per_prompt, overall = (baselines.RewardStatistics(kind) for kind in ("per-prompt", "global"))
+    kinds = ("per-prompt", "global", "group", "none")
+    kept = {kind: baselines.RewardStatistics(kind) for kind in kinds}
     latest, cases = {}, set()
     for _ in range(12):
         prompts = [random.choice("abc") for _ in range(2)]
         rewards = [random.gauss(0, 1) for _ in range(10)]
-        ours = per_prompt.advantages(torch.tensor(rewards), prompts)
-        of_all = overall.advantages(torch.tensor(rewards), prompts)
+        ours = {kind: kept[kind].targets(torch.tensor(rewards), prompts) for kind in kinds}
         for n, prompt in enumerate(prompts):
             latest.setdefault(prompt, []).extend(rewards[5 * n : 5 * n + 5])
+        assert ours["none"].tolist() == pytest.approx(rewards)
         for i, reward in enumerate(rewards):
             known = latest[prompts[i // 5]][-32:]
             own = len(known) >= 16
             cases.add((own, len(known) == 32))
-            for result, values in ((ours, known if own else rewards), (of_all, rewards)):
+            group = rewards[i // 5 * 5 :][:5]
+            seen = {"per-prompt": known if own else rewards, "global": rewards, "group": group}
+            for kind, values in seen.items():
                 expected = (reward - statistics.fmean(values)) / (statistics.pstdev(values) + 1e-6)
-                assert result[i].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+                assert ours[kind][i].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert cases == {(False, False), (True, False), (True, True)}
 
 
+def test_reward_statistics_are_bounded():
+    """An outlier among very many counts 10."""
+    rewards = torch.zeros(400)
+    rewards[7] = 1.0
+    assert baselines.RewardStatistics("global").targets(rewards, ["a"])[7] == 10
+
+
+def test_ddpo_learns_from_every_image_in_one_minibatch():
+    """The K updates of an epoch: the gradient of each is the loss's on its images alone, and they
+    are others in another epoch."""
+    config = SimpleNamespace(loss="ddpo", updates_per_epoch=4, seed=3)
+    log_probs, old, ref, advantage = random_inputs(2, images=12)
+    orders = []
+    for epoch in (1, 2):
+        orders.append([])
+        for k in range(4):
+            part = baselines.minibatch(config, epoch, k, advantage)
+            rows = part.nonzero().flatten()
+            ours = gradient("ddpo", log_probs, old, ref, part, 0.1)
+            alone = gradient("ddpo", log_probs[rows], old[rows], ref[rows], advantage[rows], 0.1)
+            torch.testing.assert_close(ours[rows], alone)
+            assert ours.any(-1).sum() <= len(rows) == 3
+            orders[-1] += rows.tolist()
+        assert sorted(orders[-1]) == list(range(12))
+    assert orders[0] != orders[1]
+
+
 @pytest.mark.parametrize(
-    ("settings", "why"),
+    ("flags", "why"),
     [
-        ({"loss": "prdp", "images_per_prompt": 1}, "--images-per-prompt must be 2"),
-        ({"loss": "dpo", "images_per_prompt": 1}, "--images-per-prompt must be 2"),
-        ({"loss": "ddpo", "images_per_prompt": 1}, None),
-        ({"loss": "ddpo-sf", "updates_per_epoch": 2}, "--updates-per-epoch 1"),
-        ({"loss": "ddpo", "offline": True}, "--offline"),
-        ({"loss": "prdp", "offline": True}, None),
+        ("--loss prdp --images-per-prompt 1", "--images-per-prompt must be 2"),
+        ("--loss dpo --images-per-prompt 1", "--images-per-prompt must be 2"),
+        ("--loss ddpo --updates-per-epoch 5", "--updates-per-epoch must divide the 64 images"),
+        ("--loss ddpo-sf --updates-per-epoch 2", "--updates-per-epoch 1"),
+        ("--loss ddpo --offline", "--offline"),
+        ("--loss ddpo --images-per-prompt 1", None),
+        ("--loss ddpo-sf --updates-per-epoch 1", None),
+        ("--loss dpo --offline", None),
     ],
 )
-def test_settings_that_do_not_go_with_a_loss(settings, why):
-    defaults = {"images_per_prompt": 2, "updates_per_epoch": 1, "offline": False}
-    sentence = baselines.misfit(SimpleNamespace(**defaults | settings))
-    assert sentence is None if why is None else why in sentence
+def test_settings_that_do_not_go_with_a_loss(flags, why):
+    arguments = ["--preset", "toy", *flags.split()]
+    if why is None:
+        assert prdp.parse_args(arguments).preset == "toy"
+    else:
+        with pytest.raises(prdp.InputError, match=why):
+            prdp.parse_args(arguments)
 
 
 @each_loss
