@@ -3,13 +3,11 @@ noise for every model.
 
     python evaluate.py runs/toy --prompts prompts/shapes.txt --samples-per-prompt 8
     python evaluate.py MODEL OTHER --against BASE --reward "hpsv2=1,aesthetic=0" --max-prompts 500
-    torchrun --nproc-per-node 8 evaluate.py runs/large
 
 A model is a run of prdp.py, a diffusers folder or a hub id. Steps, guidance, reward and prompts are
-the first run's, or Table 4's, unless given. Prints a row for each file, reward and model: mean,
-standard error over prompts, and against the base the paired difference and the share of images that
-win (ties count half). Writes evaluation.json, with every reward, and evaluation.png. A stopped
-evaluation goes on where it was.
+the first run's, or Table 4's, unless given. Prints and stores in evaluation.json, for each file,
+reward and model: mean, standard error over prompts, and against the base the paired difference and
+the share of images that win (ties count half). A stopped evaluation goes on where it was.
 """
 
 from __future__ import annotations
@@ -18,8 +16,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -27,7 +24,7 @@ from torch import Tensor
 
 import prdp
 import report
-from rewards import InputError, Parser, command, reading
+from rewards import InputError, Parser, command, reading, reward_files
 
 # Fields of prdp.Config that decide the result, and that may be asked for.
 SETTINGS = ("reward", "prompts", "seed", "ddpm_steps", "guidance_scale", "dtype", "microbatch")
@@ -40,14 +37,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="run, folder or hub id")
     parser.add_argument("--against", metavar="BASE", help="default: what the first run began from")
     parser.add_argument("--samples-per-prompt", type=int, default=64, metavar="S")
-    parser.add_argument(
-        "--max-prompts", type=int, metavar="N", help="of each file, drawn by --seed"
-    )
+    parser.add_argument("--max-prompts", type=int, metavar="N", help="a file, drawn by --seed")
     parser.add_argument("--out", help="default: evaluation/ in the first run, or here")
-    for f in dataclasses.fields(prdp.Config):
-        if f.name in ASKED:
-            options = {"type": type(f.default), "default": argparse.SUPPRESS, **f.metadata}
-            parser.add_argument(prdp.option(f.name), **options)
+    parser.add_fields([f for f in dataclasses.fields(prdp.Config) if f.name in ASKED], {})
     return parser.parse_args(argv)
 
 
@@ -72,9 +64,12 @@ def find_models(names: list[str], against: str | None) -> tuple[dict[str, str], 
 
 def make_config(settings: dict, given: dict) -> prdp.Config:
     """What is given, over the first run's settings, over Table 4's."""
-    kinds = {f.name: type(f.default) for f in dataclasses.fields(prdp.Config)}
-    taken = {name: kinds[name](settings[name]) for name in SETTINGS if name in settings}
-    return prdp.Config(**taken | {name: given[name] for name in given if name in ASKED})
+    taken = {f.name: type(f.default)(settings[f.name]) for f in dataclasses.fields(prdp.Config)
+             if f.name in SETTINGS and settings}  # fmt: skip
+    taken |= {name: value for name, value in given.items() if name in ASKED}
+    # N and B are not used here, but must allow any number of processes and any microbatch.
+    size = {"prompts_per_epoch": report.processes(), "images_per_prompt": 2**20}
+    return prdp.resolved(prdp.Config(**taken | size))
 
 
 def choose_prompts(path: str, limit: int | None, seed: int) -> tuple[list[str], list[int]]:
@@ -101,9 +96,9 @@ def draw(
 
 def measure(
     config: prdp.Config, models: prdp.Models, file: str, prompts: list[str], indices: list[int],
-    samples: int, done: dict, save: Callable,
-) -> None:  # fmt: skip
-    """Fill `done`, prompt -> {reward: its S numbers}, and `save` as it grows.
+    samples: int, done: dict,
+) -> Iterator[None]:  # fmt: skip
+    """Fill `done`, prompt -> {reward: its S numbers}, and yield whenever it has grown.
 
     Prompts go in chunks, to the processes in turn. A chunk is always of the same prompts, whatever
     the processes and wherever an earlier evaluation was stopped: so its bits are the same.
@@ -119,21 +114,8 @@ def measure(
                 for row, n in enumerate(chunk):
                     drawn[prompts[n]] = {name: x[row].tolist() for name, x in rewards.items()}
             done |= report.merge(drawn)
-            save()
+            yield
             bar.update(min(report.processes(), len(todo) - first))
-
-
-def show(config: prdp.Config, models: prdp.Models, chosen: dict) -> report.Samples:
-    """2 images of each of 8 prompts, spread over the files."""
-    per_file = -(-8 // len(chosen))
-    names, pictures, rewards = [], [], []
-    for prompts, indices in chosen.values():
-        some = indices[:: max(1, len(indices) // per_file)][:per_file]
-        images, scores = draw(config, models, prompts, some, 2)
-        names += [prompts[n] for n in some]
-        pictures.append(images)
-        rewards.append(list(scores.values())[-1].flatten())
-    return report.Samples(names, torch.cat(pictures), torch.cat(rewards))
 
 
 def load_record(out: Path, asked: dict) -> dict:
@@ -145,11 +127,6 @@ def load_record(out: Path, asked: dict) -> dict:
         record = json.loads(path.read_text())
         report.require_same(record["settings"], asked, set())
     return record
-
-
-def save_record(out: Path, record: dict) -> None:
-    if report.rank() == 0:
-        report.write_json(out / "evaluation.json", record)
 
 
 def tabulate(rewards: dict, chosen: dict, labels: list[str], base: str | None) -> list[dict]:
@@ -176,14 +153,14 @@ def tabulate(rewards: dict, chosen: dict, labels: list[str], base: str | None) -
 
 def print_table(table: list[dict]) -> None:
     titles = f"{'prompts':>20} {'reward':>16} {'model':>16} {'images':>7} {'mean':>18}"
-    print(f"{titles} {'difference':>20} {'wins':>6}")
+    report.say(f"{titles} {'difference':>20} {'wins':>6}")
     for row in table:
         line = f"{row['prompts']:>20} {row['reward']:>16} {row['model']:>16} {row['images']:>7}"
         line += f" {row['mean']:>8.4f} +- {row['standard_error']:.4f}"
         if "difference" in row:
             line += f" {row['difference']:>+10.4f} +- {row['difference_error']:.4f}"
             line += f" {row['win_rate']:>6.1%}"
-        print(line)
+        report.say(line)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -191,39 +168,42 @@ def main(argv: list[str] | None = None) -> None:
         device = report.start_processes()
         args = parse_args(sys.argv[1:] if argv is None else argv)
         folders, base, settings = find_models(args.models, args.against)
-        config = prdp.resolved(make_config(settings, vars(args)))
-        samples, default = args.samples_per_prompt, Path("evaluation")
-        if settings:
-            default = Path(args.models[0]) / "evaluation"
-        out = Path(args.out or default)
+        config = make_config(settings, vars(args))
         chosen = {f: choose_prompts(f, args.max_prompts, config.seed) for f in config.prompts}
-        if samples < 1:
-            raise InputError(f"--samples-per-prompt {samples}: must be at least 1.")
+        samples = args.samples_per_prompt
+        if samples < 1 or samples == 1 == min(len(indices) for _, indices in chosen.values()):
+            raise InputError(f"--samples-per-prompt {samples}: too few for a standard error.")
+        out = Path(args.out or (Path(args.models[0], "evaluation") if settings else "evaluation"))
 
         asked = {name: getattr(config, name) for name in SETTINGS}
         asked |= {"samples_per_prompt": samples, "max_prompts": args.max_prompts}
-        record = report.share(load_record(out, json.loads(json.dumps(asked))))
+        files = reward_files(config.reward)
+        asked["reward_digest"] = report.digest(file.read_bytes() for file in files)
+        record = report.on_rank_0(lambda: load_record(out, json.loads(json.dumps(asked))))
         shown = {}
         for label, folder in folders.items():
-            own = dataclasses.replace(config, model=folder)
-            models = prdp.load_models(own, device)._replace(reference=None)
+            models = prdp.load_models(dataclasses.replace(config, model=folder), device)
+            models = models._replace(reference=None)  # and its memory
             pipe = models.pipe
             digest = report.weights_digest(pipe.unet, pipe.vae, pipe.text_encoder)
             if record["digests"].setdefault(label, digest) != digest:
                 raise InputError(f"--out {out}: holds rewards of another {label}; choose another.")
             for file, (prompts, indices) in chosen.items():
                 done = record["rewards"].setdefault(file, {}).setdefault(label, {})
-                save = partial(save_record, out, record)
-                measure(own, models, file, prompts, indices, samples, done, save)
-            shown[label] = show(own, models, chosen)
-            del models, pipe  # and their memory, before the next are loaded
+                for _ in measure(config, models, file, prompts, indices, samples, done):
+                    report.write_json(out / "evaluation.json", record)
+            prompts, indices = next(iter(chosen.values()))
+            some = indices[:: -(-len(indices) // 8)]
+            images, rewards = draw(config, models, prompts, some, 2)
+            scores = list(rewards.values())[-1].flatten()
+            shown[label] = report.Samples([prompts[n] for n in some], images, scores)
+            del models, pipe  # before the next are loaded
 
-        if report.rank() == 0:
-            record["table"] = tabulate(record["rewards"], chosen, list(folders), base)
-            save_record(out, record)
-            print_table(record["table"])
-            report.plot_pairs(out / "evaluation.png", shown)
-            print(f"see {out / 'evaluation.png'}")
+        record["table"] = tabulate(record["rewards"], chosen, list(folders), base)
+        report.write_json(out / "evaluation.json", record)
+        print_table(record["table"])
+        report.plot_pairs(out / "evaluation.png", shown)
+        report.say(f"see {out / 'evaluation.png'}")
         report.end_processes()
 
 

@@ -173,8 +173,9 @@ def flush(path: Path) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    with writing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False))
+    if rank() == 0:
+        with writing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, allow_nan=False))
 
 
 def digest(parts: Iterable[bytes]) -> str:
@@ -554,6 +555,8 @@ def plot_pairs(path: Path, shown: dict[str, Samples]) -> None:
     """2 images for each of the first 8 prompts, a row a model, one seed a column, rewards below."""
     from matplotlib.figure import Figure
 
+    if rank() != 0:
+        return
     first = next(iter(shown.values()))
     per_prompt = len(first.images) // len(first.prompts)
     columns = min(8, len(first.prompts))
