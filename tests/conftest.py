@@ -17,6 +17,7 @@ from torch import Tensor
 # kernels is imported; the public functions go on running the eager references on CPU tensors, but
 # for tests that use the fixture `fused` of test_kernels.py.
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network
 
 import prdp
 
@@ -161,9 +162,9 @@ def cli(tiny_sd, tmp_path, capsys) -> Callable[..., tuple[int, str, str]]:
 
 
 def start(*arguments: object, processes: int = 1) -> subprocess.Popen:
-    """A Python script of ours in processes of its own, without network or GPU."""
+    """A Python script of ours in processes of its own, without a GPU."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    hidden = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    hidden = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [sys.executable, *(launcher if processes > 1 else []), *map(str, arguments)],
         cwd=ROOT,

@@ -85,8 +85,7 @@ BAD_INPUT = [
 
 
 @pytest.mark.parametrize(("flags", "sentence"), BAD_INPUT)
-def test_bad_input_is_one_sentence_and_exit_code_2(cli, tmp_path, monkeypatch, flags, sentence):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_bad_input_is_one_sentence_and_exit_code_2(cli, tmp_path, flags, sentence):
     files = {
         "empty.txt": "# nothing\n\n",
         "broken.jsonl": '"a cat"\n{"prompt": \n',
