@@ -26,7 +26,7 @@ import prdp
 import report
 from rewards import InputError, Parser, command, reading, reward_files
 
-# Fields of prdp.Config that decide the result, and that may be asked for.
+# Fields of prdp.Config: what decides the result, and what may be asked for.
 SETTINGS = ("reward", "prompts", "seed", "ddpm_steps", "guidance_scale", "dtype", "microbatch")
 ASKED = (*SETTINGS, "offload")
 
@@ -54,12 +54,12 @@ def find_models(names: list[str], against: str | None) -> tuple[dict[str, str], 
             with reading(str(run / "config.json")):
                 settings = settings or json.loads((run / "config.json").read_text())
             folder = str(run / "pipeline")
-        label = run.name if run.name not in folders else name
-        folders[label] = folder
+        folders[run.name if run.name not in folders else name] = folder
     base = against or settings.get("model")
-    if base is None or base in folders.values():
-        return folders, next((label for label in folders if folders[label] == base), None), settings
-    return {"base": base, **folders}, "base", settings
+    if base is not None and base not in folders.values():
+        folders = {"base": base, **folders}
+    labels = [label for label, folder in folders.items() if folder == base]
+    return folders, next(iter(labels), None), settings
 
 
 def make_config(settings: dict, given: dict) -> prdp.Config:
@@ -88,9 +88,7 @@ def draw(
     trajectories = prdp.sample_prompts(models, models.policy, chosen, generators)
     pictures = prdp.decode(models, trajectories.latents[:, -1])
     total = models.reward(pictures, [prompt for prompt in chosen for _ in range(images)])
-    parts = dict(models.reward.parts)
-    if len(parts) > 1:
-        parts["sum"] = total
+    parts = models.reward.parts | ({"sum": total} if len(models.reward.parts) > 1 else {})
     return pictures.cpu(), {name: x.cpu().view(-1, images) for name, x in parts.items()}
 
 
@@ -116,17 +114,6 @@ def measure(
             done |= report.merge(drawn)
             yield
             bar.update(min(report.processes(), len(todo) - first))
-
-
-def load_record(out: Path, asked: dict) -> dict:
-    """evaluation.json of an evaluation that was stopped, or a new one."""
-    path = out / "evaluation.json"
-    if not path.is_file():
-        return {"settings": asked, "digests": {}, "rewards": {}}
-    with reading(f"--out {out}, choose another folder"):
-        record = json.loads(path.read_text())
-        report.require_same(record["settings"], asked, set())
-    return record
 
 
 def tabulate(rewards: dict, chosen: dict, labels: list[str], base: str | None) -> list[dict]:
@@ -158,8 +145,8 @@ def print_table(table: list[dict]) -> None:
         line = f"{row['prompts']:>20} {row['reward']:>16} {row['model']:>16} {row['images']:>7}"
         line += f" {row['mean']:>8.4f} +- {row['standard_error']:.4f}"
         if "difference" in row:
-            line += f" {row['difference']:>+10.4f} +- {row['difference_error']:.4f}"
-            line += f" {row['win_rate']:>6.1%}"
+            rise = f"{row['difference']:>+10.4f} +- {row['difference_error']:.4f}"
+            line += f" {rise} {row['win_rate']:>6.1%}"
         report.say(line)
 
 
@@ -169,38 +156,40 @@ def main(argv: list[str] | None = None) -> None:
         args = parse_args(sys.argv[1:] if argv is None else argv)
         folders, base, settings = find_models(args.models, args.against)
         config = make_config(settings, vars(args))
-        chosen = {f: choose_prompts(f, args.max_prompts, config.seed) for f in config.prompts}
-        samples = args.samples_per_prompt
+        samples, limit = args.samples_per_prompt, args.max_prompts
+        chosen = {file: choose_prompts(file, limit, config.seed) for file in config.prompts}
         if samples < 1 or samples == 1 == min(len(indices) for _, indices in chosen.values()):
             raise InputError(f"--samples-per-prompt {samples}: too few for a standard error.")
         out = Path(args.out or (Path(args.models[0], "evaluation") if settings else "evaluation"))
-
         asked = {name: getattr(config, name) for name in SETTINGS}
-        asked |= {"samples_per_prompt": samples, "max_prompts": args.max_prompts}
-        files = reward_files(config.reward)
-        asked["reward_digest"] = report.digest(file.read_bytes() for file in files)
-        record = report.on_rank_0(lambda: load_record(out, json.loads(json.dumps(asked))))
-        shown = {}
+        asked |= {"samples_per_prompt": samples, "max_prompts": limit}
+        asked["reward_digest"] = report.digest(f.read_bytes() for f in reward_files(config.reward))
+        path, shown = out / "evaluation.json", {}
+        record = {"settings": json.loads(json.dumps(asked)), "digests": {}, "rewards": {}}
+        if report.on_rank_0(path.is_file):
+            with reading(f"{path}, choose another --out"):
+                found = report.on_rank_0(lambda: json.loads(path.read_text()))
+                report.require_same(found["settings"], record["settings"], set())
+                record = found
         for label, folder in folders.items():
             models = prdp.load_models(dataclasses.replace(config, model=folder), device)
             models = models._replace(reference=None)  # and its memory
-            pipe = models.pipe
-            digest = report.weights_digest(pipe.unet, pipe.vae, pipe.text_encoder)
+            digest = report.weights_digest(models.pipe)
             if record["digests"].setdefault(label, digest) != digest:
                 raise InputError(f"--out {out}: holds rewards of another {label}; choose another.")
             for file, (prompts, indices) in chosen.items():
                 done = record["rewards"].setdefault(file, {}).setdefault(label, {})
                 for _ in measure(config, models, file, prompts, indices, samples, done):
-                    report.write_json(out / "evaluation.json", record)
+                    report.write_json(path, record)
             prompts, indices = next(iter(chosen.values()))
             some = indices[:: -(-len(indices) // 8)]
             images, rewards = draw(config, models, prompts, some, 2)
-            scores = list(rewards.values())[-1].flatten()
-            shown[label] = report.Samples([prompts[n] for n in some], images, scores)
-            del models, pipe  # before the next are loaded
+            total = list(rewards.values())[-1].flatten()
+            shown[label] = report.Samples([prompts[n] for n in some], images, total)
+            del models  # before the next are loaded
 
         record["table"] = tabulate(record["rewards"], chosen, list(folders), base)
-        report.write_json(out / "evaluation.json", record)
+        report.write_json(path, record)
         print_table(record["table"])
         report.plot_pairs(out / "evaluation.png", shown)
         report.say(f"see {out / 'evaluation.png'}")

@@ -597,8 +597,8 @@ def load_pipeline(model: str):
         folder = model if local else pipeline.download(model)
         parts = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
                  "text_encoder": transformers.CLIPTextModel}  # fmt: skip
-        for name, kind in parts.items():
-            parts[name] = load_network(f"--model {model}: its {name}", kind, folder, subfolder=name)
+        for name, part in parts.items():
+            parts[name] = load_network(f"--model {model}: its {name}", part, folder, subfolder=name)
         options = dict(safety_checker=None, requires_safety_checker=False)
         return pipeline.from_pretrained(folder, **parts, **options)
 
@@ -794,10 +794,7 @@ def run(config: Config, reward: Callable | None = None, prompts: list[str] | Non
     decay, fused = config.weight_decay, device.type == "cuda"
     optimizer = torch.optim.AdamW(learning, config.learning_rate, weight_decay=decay, fused=fused)
     statistics = baselines.RewardStatistics(config.advantage if "ddpo" in config.loss else "none")
-    millions = sum(p.numel() for p in learning) / 1e6
-    say(f"{config.model}: {millions:.1f} M parameters to learn, {processes()} process(es)")
-    say(f"passes in {config.dtype}; log-probs: {kernels.path(device)}; reward {config.reward}")
-    say(f"{len(prompts)} prompts from {', '.join(config.prompts)}; results in {out}")
+    report.introduce(vars(config), learning, kernels.path(device), len(prompts))
     context, some = pipe.tokenizer.model_max_length, prompts[:1000]
     if long := sum(len(ids) > context for ids in pipe.tokenizer(some).input_ids):
         say(

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 COLUMNS = (
@@ -185,12 +185,12 @@ def digest(parts: Iterable[bytes]) -> str:
     ]
 
 
-def weights_digest(*networks: nn.Module) -> str:
-    """Of 64 numbers of every weight, adapters aside: cheap, and another model has others."""
+def weights_digest(pipe) -> str:
+    """Of 64 numbers of every pretrained weight: cheap, and another model has others."""
+    networks = (pipe.unet, pipe.vae, pipe.text_encoder)
     named = [named for network in networks for named in network.named_parameters()]
     weights = [p.detach().flatten() for name, p in named if "lora_" not in name]
-    some = (w[:: max(1, len(w) // 64)].float().cpu().numpy().tobytes() for w in weights)
-    return digest(some)
+    return digest(w[:: max(1, len(w) // 64)].float().cpu().numpy().tobytes() for w in weights)
 
 
 # ---- The run folder ------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def make_record(settings: dict, prompts: list[str], files: list[Path], pipe) -> 
         **settings,
         "prompts_digest": digest(prompt.encode() for prompt in prompts),
         "reward_digest": digest(file.read_bytes() for file in files),
-        "model_digest": weights_digest(pipe.unet, pipe.vae, pipe.text_encoder),
+        "model_digest": weights_digest(pipe),
         "clip_range": str(settings["clip_range"]),  # infinity is no JSON
     }
     return json.loads(json.dumps(record))
@@ -359,6 +359,17 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
         if spent > 10 and rank() == 0 and not sys.stderr.isatty():
             print(f"{self.label}, {name}: {duration(spent)}", flush=True)
+
+
+def introduce(settings: dict, learning: list[Tensor], log_probs: str, prompts: int) -> None:
+    """What is about to run."""
+    millions = sum(p.numel() for p in learning) / 1e6
+    symbols = {"E": "epochs", "K": "updates_per_epoch", "N": "prompts_per_epoch"}
+    symbols |= {"B": "images_per_prompt", "T": "ddpm_steps", "clip range": "clip_range"}
+    values = ", ".join(f"{symbol} {settings[name]}" for symbol, name in symbols.items())
+    say(f"{settings['loss']} on {settings['model']}: {millions:.1f} M parameters; {values}")
+    say(f"{processes()} process(es); passes in {settings['dtype']}; log-probs: {log_probs}")
+    say(f"reward {settings['reward'] or 'of the caller'}; {prompts} prompts; to {settings['out']}")
 
 
 def forecast(image: float, epoch: float, epochs: int) -> str:
