@@ -99,7 +99,7 @@ class Config:
     max_grad_norm: float = flag(1.0, "gradients longer than this are scaled down to it")
     advantage: str = flag("per-prompt", "reward statistics of DDPO", "per-prompt", "global")
     offline: bool = flag(False, "learn from images of the pretrained model alone (Sec. 4.3)")
-    microbatch: int = flag(0, "images per network pass; 0: 8, or 32 on a GPU of 80 GB or more")
+    microbatch: int = flag(0, "images per network pass; 0: 8, or 16 on a GPU of 120 GB or more")
     dtype: str = flag("auto", "of network passes; weights are fp32",  # auto: see README
                       "auto", "fp32", "tf32", "bf16", "fp16")  # fmt: skip
     lora_rank: int = flag(0, "train adapters of the attention layers alone; 0: the full UNet")
@@ -172,7 +172,7 @@ def resolved(config: Config) -> Config:
     if config.offload == "auto":
         acting["offload"] = "on" if 0 < memory < 40e9 else "off"
     images = config.prompts_per_epoch * config.images_per_prompt // processes()
-    acting["microbatch"] = min(config.microbatch or (32 if memory >= 80e9 else 8), max(images, 1))
+    acting["microbatch"] = min(config.microbatch or (16 if memory >= 120e9 else 8), max(images, 1))
     config = dataclasses.replace(config, **acting)
 
     for name, value in vars(config).items():

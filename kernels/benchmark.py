@@ -1,68 +1,124 @@
-"""Speed of the kernels and of an epoch's network passes, the noise floor of a log-prob, and memory, as markdown tables.
+"""Speed of the kernels and of an epoch's passes, the noise of a log-prob, a run, and memory.
 
-    python kernels/benchmark.py             # one CUDA GPU, about 10 minutes, SD v1.4's networks with random weights
-    python kernels/benchmark.py --quick     # anywhere, under a minute, tiny networks
+    python kernels/benchmark.py --only epoch   # one table, SD v1.4's size; --help says how long
+    python kernels/benchmark.py                # all of them, one CUDA GPU, about half an hour
+    python kernels/benchmark.py --quick        # anywhere, under a minute, tiny networks
 
-What to expect: the kernels read and write each number once, so memory bounds them: the bytes of `moved` over the copy
-rate of the same run. Matrix products bound an epoch: one image and step costs the UNet 1.6 TFLOP, some milliseconds,
-and a kernel about 0.1 microseconds.
+Prints markdown tables. All networks have random weights, so nothing is downloaded.
+
+What to expect: the kernels read and write each number once, so memory bounds them: the bytes of
+`moved` over the copy rate of the same run. Matrix products bound an epoch: one image and step costs
+the UNet 1.6 TFLOP, some milliseconds, and a kernel about 0.1 microseconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
-import functools
 import gc
+import importlib
 import itertools
 import math
 import os
+import shutil
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it runs from any folder
 
-import kernels
-import prdp
-import rewards
+import kernels  # noqa: E402
+import prdp  # noqa: E402
+import report  # noqa: E402
+import rewards  # noqa: E402
 
 T, K = 50, 10  # of the epoch that times are scaled to
-STARTED = time.perf_counter()
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": None, "fp32": None}
+
+ESTIMATES = """one table; on an H200 an estimated 2 minutes (kernels), 9 (epoch; the eager rows
+come first and take 2.5), 6 (noise; 1.5), 5 (memory), 3 to 9 (run; bf16 first)"""
 
 
-def row(*cells) -> None:
-    print(
-        "| " + " | ".join(f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells) + " |",
-        flush=True,
-    )
+# ---- Tables, and cells that may fail -------------------------------------------------------------
 
 
-def header(title: str, *columns: str) -> None:
+def table(title: str, *columns: str) -> Callable:
+    """Print a heading; the function that prints a row under it, filled up with empty cells."""
+
+    def row(*cells) -> None:
+        cells = [f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells]
+        print("| " + " | ".join(cells + [""] * (len(columns) - len(cells))) + " |", flush=True)
+
     print(f"\n## {title}\n")
     row(*columns)
     row(*["---"] * len(columns))
+    return row
 
 
-def attempt(call: Callable, *args):
-    """What `call` returns, or in words why it did not: one failed cell must not cost the others."""
+class Skipped(Exception):
+    """Says what there is too little of."""
+
+
+def attempt(call: Callable, *args) -> Iterable:
+    """The cells that `call` returns, or one that says why there are none: a failure costs no other
+    cell."""
     try:
-        return call(*args)
-    except torch.OutOfMemoryError:
-        return "out of memory"
+        return call(*args) or ()
+    except Skipped as error:
+        return (f"skipped: {error}",)
     except Exception as error:
         traceback.print_exc()
-        return f"failed: {type(error).__name__}"
+        reason = " ".join(str(error).split())[:80].replace("|", "/")
+        failure = f"failed: {type(error).__name__}: {reason}"
+    free_memory()  # here, where the error no longer holds its frames and their tensors
+    return (failure,)
+
+
+def free_memory() -> None:
+    torch.compiler.reset()
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+
+
+def require_minutes(end: float, minutes: float) -> None:
+    left = (end - time.perf_counter()) / 60
+    if left < minutes:
+        raise Skipped(f"takes about {minutes:.2g} minutes, {max(left, 0):.2g} are left")
+
+
+def set_dtype(dtype: str) -> torch.dtype | None:
+    """As prdp.py's --dtype; what its Policy calls autocast."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype != "fp32"
+    return AUTOCAST[dtype]
+
+
+def compiled(unet: nn.Module) -> nn.Module:
+    """As prdp.py's --compile."""
+    importlib.import_module("torch._inductor.config").deterministic = True
+    return torch.compile(unet, dynamic=False)
+
+
+# ---- (a) Kernels ---------------------------------------------------------------------------------
+
+
+def moved(name: str, numbers: int, itemsize: int) -> int:
+    """The fewest bytes a pass can move, for M*D = `numbers`: noise_pred of that itemsize, latents
+    float32."""
+    read = 2 * itemsize + 4 + 4  # both halves, x_t, and x_prev or noise
+    written = {"forward": 0, "backward": 2 * itemsize, "sample": 4}  # gradients of both; x_prev
+    return numbers * (read + written[name])
 
 
 def milliseconds(call: Callable) -> list[float]:
@@ -91,22 +147,6 @@ def kernel_microseconds(call: Callable) -> float:
     return sum(e.self_device_time_total for e in trace.key_averages() if e.device_type == cuda) / 10
 
 
-# ---- (a) kernels -------------------------------------------------------------------------------------------
-
-
-def moved(name: str, numbers: int, itemsize: int) -> int:
-    """The fewest bytes a pass can move, for M*D = `numbers`: noise_pred of that itemsize, latents float32."""
-    per_number = {
-        "forward": 2 * itemsize + 4 + 4,  # read both halves, x_t, x_prev
-        "backward": 2 * itemsize
-        + 4
-        + 4
-        + 2 * itemsize,  # read the same, write both halves' gradients
-        "sample": 2 * itemsize + 4 + 4 + 4,  # read both halves, x_t, noise; write x_prev
-    }
-    return numbers * per_number[name]
-
-
 def copy_rate(numbers: int) -> float:
     """GB/s of a plain copy, counting what it reads and what it writes."""
     source = torch.randn(numbers, device=DEVICE)
@@ -126,147 +166,171 @@ def kernel_pass(name: str, score: Callable, sample: Callable, args: tuple) -> Ca
     return lambda: torch.autograd.grad(log_prob, leaf, upstream, retain_graph=True)[0]
 
 
-def kernel_table(shapes: list[tuple[int, ...]], copy_numbers: int) -> None:
-    rate = copy_rate(copy_numbers)
+def kernel_cells(
+    name: str, functions: tuple, args: tuple, first: list[Tensor], size: int, rate: float
+) -> list[str]:
+    """Of one pass; first: what the first path returned, if one ran."""
+    call = kernel_pass(name, *functions, args)
+    result = call()
+    first.append(result)
+    error = ((result - first[0]).abs().max() / first[0].abs().max()).item()
+    del result, first[1:]  # and their memory
+    times = milliseconds(call)
+    speed = size / times[1] / 1e6
+    spread = " / ".join(f"{t:.4g}" for t in times)
+    kernel_time = attempt(lambda: [kernel_microseconds(call)]) if CUDA else []
+    return [f"{error:.0e}", spread, f"{speed:.0f}", f"{100 * speed / rate:.0f}", *kernel_time]
+
+
+@functorch_config.patch(donated_buffer=False)  # a backward is timed again and again on one graph
+def kernel_table(quick: bool) -> None:
+    rate = copy_rate(2**22 if quick else 2**30)
     print(f"\ncopy rate: {rate:.0f} GB/s, bytes read and written")
-    if not CUDA:
-        print(
-            "torch.compile and Triton are not timed: no CUDA device. Triton's interpreter serves the tests alone."
-        )
-    header(
-        "(a) kernels: ms at the 20 / 50 / 80 percentiles, GB/s at the median, kernels alone by the profiler; largest error relative to eager's largest number",
-        "shape", "dtype", "pass", "path", "error", "ms", "GB/s", "% of copy", "kernels us",
-    )  # fmt: skip
     versions = {"eager": (kernels.guided_log_prob_ref, kernels.guided_sample_ref)}
     if CUDA:
-        from torch._functorch import config
-
-        config.donated_buffer = False  # the backward is timed again and again on one graph
-        versions["torch.compile"] = tuple(
-            torch.compile(f, dynamic=False) for f in versions["eager"]
-        )
+        twins = (torch.compile(f, dynamic=False) for f in versions["eager"])
+        versions["torch.compile"] = tuple(twins)
+    else:
+        print("no CUDA device: torch.compile and Triton are not timed.")
     if kernels.path(DEVICE) == "Triton kernels":
         versions["Triton"] = (kernels.guided_log_prob, kernels.guided_sample)
+    row = table(
+        "(a) kernels: ms at the 20 / 50 / 80 percentiles, GB/s at the median, kernels alone by the "
+        "profiler; largest difference from the first path, over its largest number",
+        "shape", "dtype", "pass", "path", "difference", "ms", "GB/s", "% of copy", "kernels us",
+    )  # fmt: skip
+    shapes = [(16, 4, 16, 16), (3, 3, 5, 7)] if quick else [(512 * 50, 4, 64, 64), (16, 4, 64, 64)]
     for shape, dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
         torch.compiler.reset()
-        coefs = [
-            column[torch.arange(shape[0]) % T].to(DEVICE)
-            for column in prdp.ddpm_schedule({}, T)[1:]
-        ]
+        steps = torch.arange(shape[0]) % T
+        coefs = [column[steps].to(DEVICE) for column in prdp.ddpm_schedule({}, T)[1:]]
         noise_pred = torch.randn(2 * shape[0], *shape[1:], device=DEVICE, dtype=dtype)
         args = (noise_pred, *torch.randn(2, *shape, device=DEVICE), *coefs, 5.0)
         for name in ("forward", "backward", "sample"):
-            size, exact = moved(name, math.prod(shape), noise_pred.element_size()), None
+            size, first = moved(name, math.prod(shape), noise_pred.element_size()), []
             for label, functions in versions.items():
-                cells = ["x".join(map(str, shape)), str(dtype).removeprefix("torch."), name, label]
-                call = attempt(kernel_pass, name, *functions, args)
-                result = call if isinstance(call, str) else attempt(call)
-                if isinstance(result, str):
-                    row(*cells, result, "", "", "", "")
-                    continue
-                exact = result if exact is None else exact
-                cells.append(f"{((result - exact).abs().max() / exact.abs().max()).item():.0e}")
-                del result  # and its memory
-                times = milliseconds(call)
-                speed = size / times[1] / 1e6
-                us = attempt(kernel_microseconds, call) if CUDA else ""
-                row(
-                    *cells,
-                    " / ".join(f"{t:.4g}" for t in times),
-                    f"{speed:.0f}",
-                    f"{100 * speed / rate:.0f}",
-                    us,
-                )
+                head = ["x".join(map(str, shape)), str(dtype).removeprefix("torch."), name, label]
+                row(*head, *attempt(kernel_cells, name, functions, args, first, size, rate))
 
 
-# ---- (b) epoch phases --------------------------------------------------------------------------------------
+# ---- (b) An epoch's phases -----------------------------------------------------------------------
 
 
 def random_unet(quick: bool) -> nn.Module:
     """SD v1.4's UNet, or a tiny one, with random weights."""
     from diffusers import UNet2DConditionModel
 
-    torch.manual_seed(0)
     options = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     if quick:
         options = dict(
-            sample_size=16, cross_attention_dim=32, attention_head_dim=4, block_out_channels=(16, 32),
-            layers_per_block=1, norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            sample_size=16, cross_attention_dim=32, attention_head_dim=4, layers_per_block=1,
+            block_out_channels=(16, 32), norm_num_groups=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         )  # fmt: skip
-    return UNet2DConditionModel(**options).to(DEVICE).eval()
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return UNet2DConditionModel(**options).eval()
 
 
 class Job:
-    """A policy of `steps` of the T denoising steps, and the inputs of one microbatch."""
+    """The passes of one microbatch through a policy of some of the T denoising steps."""
 
-    def __init__(
-        self, unet: nn.Module, microbatch: int, autocast: torch.dtype | None, steps: list[int]
-    ) -> None:
-        size, width, self.images = (
-            unet.config.sample_size,
-            unet.config.cross_attention_dim,
-            microbatch,
-        )
-        schedule = prdp.Schedule(
-            *(column[steps].to(DEVICE) for column in prdp.ddpm_schedule({}, T))
-        )
-        null_text, *text = torch.randn(
-            1 + microbatch, 77, width, generator=torch.Generator().manual_seed(0)
-        ).to(DEVICE)
-        self.policy = prdp.Policy(unet, schedule, null_text, 5.0, microbatch, autocast)
-        self.text, self.shape = torch.stack(text), (unet.config.in_channels, size, size)
+    epoch = {"sample": 1, "score": K, "backward": K}  # passes; pi_ref's is one of the scores
 
-    def sample(self) -> prdp.Trajectories:
-        generators = prdp.image_generators(0, 1, range(1), self.images)
-        return prdp.sample_trajectories(self.policy, self.text, generators, self.shape)
+    def __init__(self, unet: nn.Module, images: int, dtype: str, steps: Iterable[int]) -> None:
+        self.images, self.seconds = images, {}
+        self.batches = dict.fromkeys(self.epoch, images)
+        columns = prdp.ddpm_schedule({}, T)
+        schedule = prdp.Schedule(*(column[list(steps)].to(DEVICE) for column in columns))
+        width, size = unet.config.cross_attention_dim, unet.config.sample_size
+        self.shape = (unet.config.in_channels, size, size)
+        text = torch.randn(1 + images, 77, width, generator=torch.Generator().manual_seed(0))
+        null_text, self.text = text[0].to(DEVICE), text[1:].to(DEVICE)
+        self.policy = prdp.Policy(unet, schedule, null_text, 5.0, images, set_dtype(dtype))
 
+    def sample(self) -> None:
+        noise = prdp.image_generators(0, 1, range(1), self.images)
+        self.stored = prdp.sample_trajectories(self.policy, self.text, noise, self.shape)
 
-def peer_log_prob(
-    job: Job, x_t: Tensor, text: Tensor, step: int, given: Tensor | None = None
-) -> tuple:
-    """A guided step as such trainers write it: autocast, float32 log-prob, one timestep for the whole batch."""
-    timestep, coef_sample, coef_noise, sigma = (column[step] for column in job.policy.schedule)
-    both = torch.cat([job.policy.null_text.expand_as(text), text])
-    with torch.autocast(DEVICE.type, job.policy.autocast):
-        out = job.policy.unet(torch.cat([x_t, x_t]), timestep, encoder_hidden_states=both).sample
-    unconditional, conditional = out.float().chunk(2)
-    mean = coef_sample * x_t + coef_noise * (unconditional + 5.0 * (conditional - unconditional))
-    x_prev = given if given is not None else mean + sigma * torch.randn_like(mean)
-    log_prob = (
-        -((x_prev.detach() - mean) ** 2) / (2 * sigma**2)
-        - sigma.log()
-        - 0.5 * math.log(2 * math.pi)
-    )
-    return x_prev.float(), log_prob.mean((1, 2, 3))
+    def score(self) -> None:
+        self.log_probs = prdp.score_trajectories(self.policy, self.stored)
+
+    def backward(self) -> None:
+        weights = torch.full_like(self.stored.log_probs, 1e-3)  # none is 0: nothing is skipped
+        prdp.backward_trajectories(self.policy, self.stored, weights)
+
+    def gap(self) -> str:
+        return str((self.log_probs - self.stored.log_probs).abs().max().item())
 
 
-@torch.no_grad()
-def peer_sample(job: Job, batch: int) -> tuple[Tensor, Tensor]:
-    """Latents (M, steps+1, ...) and log-probs (M, steps), `batch` images at a time."""
-    latents, log_probs = [], []
-    for text in job.text.split(batch):
-        x, scores = [torch.randn(len(text), *job.shape, device=DEVICE)], []
-        for step in range(len(job.policy.schedule.sigma)):
-            x_prev, log_prob = peer_log_prob(job, x[-1], text, step)
-            x.append(x_prev)
-            scores.append(log_prob)
-        latents.append(torch.stack(x, 1))
-        log_probs.append(torch.stack(scores, 1))
-    return torch.cat(latents), torch.cat(log_probs)
+class PeerJob(Job):
+    """The same as trainers of DDPO's kind write it: one timestep for a whole batch, the log-prob in
+    float32, at each step a forward with gradient and a backward, of `learned` images at a time."""
+
+    epoch = {"sample": 2, "backward": K}  # pi_ref scores for as long as pi_theta samples
+
+    def __init__(self, unet: nn.Module, images: int, learned: int, steps: Iterable[int]) -> None:
+        super().__init__(unet, images, "bf16", steps)
+        self.batches = {"sample": images, "backward": learned}
+
+    def log_prob(self, x_t: Tensor, text: Tensor, step: int, given: Tensor | None = None) -> tuple:
+        schedule, autocast = self.policy.schedule, self.policy.autocast
+        timestep, coef_sample, coef_noise, sigma = (column[step] for column in schedule)
+        both = torch.cat([self.policy.null_text.expand_as(text), text])
+        with torch.autocast(DEVICE.type, autocast):
+            out = self.policy.unet(torch.cat([x_t, x_t]), timestep, encoder_hidden_states=both)
+        unconditional, conditional = out.sample.float().chunk(2)
+        guided = unconditional + 5.0 * (conditional - unconditional)
+        mean = coef_sample * x_t + coef_noise * guided
+        x_prev = mean + sigma * torch.randn_like(mean) if given is None else given
+        squared = (x_prev.detach() - mean) ** 2
+        log_prob = -squared / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
+        return x_prev.float(), log_prob.mean((1, 2, 3))
+
+    @torch.no_grad()
+    def sample(self) -> None:
+        latents, log_probs = [torch.randn(self.images, *self.shape, device=DEVICE)], []
+        for step in range(len(self.policy.schedule.sigma)):
+            x_prev, log_prob = self.log_prob(latents[-1], self.text, step)
+            latents.append(x_prev)
+            log_probs.append(log_prob)
+        self.stored = prdp.Trajectories(torch.stack(latents, 1), torch.stack(log_probs, 1), None)
+
+    def backward(self) -> None:
+        latents, log_probs, _ = self.stored
+        for rows in torch.arange(self.images, device=DEVICE).split(self.batches["backward"]):
+            for step in range(log_probs.shape[1]):
+                x_t, x_prev = latents[rows, step], latents[rows, step + 1]
+                log_prob = self.log_prob(x_t, self.text[rows], step, x_prev)[1]
+                (log_prob - log_probs[rows, step]).exp().mean().backward()
 
 
-def peer_backward(job: Job, latents: Tensor, log_probs: Tensor, batch: int) -> None:
-    """One timestep at a time, a forward with gradient and a backward, `batch` images at a time."""
-    for rows in torch.arange(job.images, device=DEVICE).split(batch):
-        for step in range(log_probs.shape[1]):
-            x_t, x_prev = latents[rows, step], latents[rows, step + 1]
-            log_prob = peer_log_prob(job, x_t, job.text[rows], step, x_prev)[1]
-            (log_prob - log_probs[rows, step]).exp().mean().backward()
+PEERS = ("peer-style", "peer at our microbatch")
+
+
+def count_flops(unet: nn.Module) -> dict[str, int]:
+    """Of one guided image-step: forward, and forward with backward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    job, flops = PeerJob(unet, 1, 1, [0]), {}
+    for phase in job.epoch:
+        with FlopCounterMode(display=False) as counter:
+            getattr(job, phase)()
+        flops[phase] = counter.get_total_flops()
+    unet.zero_grad(set_to_none=True)
+    return {**flops, "score": flops["sample"]}
+
+
+def matmul_rate(size: int, dtype: str) -> float:
+    """TFLOP/s of a square matrix product of random numbers."""
+    number = set_dtype(dtype) or torch.float32
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=number) for _ in range(2))
+    return 2 * size**3 / milliseconds(lambda: a @ b)[1] / 1e9
 
 
 def seconds(call: Callable) -> tuple[float, float, float | str]:
-    """Of a call, the median of three; of the first one, which compiles; and the peak memory in GB."""
+    """Of a call, the median of three; of the first one, which compiles; and peak memory in GB."""
     times = []
     for _ in range(4):
         if CUDA:
@@ -276,352 +340,363 @@ def seconds(call: Callable) -> tuple[float, float, float | str]:
         if CUDA:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    return sorted(times[1:])[1], times[0], torch.cuda.max_memory_allocated() / 1e9 if CUDA else ""
+    peak = torch.cuda.max_memory_allocated() / 1e9 if CUDA else ""
+    return sorted(times[1:])[1], times[0], peak
 
 
-def count_flops(job: Job) -> tuple[int, int]:
-    """Of one guided image-step: forward, and forward with backward."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as forward, torch.no_grad():
-        peer_log_prob(job, torch.randn(1, *job.shape, device=DEVICE), job.text[:1], 0)
-    with FlopCounterMode(display=False) as both:
-        peer_log_prob(job, torch.randn(1, *job.shape, device=DEVICE), job.text[:1], 0)[
-            1
-        ].sum().backward()
-    job.policy.unet.zero_grad(set_to_none=True)
-    return forward.get_total_flops(), both.get_total_flops()
-
-
-def matmul_rate(size: int, dtype: torch.dtype) -> float:
-    """TFLOP/s of a square matrix product of random numbers."""
-    a, b = (torch.randn(size, size, device=DEVICE, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / milliseconds(lambda: a @ b)[1] / 1e9
-
-
-def epoch_table(quick: bool, microbatches: list[int], steps: int) -> None:
-    unet, dtype = random_unet(quick), torch.bfloat16
-    # As `unet`, with the policy's float32 weights and requires_grad, so that one compiled graph serves both.
-    reference = copy.deepcopy(unet)
-    matmul = matmul_rate(512 if quick else 8192, dtype)
-    flops = dict(zip(("forward", "backward"), count_flops(Job(unet, 1, dtype, [0])), strict=True))
-    print(
-        f"\nUNet of {sum(p.numel() for p in unet.parameters()) / 1e6:.4g} M parameters, float32 weights, bf16 autocast; "
-        f"one image and step, guided: {flops['forward'] / 1e12:.4g} TFLOP forward, {flops['backward'] / 1e12:.4g} with "
-        f"the backward; matmul rate: {matmul:.4g} TFLOP/s. Peak memory is without an optimizer."
-    )
-    header(
-        f"(b) epoch phases, over {steps} of {T} steps; an image is {T} steps",
-        "loop", "microbatch", "phase", "images/s", "TFLOP/s", "% of matmul", "peak GB", "first call s", "on-policy gap",
+def epoch_table(
+    quick: bool, end: float, microbatches: list[int], steps: int, dtypes: list[str]
+) -> None:
+    unet, spent = random_unet(quick), {}
+    flops = count_flops(unet)
+    matmul = {
+        dtype: matmul_rate(512 if quick else 8192, dtype)
+        for dtype in dict.fromkeys([*dtypes, "bf16"])
+    }
+    rates = ", ".join(f"{rate:.4g} in {dtype}" for dtype, rate in matmul.items())
+    row = table(
+        f"(b) epoch phases, over {steps} of {T} steps; an image is {T} steps; one image and step, "
+        f"guided: {flops['sample'] / 1e12:.4g} TFLOP forward, {flops['backward'] / 1e12:.4g} with "
+        f"the backward; a matmul's TFLOP/s: {rates}; memory is without an optimizer",
+        "loop", "dtype", "microbatch", "phase", "images/s", "TFLOP/s", "% of matmul", "peak GB",
+        "first call s", "on-policy gap",
     )  # fmt: skip
 
-    def measure(
-        label: str, microbatch: int, phase: str, call: Callable, images: int, gap: str = ""
-    ) -> float:
-        """Print a row; the seconds per image."""
-        result = attempt(seconds, call)
-        unet.zero_grad(set_to_none=True)
-        if isinstance(result, str):
-            row(label, microbatch, phase, result, "", "", "", "", gap)
-            return math.nan
-        spent, first, peak = result
-        rate = (
-            flops["backward" if phase == "backward" else "forward"] * images * steps / spent / 1e12
-        )
-        row(
-            label,
-            microbatch,
-            phase,
-            images * steps / T / spent,
-            rate,
-            100 * rate / matmul,
-            peak,
-            first,
-            gap,
-        )
-        return spent / images * T / steps
+    def cells(job: Job, dtype: str, phase: str) -> tuple:
+        median, first, peak = seconds(getattr(job, phase))
+        job.seconds[phase] = median / job.images * T / steps
+        rate = flops[phase] * job.images * steps / median / 1e12
+        gap = job.gap() if phase == "score" else ""
+        return 1 / job.seconds[phase], rate, 100 * rate / matmul[dtype], peak, first, gap
 
-    def ours(label: str, microbatch: int) -> float:
-        """Print the phases of one loop; the seconds per image of an epoch."""
-        job = Job(unet, microbatch, dtype, list(range(steps)))
-        fixed = job.policy._replace(unet=reference)
+    def measure(label: str, dtype: str, microbatch: int) -> None:
+        require_minutes(end, 3.5 if label == "compiled" else 0.7)
+        torch.backends.cudnn.deterministic = "deterministic" in label
+        job = Job(unet, microbatch, dtype, range(steps))
+        if label in PEERS:  # DDPO's code samples 8 images at a time and learns from 4
+            learned = 4 if label == "peer-style" else microbatch
+            job = PeerJob(unet, microbatch, learned, range(steps))
         if label == "compiled":
-            job.policy = job.policy._replace(unet=torch.compile(unet, dynamic=False))
-            fixed = fixed._replace(unet=torch.compile(reference, dynamic=False))
-        sample = measure(label, microbatch, "sample", job.sample, microbatch)
-        stored = job.sample()
-        score = functools.partial(prdp.score_trajectories, job.policy, stored)
-        gap = str((score() - stored.log_probs).abs().max().item())
-        weights = torch.full_like(stored.log_probs, 1e-3)
-        return (
-            sample
-            + measure(label, microbatch, "reference", lambda: prdp.score_trajectories(fixed, stored), microbatch)
-            + measure(label, microbatch, "score", score, microbatch, gap) * (K - 1)
-            + measure(
-                label, microbatch, "backward", lambda: prdp.backward_trajectories(job.policy, stored, weights), microbatch
-            ) * K
-        )  # fmt: skip
+            job.policy = job.policy._replace(unet=compiled(unet))
+        for phase, batch in job.batches.items():
+            row(label, dtype, batch, phase, *attempt(cells, job, dtype, phase))
+            unet.zero_grad(set_to_none=True)
+        if job.seconds.keys() == job.epoch.keys():
+            passes = job.epoch.items()
+            spent[label, dtype, microbatch] = sum(n * job.seconds[phase] for phase, n in passes)
 
-    peer = Job(unet, 8, dtype, list(range(steps)))
-    stored = peer_sample(peer, 8)
-    sampled = measure("peer-style", 8, "sample", lambda: peer_sample(peer, 8), 8)
-    learned = measure("peer-style", 4, "backward", lambda: peer_backward(peer, *stored, 4), 8)
-    epochs = {"peer-style": 2 * sampled + K * learned}
-    for label, microbatch in itertools.product(
-        ("eager", "compiled") if CUDA else ("eager",), microbatches
-    ):
-        epochs[f"{label}, microbatch {microbatch}"] = attempt(ours, label, microbatch)
-    header(
-        f"one K = {K} epoch of T = {T}, network passes alone: sample + reference + {K - 1} score + {K} backward "
-        f"(peer-style: sample + reference + {K} backward, which scores as it goes)",
-        "loop", "seconds per image", "times as fast as peer-style",
+    sixteen = [dtype for dtype in dtypes if dtype != "fp32"]
+    loops = [("peer-style", ["bf16"], [8]), ("peer at our microbatch", ["bf16"], microbatches),
+             ("eager", dtypes, microbatches)]  # fmt: skip
+    if CUDA:  # compiled last: these take minutes each
+        loops += [("eager, deterministic cuDNN", sixteen, microbatches),
+                  ("compiled", dtypes, microbatches)]  # fmt: skip
+    for label, some, batches in loops:
+        for dtype, microbatch in itertools.product(some, batches):
+            if failure := attempt(measure, label, dtype, microbatch):
+                row(label, dtype, microbatch, "epoch", *failure)
+            free_memory()
+    torch.backends.cudnn.deterministic = False
+
+    row = table(
+        f"one K = {K} epoch of T = {T}, network passes alone, nothing skipped: sample + reference "
+        f"+ {K - 1} score + {K} backward (peers: sample + reference + {K} backward, which score as "
+        "they go)",
+        "loop", "dtype", "microbatch", "seconds per image", "hours of 512 images",
+        "times as fast as peer-style", "as the peer at this microbatch",
     )  # fmt: skip
-    for label, spent in epochs.items():
-        row(label, spent, "" if isinstance(spent, str) else epochs["peer-style"] / spent)
+    for (label, dtype, microbatch), time_of_one in spent.items():
+        peers = zip(PEERS, ("bf16", "bf16"), (8, microbatch), strict=True)
+        against = [spent[peer] / time_of_one if peer in spent else "" for peer in peers]
+        row(label, dtype, microbatch, time_of_one, 512 * time_of_one / 3600, *against)
 
 
-# ---- (c) noise floor ---------------------------------------------------------------------------------------
+# ---- (c) Noise and drift -------------------------------------------------------------------------
 
 
-def noise_table(quick: bool, microbatch: int, minutes: float) -> None:
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def drifts(job: Job, unet: nn.Module) -> list[float]:
+    """How far, rms, each of three real updates moves log_probs: Table 4's, of one prompt's images
+    with rewards as scattered as HPSv2's."""
+    config, old = prdp.Config(), job.stored.log_probs
+    draws = torch.randn(job.images, generator=torch.Generator().manual_seed(1))
+    scores, parameters = 0.01 * draws.to(DEVICE), list(unet.parameters())
+    decay = config.weight_decay
+    optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=decay, fused=CUDA)
+    found, log_probs = [], old
+    for _ in range(3):
+        leaf = log_probs.clone().requires_grad_()
+        loss = prdp.prdp_loss(leaf, old, old, scores, config.clip_range, config.kl_weight)
+        (weights,) = torch.autograd.grad(loss, leaf)
+        prdp.backward_trajectories(job.policy, job.stored, weights)
+        norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        prdp.require_finite("the gradient", norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        job.score()
+        found.append(rms(job.log_probs - log_probs))
+        log_probs = job.log_probs
+    return found
+
+
+def noise_table(quick: bool, end: float, images: int, dtypes: list[str]) -> None:
     unet = random_unet(quick)
-    weights = [p.detach().clone() for p in unet.parameters()]
+    parameters = list(unet.parameters())
+    weights = [p.detach().clone() for p in parameters]
     signs = [1e-7 * torch.randn_like(p).sign() for p in weights]
-    header(
-        f"(c) noise floor: log_prob after each weight moved by a relative 1e-7; {microbatch} images, steps 1, 25 and 50",
-        "dtype", "network", "rms", "max", "on-policy gap",
+    row = table(
+        "(c) noise floor: log_prob after each weight moved by a relative 1e-7; drift: rms of its "
+        f"change by the first and by the third real update; {images} images, steps 1, 25 and 50",
+        "dtype", "network", "noise rms", "noise max", "drift 1", "drift 3", "drift 3 / noise",
+        "on-policy gap",
     )  # fmt: skip
 
-    def spread(job: Job) -> tuple[float, float, str]:
-        stored = job.sample()
-        gap = prdp.score_trajectories(job.policy, stored) - stored.log_probs
-        with torch.no_grad():
-            torch._foreach_addcmul_(list(unet.parameters()), weights, signs)
-        moved = prdp.score_trajectories(job.policy, stored) - stored.log_probs
-        return (
-            moved.square().mean().sqrt().item(),
-            moved.abs().max().item(),
-            str(gap.abs().max().item()),
-        )
+    @torch.no_grad()
+    def restore() -> None:
+        torch._foreach_copy_(parameters, weights)
+        unet.zero_grad(set_to_none=True)
 
-    precisions = [
-        ("bf16", torch.bfloat16),
-        ("fp16", torch.float16),
-        ("fp32", None),
-        ("fp32, TF32", None),
-    ]
-    for (name, autocast), label in itertools.product(
-        precisions, ("eager", "compiled") if CUDA else ("eager",)
-    ):
-        if time.perf_counter() - STARTED > 60 * minutes:
-            row(name, label, "skipped: out of time", "", "")
-            continue
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = name != "fp32"
-        torch.compiler.reset()
-        job = Job(unet, microbatch, autocast, [0, T // 2 - 1, T - 1])
+    def cells(label: str, dtype: str) -> list:
+        require_minutes(end, 1.2 if label == "compiled" else 0.6)
+        job = Job(unet, images, dtype, [0, T // 2 - 1, T - 1])
         if label == "compiled":
-            job.policy = job.policy._replace(unet=torch.compile(unet, dynamic=False))
-        result = attempt(spread, job)
+            job.policy = job.policy._replace(unet=compiled(unet))
+        job.sample()
+        job.score()
+        gap = job.gap()
         with torch.no_grad():
-            torch._foreach_copy_(list(unet.parameters()), weights)
-        row(name, label, *((result, "", "") if isinstance(result, str) else result))
+            torch._foreach_addcmul_(parameters, weights, signs)
+        job.score()
+        noise = job.log_probs - job.stored.log_probs
+        restore()
+        drift = []
+        if label == "eager":  # compiled, a backward takes minutes
+            drift = list(attempt(drifts, job, unet))
+        if len(drift) == 3:
+            drift[1:] = [drift[2], drift[2] / max(rms(noise), 1e-30)]
+        return [rms(noise), noise.abs().max().item(), *drift, *[""] * (3 - len(drift)), gap]
+
+    for label, dtype in itertools.product(("eager", "compiled") if CUDA else ("eager",), dtypes):
+        row(dtype, label, *attempt(cells, label, dtype))
+        restore()
+        free_memory()
 
 
-# ---- (d) memory --------------------------------------------------------------------------------------------
+# ---- (d) Memory, (e) a run -----------------------------------------------------------------------
+
+PHASES = ("sample", "reference", "reward", "score", "update")
 
 
-def random_models(folder: Path) -> tuple[Path, Path]:
-    """SD v1.4 and a CLIP ViT-H/14, the size of HPSv2 and PickScore, with random weights: 8.2 GB under `folder`."""
+def random_models(folder: Path, quick: bool) -> None:
+    """In `folder`, sd/, SD v1.4, and clip/, a ViT-H/14 as HPSv2 and PickScore are, or tiny ones,
+    with random weights: 8.2 GB."""
     import diffusers
-    from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(
-        ROOT / "toy" / "sd" / "tokenizer", model_max_length=77
-    )
+    width = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512)
+    text = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                num_attention_heads=12)  # fmt: skip
+    reward = rewards.vit_h_14_config()
+    if quick:
+        width = dict(block_out_channels=(8,) * 4, norm_num_groups=4, sample_size=128)
+        text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                    num_attention_heads=2)  # fmt: skip
+        reward = CLIPConfig(text_config=text, vision_config=text, projection_dim=16)
+    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     with torch.device(DEVICE):
-        vae = diffusers.AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        )  # fmt: skip
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                hidden_size=768,
-                intermediate_size=3072,
-                num_hidden_layers=12,
-                num_attention_heads=12,
-            )
-        )
-        clip = CLIPModel(rewards.vit_h_14_config())
+        vae = diffusers.AutoencoderKL(**width, down_block_types=down, up_block_types=up)
+        text_encoder = CLIPTextModel(CLIPTextConfig(**text))
+        clip = CLIPModel(reward)
+    toys = ROOT / "toy" / "sd" / "tokenizer"
+    tokenizer = CLIPTokenizer.from_pretrained(toys, model_max_length=77)
     scheduler = diffusers.DDIMScheduler(**prdp.SD_SCHEDULER, clip_sample=False)
-    parts = (vae, text_encoder, tokenizer, random_unet(quick=False), scheduler, None, None)
+    parts = (vae, text_encoder, tokenizer, random_unet(quick), scheduler, None, None)
     pipe = diffusers.StableDiffusionPipeline(*parts, requires_safety_checker=False)
     pipe.save_pretrained(folder / "sd")
     clip.save_pretrained(folder / "clip")
     tokenizer.save_pretrained(folder / "clip")
-    return folder / "sd", folder / "clip"
 
 
-def peaks_of_a_run(flags: list[str], cap: float, folder: Path) -> dict[str, float]:
-    """GB of peak memory in each phase of two epochs of prdp.py, and what the allocator held: of a GPU of `cap` bytes."""
-    peaks: dict[str, float] = {}
-    timed, save_checkpoint = prdp.timed, prdp.save_checkpoint
+@contextmanager
+def watched(*functions: tuple) -> Iterator[dict[str, tuple[float, float, float]]]:
+    """Within this block: name -> seconds in all, peak GB, GB that the allocator held; of the phases
+    that `prdp.train` times, and of calls of `functions`, each (module, name there)."""
+    phases = {}
 
-    @contextlib.contextmanager
-    def watched(seconds: dict[str, float], name: str):
+    @contextmanager
+    def watch(name: str) -> Iterator[None]:
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
-        with timed(seconds, name):
-            yield
-        peak, held = (
-            (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
-            if CUDA
-            else (0, 0)
-        )
-        for key, size in ((name, peak), ("held", held)):
-            peaks[key] = max(peaks.get(key, 0.0), size / 1e9)
+        started = time.perf_counter()
+        yield
+        if CUDA:
+            torch.cuda.synchronize()
+        total, peak, held = phases.get(name, (0.0, 0.0, 0.0))
+        if CUDA:
+            peak = max(peak, torch.cuda.max_memory_allocated() / 1e9)
+            held = max(held, torch.cuda.max_memory_reserved() / 1e9)
+        phases[name] = (total + time.perf_counter() - started, peak, held)
 
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / torch.cuda.mem_get_info()[1]))
-    config = prdp.parse_args([*flags, "--out", str(folder)])
-    prompts = prdp.load_prompts(config.prompts[0])
-    with contextlib.redirect_stdout(sys.stderr):
-        models = prdp.load_models(config, DEVICE)
-        rest = 0  # what Table 4's N*B = 512 images and T = 50 steps keep on the GPU, pictures in the reward phase alone
-        if min(models.latent_shape[1:]) >= 64:
-            rest = 512 * (
-                4 * (51 * math.prod(models.latent_shape) + models.policy.null_text.numel())
-                + 3 * 512**2
-            )
-        ballast = torch.empty(rest, dtype=torch.uint8, device=DEVICE)
-        learning = [p for p in models.pipe.unet.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            learning, lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-        prdp.timed, prdp.save_checkpoint = watched, lambda *_: None  # no 10 GB on the disk
-        try:
-            prdp.show(config, models, 0, prompts)
-            prdp.train(config, models, optimizer, prompts, 1)
-        finally:
-            prdp.timed, prdp.save_checkpoint = timed, save_checkpoint
-    del ballast
-    return peaks
+    class Stopwatch(report.Stopwatch):
+        @contextmanager
+        def __call__(self, name: str) -> Iterator[None]:
+            with watch(name), super().__call__(name):
+                yield
+
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(sys.stderr))  # what a run says, apart from the tables
+        stack.enter_context(mock.patch.object(report, "Stopwatch", Stopwatch))
+        for module, name in functions:
+            function = watch(name)(getattr(module, name))
+            stack.enter_context(mock.patch.object(module, name, function))
+        yield phases
 
 
-def memory_table(quick: bool, minutes: float) -> None:
-    cap = 24 * 2**30
-    phases = ("sample", "reference", "reward", "score", "update", "held")
-    header(
-        f"(d) memory in GB: each phase's peak, and the most that the allocator, capped at {cap / 1e9:.1f}, held; prdp.py "
-        "with gradient checkpointing, AdamW, a reward of HPSv2's size, and the room of 512 trajectories of 50 steps",
-        "learns", "dtype", "microbatch", "offload", *phases,
-    )  # fmt: skip
+def run(folder: Path, **settings) -> None:
+    """`prdp.run` of the models in `folder` with K = 2; a setting of True is a flag."""
+    free_memory()
+    argv = ["--model", str(folder / "sd"), "--reward", f'"pickscore:{folder / "clip"}"',
+            "--prompts", str(ROOT / "prompts" / "animals.txt"), "--updates-per-epoch", "2",
+            "--out", str(folder / "run")]  # fmt: skip
+    for name, value in settings.items():
+        argv += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
+    prdp.run(prdp.parse_args(argv))
+
+
+def in_cells(phases: dict, names: Iterable[str]) -> list[str]:
+    """Seconds, and on a GPU peak GB."""
+    found = [phases[name] for name in names]
+    return [f"{spent:.3g} s" + f", {peak:.3g} GB" * CUDA for spent, peak, _ in found]
+
+
+@contextmanager
+def folder_of_models(quick: bool, gigabytes: float, end: float, minutes: float) -> Iterator[Path]:
+    """With room for what is written there; made only if there is time to use it."""
     with tempfile.TemporaryDirectory() as name:
-        sd, clip = (
-            (ROOT / "toy" / "sd", ROOT / "toy" / "pickscore")
-            if quick
-            else random_models(Path(name))
-        )
-        size = 2 if quick else 8
-        settings = [("0", "bf16", size, "on"), ("0", "bf16", size, "off"), ("8", "bf16", size, "on"),
-                    ("8", "bf16", size, "off"), ("0", "fp32", size // 2, "on"), ("8", "fp32", size // 2, "on")]  # fmt: skip
-        for number, (rank, dtype, microbatch, offload) in enumerate(settings):
-            cells = [
-                "the full UNet" if rank == "0" else f"LoRA of rank {rank}",
-                dtype,
-                microbatch,
-                offload,
-            ]
-            if time.perf_counter() - STARTED > 60 * minutes:
-                row(*cells, "skipped: out of time", *[""] * 5)
-                continue
-            flags = [
-                "--model",
-                str(sd),
-                "--reward",
-                f"pickscore:{clip}",
-                "--lora-rank",
-                rank,
-                "--dtype",
-                dtype,
-            ]
-            flags += [
-                "--prompts",
-                str(ROOT / "prompts" / "shapes.txt"),
-                "--images-per-prompt",
-                str(2 * size),
-            ]
-            flags += [
-                "--microbatch",
-                str(microbatch),
-                "--offload",
-                offload,
-                "--gradient-checkpointing",
-            ]
-            flags += [
-                "--prompts-per-epoch",
-                "1",
-                "--epochs",
-                "2",
-                "--updates-per-epoch",
-                "2",
-                "--ddpm-steps",
-                "2",
-            ]
-            flags += ["--clip-range", "inf"]
-            (folder := Path(name) / str(number)).mkdir()
-            peaks = attempt(peaks_of_a_run, flags, cap, folder)
-            row(
-                *cells,
-                *(
-                    [peaks] + [""] * 5
-                    if isinstance(peaks, str)
-                    else (peaks[phase] for phase in phases)
-                ),
-            )
+        require_minutes(end, minutes)
+        free = shutil.disk_usage(name).free / 1e9
+        if free < gigabytes and not quick:
+            raise Skipped(f"writes {gigabytes} GB, {free:.3g} are free in {name}; set TMPDIR")
+        random_models(Path(name), quick)
+        yield Path(name)
+
+
+def memory_table(quick: bool, end: float) -> None:
+    cap, size, dtype = 24 * 2**30, 8, "bf16"
+    if quick:
+        size, dtype = 2, "fp32"  # which a CPU is fast at
+    row = table(
+        "(d) memory: each phase's seconds and peak GB, and the most GB that the allocator, capped "
+        f"at {cap / 1e9:.1f}, held; runs of two epochs, K = 2, T = 2, with gradient checkpointing, "
+        "a reward of HPSv2's size, and the room of 512 trajectories of 50 steps",
+        "learns", "dtype", "microbatch", "offload", *PHASES, "held GB",
+    )  # fmt: skip
+
+    def skip(*args) -> None:
+        """No 10 GB on the disk."""
+
+    def cells(folder: Path, rank: int, offload: str) -> list:
+        require_minutes(end, 0.6)
+        room = 0
+        if CUDA:  # latents and text, float32; and pictures, uint8
+            torch.cuda.set_per_process_memory_fraction(min(1.0, cap / torch.cuda.mem_get_info()[1]))
+            room = 512 * (4 * (51 * 4 * 64 * 64 + 77 * 768) + 3 * 512 * 512)
+        ballast = torch.empty(room, dtype=torch.uint8, device=DEVICE)
+        unsaved = mock.patch.multiple(report, save_state=skip, save_pipeline=skip)
+        with watched() as phases, unsaved:
+            run(
+                folder, lora_rank=rank, dtype=dtype, offload=offload, gradient_checkpointing=True,
+                microbatch=size, prompts_per_epoch=1, images_per_prompt=size, epochs=2,
+                ddpm_steps=2, clip_range="inf",
+            )  # fmt: skip
+        del ballast
+        return [*in_cells(phases, PHASES), max(held for _, _, held in phases.values())]
+
+    with folder_of_models(quick, 9, end, 1.5) as folder:
+        for offload, rank in itertools.product(("on", "off"), (0, 8)):
+            learns = f"LoRA of rank {rank}" if rank else "the full UNet"
+            row(learns, dtype, size, offload, *attempt(cells, folder, rank, offload))
+            shutil.rmtree(folder / "run", ignore_errors=True)
+    if CUDA:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def run_table(quick: bool, end: float, dtypes: list[str]) -> None:
+    begin = ("load_models", "check_on_policy", "draw_samples")
+    finish = ("save_state", "save_pipeline")
+    functions = [*((prdp, name) for name in begin), *((report, name) for name in finish)]
+    columns = (*begin, *PHASES, *finish)
+    images, steps = (2, 2) if quick else (8, T)
+    row = table(
+        "(e) a run of one epoch, from loading to the saved pipeline: seconds in all and peak GB; "
+        f"N = 2, B = {images}, T = {steps}, K = 2, a microbatch of {2 * images}",
+        "dtype", *columns, "checkpoint GB", "skipped %", "whole s",
+    )  # fmt: skip
+
+    def cells(folder: Path, dtype: str) -> list:
+        require_minutes(end, {"tf32": 4.5, "fp32": 8.5}.get(dtype, 3))
+        started = time.perf_counter()
+        with watched(*functions) as phases:
+            run(
+                folder, dtype=dtype, epochs=1, prompts_per_epoch=2, images_per_prompt=images,
+                ddpm_steps=steps, microbatch=2 * images,
+            )  # fmt: skip
+        gigabytes = (folder / "run" / "checkpoint" / "state.pt").stat().st_size / 1e9
+        skipped = 100 * report.read_metrics(folder / "run")[0]["skipped_fraction"]
+        return [*in_cells(phases, columns), gigabytes, skipped, time.perf_counter() - started]
+
+    with folder_of_models(quick, 24, end, 3.5) as folder:
+        for dtype in dtypes:
+            row(dtype, *attempt(cells, folder, dtype))
+            shutil.rmtree(folder / "run", ignore_errors=True)
+
+
+# ---- Main ----------------------------------------------------------------------------------------
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="a tiny UNet and small kernels: a minute on a CPU"
-    )
-    parser.add_argument("--only", choices=("kernels", "epoch", "noise", "memory"), help="one table")
-    parser.add_argument(
-        "--microbatch", type=int, nargs="+", help="images per network pass (default: 16)"
-    )
-    parser.add_argument("--steps", type=int, default=2, help="denoising steps to time (default: 2)")
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=8.0,
-        help="start no row of (d) after these, nor of (c) 2 before (default: 8)",
-    )
+    parser.add_argument("--quick", action="store_true", help="tiny networks: a minute on a CPU")
+    names = ("kernels", "epoch", "noise", "memory", "run")
+    parser.add_argument("--only", choices=names, help=ESTIMATES)
+    text = "images per network pass of epoch and noise (default: 16)"
+    parser.add_argument("--microbatch", type=int, nargs="+", help=text)
+    text = "denoising steps that epoch times (default: 2; with --quick 1)"
+    parser.add_argument("--steps", type=int, help=text)
+    text = "of epoch, noise and run, in this order (default: all that the device has)"
+    parser.add_argument("--dtypes", nargs="+", choices=AUTOCAST, help=text)
+    text = "a table begins no row that would take it past these (default: 9; with --quick no limit)"
+    parser.add_argument("--minutes", type=float, help=text)
     options = parser.parse_args()
-    microbatches = options.microbatch or [2 if options.quick else 16]
-    triton = getattr(kernels.log_prob.triton, "__version__", "not installed")
-    print(
-        f"# {torch.cuda.get_device_name() if CUDA else 'CPU, ' + str(torch.get_num_threads()) + ' thread(s)'}"
-    )
-    print(f"\ntorch {torch.__version__}, triton {triton}, kernels: {kernels.path(DEVICE)}")
-    print(f"\n`python kernels/benchmark.py {' '.join(sys.argv[1:])}`")
-    shapes = (
-        [(16, 4, 16, 16), (3, 3, 5, 7)]
-        if options.quick
-        else [(512 * 50, 4, 64, 64), (16, 4, 64, 64)]
-    )
-    tables = {
-        "kernels": lambda: kernel_table(shapes, 2**22 if options.quick else 2**30),
-        "epoch": lambda: epoch_table(options.quick, microbatches, options.steps),
-        "noise": lambda: noise_table(options.quick, microbatches[0], options.minutes - 2),
-        "memory": lambda: memory_table(options.quick, options.minutes),
-    }
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name, table in tables.items():
-        if options.only in (None, name) and isinstance(failure := attempt(table), str):
-            print(f"\n{name}: {failure}")
-    print(f"\n{time.perf_counter() - STARTED:.0f} seconds")
+
+    quick = options.quick
+    minutes = options.minutes or (math.inf if quick else 9.0)
+    steps = options.steps or (1 if quick else 2)
+    microbatches = options.microbatch or [2 if quick else 16]
+    dtypes = options.dtypes or [dtype for dtype in AUTOCAST if dtype != "tf32" or CUDA]
+    tables = {
+        "kernels": lambda end: kernel_table(quick),
+        "epoch": lambda end: epoch_table(quick, end, microbatches, steps, dtypes),
+        "noise": lambda end: noise_table(quick, end, microbatches[0], dtypes),
+        "memory": lambda end: memory_table(quick, end),
+        "run": lambda end: run_table(quick, end, dtypes),
+    }
+    device = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} thread(s)"
+    triton = getattr(kernels.log_prob.triton, "__version__", "not installed")
+    print(f"# {device}\n")
+    print(f"torch {torch.__version__}, triton {triton}, kernels: {kernels.path(DEVICE)}\n")
+    print(f"`python kernels/benchmark.py {' '.join(sys.argv[1:])}`")
+    for name, make in tables.items():
+        if options.only in (None, name):
+            started = time.perf_counter()
+            for failure in attempt(make, started + 60 * minutes):
+                print(f"\n{name}: {failure}")
+            free_memory()
+            print(f"\n{name}: {time.perf_counter() - started:.0f} seconds", flush=True)
 
 
 if __name__ == "__main__":
