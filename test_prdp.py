@@ -650,9 +650,9 @@ def algorithm_1(config: prdp.Config, models: prdp.Models) -> list[dict[str, floa
 
 
 def test_train_is_algorithm_1(tiny_sd):
-    """Two epochs of three updates in float64: the metrics it yields, and the weights it leaves."""
+    """Two epochs of two updates in float64: the metrics it yields, and the weights it leaves."""
     config = tiny_config(
-        tiny_sd, epochs=2, updates_per_epoch=3, learning_rate=1e-4, max_grad_norm=0.1, kl_weight=1.0
+        tiny_sd, epochs=2, updates_per_epoch=2, learning_rate=1e-4, max_grad_norm=0.1, kl_weight=1.0
     )
     ours, theirs = (
         in_double(prdp.load_models(config, torch.device("cpu"), brightness)) for _ in range(2)
@@ -672,7 +672,7 @@ def test_train_is_algorithm_1(tiny_sd):
     networks = (ours.policy.unet, theirs.policy.unet, ours.reference.unet)
     a, b, start = (torch.cat([p.flatten() for p in unet.parameters()]) for unet in networks)
     assert (a - b).abs().max() < 0.02 * config.learning_rate
-    assert (a - start).abs().max() > 3 * config.learning_rate
+    assert (a - start).abs().max() > 2 * config.learning_rate
 
 
 def test_offline_learns_from_images_of_the_pretrained_model(tiny_sd, models, monkeypatch):

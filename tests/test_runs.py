@@ -218,7 +218,7 @@ def test_constant_reward_is_warned_of(cli, tmp_path):
 
 def test_as_a_library(tiny_sd, tmp_path, capsys):
     """`run` takes a callable and a list: what a file with the same function and prompts gives."""
-    config = tiny_config(tiny_sd, epochs=2, updates_per_epoch=2, out=str(tmp_path / "library"))
+    config = tiny_config(tiny_sd, epochs=1, updates_per_epoch=2, out=str(tmp_path / "library"))
     calls = []
 
     def brightness(images, prompts):
@@ -227,7 +227,7 @@ def test_as_a_library(tiny_sd, tmp_path, capsys):
         return images.double().mean((1, 2, 3))
 
     prdp.run(config, reward=brightness, prompts=PROMPTS)
-    assert sum(calls) >= 2 * 3 * 4
+    assert sum(calls) >= 3 * 4
 
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
     (tmp_path / "r.py").write_text("def brightness(i, p):\n    return i.double().mean((1, 2, 3))\n")
@@ -235,9 +235,9 @@ def test_as_a_library(tiny_sd, tmp_path, capsys):
     prdp.run(prdp.dataclasses.replace(config, out=str(tmp_path / "files"), **files))
     assert_same_run(tmp_path / "library", tmp_path / "files")
 
-    config = prdp.dataclasses.replace(config, epochs=3, resume=config.out)
+    config = prdp.dataclasses.replace(config, epochs=2, resume=config.out)
     prdp.run(config, reward=brightness, prompts=PROMPTS)
-    assert len(metrics_of(tmp_path / "library")) == 3
+    assert len(metrics_of(tmp_path / "library")) == 2
     with pytest.raises(prdp.InputError, match="prompts"):
         prdp.run(config, reward=brightness, prompts=PROMPTS[:2])
 
@@ -248,8 +248,8 @@ def test_as_a_library(tiny_sd, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "first", "last"),
     [
-        pytest.param([], 1, 3, id="prdp"),
-        pytest.param(["--loss", "ddpo", "--images-per-prompt", 6], 4, 6, id="ddpo"),
+        pytest.param([], 1, 2, id="prdp"),
+        pytest.param(["--loss", "ddpo", "--images-per-prompt", 6], 3, 4, id="ddpo"),
         pytest.param(["--lora-rank", 2, "--microbatch", 4], 1, 2, id="lora"),
         pytest.param(["--offline", "--dtype", "bf16"], 1, 2, id="offline"),
     ],
@@ -326,9 +326,10 @@ print(kills, runs)
 def test_kill_at_20_random_moments(tiny_sd, tmp_path):
     """kill -9 in whatever phase, then --resume (or, where no epoch had begun, once more): the
     weights and metrics of every run are the undisturbed one's."""
-    flags = [*small_run(tiny_sd), "--epochs", 6, "--sample-every", 2]
+    flags = [*small_run(tiny_sd), "--epochs", 4, "--sample-every", 2]
     (tmp_path / "runs").mkdir()
-    code, out, errors = script("-c", KILLER, ROOT, tmp_path / "whole", tmp_path / "runs", *flags)
+    arguments = ["-c", KILLER, ROOT, tmp_path / "whole", tmp_path / "runs", *flags]
+    code, out, errors = script(*arguments, timeout=900)
     assert code == 0, errors[-3000:]
     kills, runs = map(int, out.split()[-2:])
     assert kills == 20
@@ -830,27 +831,30 @@ def test_two_processes_equal_one(cli, tiny_sd, tmp_path, flags):
     """They draw the same images to the bit, and take the same steps to rounding; DDPO's statistics
     of a prompt and the adapters' start are the same in both. What one process began two go on
     with."""
-    flags = ["--updates-per-epoch", 1, "--learning-rate", "1e-5", *flags]
+    # Of sizes in whole bytes a rounded pixel may change a difference by half.
+    (tmp_path / "r.py").write_text("def f(i, p):\n    return i.double().mean((1, 2, 3))\n")
+    flags = ["--learning-rate", "1e-5", "--reward", f"{tmp_path}/r.py:f", *flags]
+    flags += ["--updates-per-epoch", 1]
     one, two = tmp_path / "one", tmp_path / "two"
     assert cli(*flags, "--out", one)[0] == 0
     arguments = [ROOT / "prdp.py", *small_run(tiny_sd), *flags, "--out", two]
     code, out, errors = script(*arguments, processes=2)
     assert code == 0, errors
-    assert out.count("results in") == 1  # rank 0 alone prints
-    assert "2 process(es)" in out
+    assert out.count("2 process") == out.count("on-policy gap") == 1  # rank 0 alone prints
     name = Path("samples") / "epoch_0000.png"
     assert (one / name).read_bytes() == (two / name).read_bytes()
+    # Differences of numbers of size 1 are compared on that scale, kl_nats as a sum of T*C*H*W ones.
+    scales = {"log_ratio_old": 1, "log_ratio_ref": 1, "explained": 1, "kl_nats": 3 * 4 * 8 * 8}
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
-        for name in a:
-            # Log-ratios are differences of numbers of size 1: of fp32 networks, 1e-6 of that.
-            absolute = 1e-6 if name.startswith("log_ratio") else 0.0
-            relative = 1e-6 if a["epoch"] == 1 else 2e-2
-            assert b[name] == pytest.approx(a[name], rel=relative, abs=absolute), name
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"explained"} if a["explained"] is None else a:
+            close = {"rel": 1e-6 if a["epoch"] == 1 else 2e-2, "abs": 1e-6 * scales.get(name, 0)}
+            assert b[name] == pytest.approx(a[name], **close), name
     ours, theirs = checkpoint(one), checkpoint(two)
     for name, weight in ours["unet"].items():
         torch.testing.assert_close(theirs["unet"][name], weight, rtol=0, atol=2e-7)
     assert ours["latest"].keys() == theirs["latest"].keys()
-    if flags[4:]:
+    if "ddpo" in flags:
         code, _, errors = script(ROOT / "prdp.py", "--resume", one, "--epochs", 3, processes=2)
         assert code == 0, errors
         assert [row["epoch"] for row in metrics_of(one)] == [1, 2, 3]
@@ -885,5 +889,6 @@ def test_failure_of_one_process_stops_all(tiny_sd, tmp_path):
     flags = ["--epochs", 50, "--reward", f"{tmp_path}/r.py:fails", "--out", tmp_path / "run"]
     code, _, errors = script(ROOT / "prdp.py", *small_run(tiny_sd), *flags, processes=2)
     assert code != 0
-    assert "prdp.py (process 1): reward fails returned nan for the prompt" in errors
+    assert "prdp.py (process 1): " in errors
+    assert "reward fails returned nan for the prompt" in errors
     assert checkpoint(tmp_path / "run")["epoch"] == 1
