@@ -848,12 +848,14 @@ def test_two_processes_equal_one(cli, tiny_sd, tmp_path, flags):
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - {"explained"} if a["explained"] is None else a:
-            close = {"rel": 1e-6 if a["epoch"] == 1 else 2e-2, "abs": 1e-6 * scales.get(name, 0)}
+            close = {"rel": 1e-5 if a["epoch"] == 1 else 2e-2, "abs": 1e-6 * scales.get(name, 0)}
             assert b[name] == pytest.approx(a[name], **close), name
     ours, theirs = checkpoint(one), checkpoint(two)
     for name, weight in ours["unet"].items():
         torch.testing.assert_close(theirs["unet"][name], weight, rtol=0, atol=2e-7)
-    assert ours["latest"].keys() == theirs["latest"].keys()
+    for prompt, rewards in ours["latest"].items():
+        assert theirs["latest"][prompt] == pytest.approx(rewards, abs=0.02)
+    assert bool(ours["latest"]) == bool(theirs["latest"]) == ("ddpo" in flags)
     if "ddpo" in flags:
         code, _, errors = script(ROOT / "prdp.py", "--resume", one, "--epochs", 3, processes=2)
         assert code == 0, errors
