@@ -269,10 +269,10 @@ def test_benchmark_quick_prints_its_tables():
     code, out, errors = script(ROOT / "kernels" / "benchmark.py", "--quick")
     assert code == 0, errors
     assert "failed" not in out
-    tables = [part.strip().split("\n") for part in out.split("\n## ")[1:]]
-    assert [table[0][:3] for table in tables] == ["(a)", "(b)", "one", "(c)", "(d)"]
-    for table in tables[1], tables[3]:
-        rows = [line.strip("|").split("|") for line in table if line.startswith("|")]
+    tables = {part.strip()[:3]: part.split("\n") for part in out.split("\n## ")[1:]}
+    assert tables.keys() >= {"(a)", "(b)", "(c)", "(d)"}
+    for name in ("(b)", "(c)"):
+        rows = [line.strip("|").split("|") for line in tables[name] if line.startswith("|")]
         gaps = {cells[-1].strip() for cells in rows[2:]}
         assert gaps - {""} == {"0.0"}
 
