@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 # Triton's interpreter runs the kernels on the CPU. It is chosen where they are decorated, so before
 # kernels is imported; the public functions go on running the eager references on CPU tensors, but
 # for tests that use the fixture `fused` of test_kernels.py.
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network
 
 import prdp
 
@@ -122,28 +127,97 @@ def models(tiny_sd) -> Callable[..., prdp.Models]:
     return lambda **changes: prdp.load_models(tiny_config(tiny_sd, **changes), CPU)
 
 
+def call(main: Callable, arguments: list, capsys) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command's `main`, in this process."""
+    capsys.readouterr()
+    code = 0
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def small_run(tiny_sd: str) -> list[str]:
+    """Flags of two epochs of 2 prompts x 2 images of the tiny Stable Diffusion."""
+    flags = ["--preset", "toy", "--model", tiny_sd, "--reward", "incompressibility"]
+    flags += ["--epochs", "2", "--updates-per-epoch", "2", "--prompts-per-epoch", "2"]
+    flags += ["--images-per-prompt", "2", "--microbatch", "2", "--ddpm-steps", "3", "--seed", "3"]
+    return flags
+
+
 @pytest.fixture
 def cli(tiny_sd, tmp_path, capsys) -> Callable[..., tuple[int, str, str]]:
     """cli(*flags): exit code, stdout and stderr of `python prdp.py FLAGS`, in this process.
 
-    Two epochs of 2 prompts x 2 images of the tiny Stable Diffusion, into tmp_path / "run", but for
-    what `flags` say otherwise: of a flag given twice the last counts. To --resume nothing is added.
+    `small_run` into tmp_path / "run", but for what `flags` say otherwise: of a flag given twice the
+    last counts. To --resume nothing is added.
     """
-    small = ["--preset", "toy", "--model", tiny_sd, "--reward", "incompressibility"]
-    small += ["--epochs", "2", "--updates-per-epoch", "2", "--prompts-per-epoch", "2"]
-    small += ["--images-per-prompt", "2", "--microbatch", "2", "--ddpm-steps", "3", "--seed", "3"]
-    small += ["--out", str(tmp_path / "run")]
 
     def run(*flags: object) -> tuple[int, str, str]:
-        arguments = [str(flag) for flag in flags]
-        if "--resume" not in arguments:
-            arguments = small + arguments
-        capsys.readouterr()
-        code = 0
-        try:
-            prdp.main(arguments)
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        added = [] if "--resume" in flags else [*small_run(tiny_sd), "--out", tmp_path / "run"]
+        return call(prdp.main, [*added, *flags], capsys)
 
     return run
+
+
+def start(*arguments: object, processes: int = 1) -> subprocess.Popen:
+    """A Python script of ours in processes of its own, without a GPU."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    hidden = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, *(launcher if processes > 1 else []), *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **hidden},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def script(*arguments: object, processes: int = 1, timeout: float = 300) -> tuple[int, str, str]:
+    """Its exit code, stdout and stderr; all processes are ended where it takes too long."""
+    with start(*arguments, processes=processes) as process:
+        try:
+            out, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its own
+            raise
+    return process.returncode, out, errors
+
+
+def checkpoint(run: Path) -> dict:
+    return torch.load(run / "checkpoint" / "state.pt", weights_only=True)
+
+
+def metrics_of(run: Path) -> list[dict]:
+    """Without what depends on the clock."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds", "images_per", "peak")
+    return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Metrics and weights, to the bit."""
+    assert metrics_of(a) == metrics_of(b)
+    ours, theirs = checkpoint(a)["unet"], checkpoint(b)["unet"]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def draw(models: prdp.Models) -> prdp.Trajectories:
+    """4 trajectories for each of the 3 PROMPTS, with the noise of seed 0, epoch 1."""
+    generators = prdp.image_generators(0, 1, range(3), 4)
+    return prdp.sample_prompts(models, models.policy, PROMPTS, generators)
+
+
+def gradient_of(unet: torch.nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in unet.parameters() if p.grad is not None])
+
+
+def random_inputs(seed: int, *lead: int, images: int = 5, steps: int = 7) -> tuple[Tensor, ...]:
+    """Arguments of a loss: log_probs, those of theta_old and of the reference, and rewards."""
+    g = torch.Generator().manual_seed(seed)
+    shape = (3, *lead, images, steps)
+    log_probs = 0.3 * torch.randn(shape, generator=g, dtype=torch.float64)
+    return *log_probs, torch.randn(*lead, images, generator=g, dtype=torch.float64)

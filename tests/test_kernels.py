@@ -16,7 +16,7 @@ from torch import Tensor
 
 import kernels
 import prdp
-from tests.conftest import ROOT, SD14_SCHEDULER, needs_gpu
+from tests.conftest import ROOT, SD14_SCHEDULER, needs_gpu, script
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -262,6 +262,19 @@ def test_without_triton_or_gpu_the_references_run():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.strip() == "eager (no CUDA device); eager (triton not installed)"
+
+
+def test_benchmark_quick_prints_its_tables():
+    """On a CPU; the on-policy gap it measures is exactly 0 in every number format."""
+    code, out, errors = script(ROOT / "kernels" / "benchmark.py", "--quick")
+    assert code == 0, errors
+    assert "failed" not in out
+    tables = {part.strip()[:3]: part.split("\n") for part in out.split("\n## ")[1:]}
+    assert tables.keys() >= {"(a)", "(b)", "(c)", "(d)"}
+    for name in ("(b)", "(c)"):
+        rows = [line.strip("|").split("|") for line in tables[name] if line.startswith("|")]
+        gaps = {cells[-1].strip() for cells in rows[2:]}
+        assert gaps - {""} == {"0.0"}
 
 
 @needs_gpu

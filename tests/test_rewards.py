@@ -726,25 +726,3 @@ def test_pickscore_folder_that_is_wrong(file, damage, sentence, tmp_path):
     damage(folder / file)
     with pytest.raises(rewards.InputError, match=sentence):
         rewards.load_reward(f"pickscore:{folder}", "cpu")
-
-
-# ---- the toy's files in transformers 4 ---------------------------------------------------------
-
-
-@pytest.mark.parametrize("folder", [TOY_TOKENIZER, TOY_PICKSCORE])
-def test_toy_tokenizers_two_forms_are_one(folder, tmp_path):
-    """transformers 4 reads vocab.json and merges.txt, 5 tokenizer.json."""
-    from transformers import CLIPTokenizer
-
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-        shutil.copy(folder / name, tmp_path)
-    texts = (ROOT / "prompts" / "shapes.txt").read_text().splitlines()
-    texts += ["", "A RED cat, 3 dogs & it's late", "orangesquare caf\u00e9"]
-    of_5, of_4 = (CLIPTokenizer.from_pretrained(place) for place in (folder, tmp_path))
-    assert of_5(texts).input_ids == of_4(texts).input_ids
-
-
-def test_toy_text_encoder_has_the_names_that_transformers_4_knows():
-    """Where it finds none of them it begins at random, and warns at most."""
-    weights = load_file(ROOT / "toy" / "sd" / "text_encoder" / "model.safetensors")
-    assert all(name.startswith("text_model.") for name in weights)

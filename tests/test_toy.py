@@ -1,0 +1,91 @@
+"""The embedded toy: its files in transformers 4 and 5, its judge, what the base model draws."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPTokenizer
+
+import prdp
+from tests.conftest import ROOT
+
+TOY = ROOT / "toy"
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """toy(name): the module toy/NAME.py."""
+    monkeypatch.syspath_prepend(str(TOY))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("folder", [TOY / "sd" / "tokenizer", TOY / "pickscore"])
+def test_tokenizers_two_forms_are_one(folder, tmp_path):
+    """transformers 4 reads vocab.json and merges.txt, 5 tokenizer.json."""
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(folder / name, tmp_path)
+    texts = (ROOT / "prompts" / "shapes.txt").read_text().splitlines()
+    texts += ["", "A RED cat, 3 dogs & it's late", "orangesquare caf\u00e9"]
+    of_5, of_4 = (CLIPTokenizer.from_pretrained(place) for place in (folder, tmp_path))
+    assert of_5(texts).input_ids == of_4(texts).input_ids
+
+
+def test_text_encoder_has_the_names_that_transformers_4_knows():
+    """Where it finds none of them it begins at random, and warns at most."""
+    weights = load_file(TOY / "sd" / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in weights)
+
+
+def test_oracle_knows_the_world(toy):
+    """It reads back what the pictures were drawn from, in shape, colours and style."""
+    make_toy, oracle = toy("make_toy"), toy("oracle")
+    scenes = make_toy.random_scenes(500, torch.Generator().manual_seed(1))
+    pictures = make_toy.render(scenes)
+    if pictures.is_floating_point():
+        pictures = (pictures * 255).round().to(torch.uint8)
+    prompts = make_toy.captions(scenes)
+    match, shaded = oracle.judge(oracle.load_oracle(), pictures, prompts)
+    assert match.double().mean() > 0.97
+    assert (shaded == scenes["shading"].bool()).double().mean() > 0.97
+    others, _ = oracle.judge(oracle.load_oracle(), pictures, prompts[1:] + prompts[:1])
+    assert others.double().mean() < 0.03
+
+
+def test_oracle_judges_a_run(toy, tmp_path, monkeypatch, capsys):
+    """A row for each set of prompts and model. A run that learned nothing is the base; and that
+    draws what is named most of the time, and seldom shaded."""
+    oracle, load = toy("oracle"), prdp.load_prompts
+    monkeypatch.setattr(prdp, "load_prompts", lambda file: load(file)[:96][::4])
+    shutil.copytree(TOY / "sd", tmp_path / "pipeline")
+    monkeypatch.setattr(sys, "argv", ["oracle.py", str(tmp_path), "--images-per-prompt", "2"])
+    oracle.main()
+    _, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    names = [["shapes.txt", "base"], ["shapes.txt", "finetuned"]]
+    names += [["shapes_unseen.txt", "base"], ["shapes_unseen.txt", "finetuned"]]
+    assert [row[:2] for row in rows] == names
+    for base, finetuned in (rows[:2], rows[2:]):
+        assert base[2:] == finetuned[2:]
+    _, _, images, reward, _, _, match, _, _, shaded, *_ = rows[2]
+    assert images == "24"
+    assert 0.2 < float(reward) < 0.4
+    assert float(match) > 0.4
+    assert float(shaded) < 0.4
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [(["--images-per-prompt", "1"], "--images-per-prompt 1"), (["nowhere"], "no pipeline/")],
+)
+def test_oracle_of_bad_input(toy, monkeypatch, capsys, flags, sentence):
+    monkeypatch.setattr(sys, "argv", ["oracle.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        toy("oracle").main()
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert sentence in errors
+    assert errors.count("\n") == 1
