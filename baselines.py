@@ -112,8 +112,9 @@ def settings(loss: str, preset: str) -> dict:
     return values
 
 
-def misfit(config, images: int) -> str | None:
-    """Why a run's settings do not go with its loss, or None; `images` are those of a process."""
+def misfit(config) -> str | None:
+    """Why a run's settings do not go with its loss, or None."""
+    images = config.prompts_per_epoch * config.images_per_prompt
     ddpo = config.loss.startswith("ddpo")
     if config.images_per_prompt == 1 and (not ddpo or config.advantage == "group"):
         return "compares images of a prompt; --images-per-prompt must be 2 or more"
@@ -127,7 +128,7 @@ def misfit(config, images: int) -> str | None:
 
 
 def minibatch(config, epoch: int, k: int, targets: Tensor) -> Tensor:
-    """What update k learns from, of targets (M,): all; for DDPO the k-th of K random minibatches.
+    """What update k learns from, of targets (N*B,): all; for DDPO the k-th of K random minibatches.
 
     The others get 0, which is no gradient in DDPO's loss, a mean over all; the factor K makes it
     the mean over the minibatch.

@@ -97,7 +97,7 @@ class Config:
     learning_rate: float = flag(1e-5, "of AdamW")
     weight_decay: float = flag(1e-4, "of AdamW")
     max_grad_norm: float = flag(1.0, "gradients longer than this are scaled down to it")
-    advantage: str = flag("per-prompt", "reward statistics of DDPO", "per-prompt", "global")
+    advantage: str = flag("per-prompt", "DDPO's statistics", "per-prompt", "global", "group")
     offline: bool = flag(False, "learn from images of the pretrained model alone (Sec. 4.3)")
     microbatch: int = flag(0, "images per network pass; 0: 8, or 16 on a GPU of 120 GB or more")
     dtype: str = flag("auto", "of network passes; weights are fp32",  # auto: see README
@@ -183,7 +183,7 @@ def resolved(config: Config) -> Config:
             raise InputError(f"{option(name)} {value}: too large.")
     if config.prompts_per_epoch % processes():
         raise InputError(f"--prompts-per-epoch: must be a multiple of the {processes()} processes.")
-    if why := baselines.misfit(config, images):
+    if why := baselines.misfit(config):
         raise InputError(f"--loss {config.loss}: {why}.")
     if config.log_to != "none" and not importlib.util.find_spec(config.log_to):
         raise InputError(f"--log-to {config.log_to}: not installed; pip install {config.log_to}.")
@@ -480,13 +480,13 @@ def train(
             images = decode(models, trajectories.latents[:, -1])
             rewards = models.reward(images, [p for p in drawn[own] for _ in range(per_prompt)])
         targets = statistics.targets(gather(rewards), drawn)  # the rewards; for DDPO, advantages
-        targets = targets[own_share(len(targets))].to(rewards.device)
 
         for k in range(config.updates_per_epoch):  # line 9
             with timed("score"):
                 log_probs = score_trajectories(policy, trajectories) if k else log_probs_old.clone()
             log_probs.requires_grad_()
             part = baselines.minibatch(config, epoch, k, targets)  # PRDP learns from all of them
+            part = part[own_share(len(part))].to(rewards.device)
             loss = loss_function(  # line 10
                 by_prompt(log_probs), by_prompt(log_probs_old), by_prompt(log_probs_ref),
                 by_prompt(part), config.clip_range, config.kl_weight,
@@ -513,8 +513,9 @@ def train(
             "log_ratio_ref": distance,
             "kl_nats": distance * trajectories.latents[0, 1:].numel(),
         }
-        yield report.epoch_metrics(epoch, rewards, parts, means, updates, timed.seconds)
-        del trajectories, images  # and their memory, before the next are drawn
+        metrics = report.epoch_metrics(epoch, rewards, parts, means, updates, timed.seconds)
+        del trajectories, images  # and their memory, before others are drawn
+        yield metrics
 
 
 def update_metrics(

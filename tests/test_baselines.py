@@ -183,3 +183,21 @@ def test_runs(cli, tmp_path, name):
     assert (run / "before_after.png").is_file()
     assert metrics_of(run)[1]["log_ratio_ref"] != 0
     assert bool(checkpoint(run)["latest"]) == name.startswith("ddpo")
+
+
+def test_diffusion_dpo_by_hand():
+    """Wallace et al. 2024, Eq. 14, pair by pair: -log sigmoid of how much more the error of the
+    winner fell than the loser's."""
+    generator = torch.Generator().manual_seed(0)
+    errors, errors_ref = torch.rand(2, 3, 4, generator=generator, dtype=torch.float64)
+    rewards = torch.tensor([[1.0, 2.0, 2.0, 0.0], [0.0, 1.0, 3.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
+    total = 0.0
+    for n in range(3):
+        pairs = []
+        for winner, loser in itertools.permutations(range(4), 2):
+            if rewards[n, winner] > rewards[n, loser]:
+                fall = [errors_ref[n, i].item() - errors[n, i].item() for i in (winner, loser)]
+                pairs.append(math.log1p(math.exp(-7.0 * (fall[0] - fall[1]))))
+        total += sum(pairs) / max(1, len(pairs))
+    loss = baselines.diffusion_dpo_loss(errors, errors_ref, rewards, 7.0)
+    assert loss.item() == pytest.approx(total / 3, rel=1e-12)
