@@ -845,7 +845,8 @@ def test_two_processes_equal_one(cli, tiny_sd, tmp_path, flags):
     assert (one / name).read_bytes() == (two / name).read_bytes()
     # Differences of numbers of size 1 are compared on that scale, kl_nats as a sum of T*C*H*W ones.
     scales = {"log_ratio_old": 1, "log_ratio_ref": 1, "explained": 1, "kl_nats": 3 * 4 * 8 * 8}
-    scales |= {"loss": 1, "loss_unclipped": 1}  # DDPO's is a mean of advantages around 0
+    # DDPO's loss is a mean of advantages of size 1, around 0, times how far two updates went apart.
+    scales |= {"loss": 100, "loss_unclipped": 100}
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         assert a.keys() == b.keys()
         for name in a.keys() - {"explained"} if a["explained"] is None else a:
