@@ -198,12 +198,17 @@ VERSION = 3  # of the checkpoint's layout
 
 
 def is_used(run: Path) -> bool:
-    """Does a folder hold more than a start that failed before its first epoch?"""
+    """Does a folder hold more than a start that failed before its first epoch was over?"""
     if not run.is_dir():
         return run.exists()
     names = {path.name for path in run.iterdir()}
-    ours = "config.json" in names and not (run / "checkpoint" / "state.pt").exists()
-    return bool(names - {"config.json", "samples", "checkpoint"} if ours else names)
+    if "config.json" not in names or read_metrics(run):
+        return bool(names)
+    try:
+        done = read_state(run)["epoch"] if "state.pt" in os.listdir(run / "checkpoint") else 0
+    except (ValueError, OSError):
+        return True  # perhaps of use to somebody
+    return done > 0 or bool(names - {"config.json", "samples", "checkpoint", "metrics.jsonl"})
 
 
 def start_run(run: Path, record: dict, epoch: int, before: Samples) -> None:
@@ -214,7 +219,7 @@ def start_run(run: Path, record: dict, epoch: int, before: Samples) -> None:
     write_json(run / "config.json", record)
     if epoch == 1:
         save_state(run, record, 0, {})
-    write_metrics(run, read_metrics(run)[: epoch - 1])
+    write_metrics(run, [row for row in read_metrics(run) if row["epoch"] < epoch])
     save_grid(run, 0, before)
 
 
@@ -242,8 +247,11 @@ def save_pipeline(run: Path, pipe) -> None:
     index = json.loads((source / "model_index.json").read_text())
     with writing(run / "pipeline") as folder:
         for name in index.keys() - set(learned):
-            if (source / name).is_dir():
-                shutil.copytree(source / name, folder / name)
+            for file in (source / name).rglob("*"):
+                if file.is_file():
+                    copy = folder / file.relative_to(source)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, copy)  # not its permissions: it may be read-only
         for name in learned:
             part = getattr(pipe, name)
             part.save_pretrained(folder / name)
@@ -277,12 +285,7 @@ def load_state(run: Path, harmless: set[str]) -> dict:
     """
 
     def read() -> dict:
-        path = run / "checkpoint" / "state.pt"
-        if not path.is_file():
-            raise ValueError("no checkpoint there to go on from")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["version"] != VERSION:
-            raise ValueError(f"checkpoint of version {state['version']}, and this is {VERSION}")
+        state = read_state(run)
         require_same(state["record"], json.loads((run / "config.json").read_text()), harmless)
         return state
 
@@ -300,11 +303,52 @@ def load_state(run: Path, harmless: set[str]) -> dict:
     return tree_unflatten(shapes, structure)
 
 
+def read_state(run: Path) -> dict:
+    """state.pt, whole, on the CPU; ValueError for none, a damaged or a foreign one."""
+    path = run / "checkpoint" / "state.pt"
+    if not path.is_file():
+        raise ValueError("has no checkpoint to go on from")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds
+        raise ValueError(f"{path} is damaged or cannot be read") from error
+    layout = {"version": int, "record": dict, "epoch": int}
+    if isinstance(state, dict) and state.get("epoch") != 0:
+        layout |= {"unet": dict, "optimizer": dict, "latest": dict}
+    if not isinstance(state, dict) or any(type(state.get(n)) is not k for n, k in layout.items()):
+        raise ValueError(f"{path} is no checkpoint of a run")
+    if state["version"] != VERSION:
+        raise ValueError(f"its checkpoint is of version {state['version']}, and this is {VERSION}")
+    return state
+
+
+def restore(state: dict, weights: dict[str, nn.Parameter], optimizer) -> dict:
+    """Put a state's weights and moments, if it has any, in place, and return the last rewards;
+    ValueError unless there is one for each weight, of its shape."""
+    if state["epoch"] == 0:
+        return {}
+    saved, moments = state["unet"], state["optimizer"].get("state", {})
+    if saved.keys() != weights.keys() or len(moments) != len(weights):
+        raise ValueError("its checkpoint is of a network with other weights")
+    for (name, weight), moment in zip(weights.items(), moments.values(), strict=True):
+        tensors = saved[name], moment["exp_avg"], moment["exp_avg_sq"]
+        if any(tensor.shape != weight.shape for tensor in tensors):
+            raise ValueError(f"its checkpoint has another shape of {name}")
+    optimizer.load_state_dict(state["optimizer"])
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(saved[name])
+    return state["latest"]
+
+
 def require_same(then: dict, now: dict, harmless: set[str]) -> None:
     """Refuse to go on with other settings, prompts or weights than a run began with."""
     for name in sorted(then.keys() - harmless):
         if now.get(name) != then[name]:
-            raise ValueError(f"{name} is {now.get(name)}, and the run began with {then[name]}")
+            change = f"{name} is {now.get(name)}, and was {then[name]}"
+            if name.endswith("_digest"):
+                change = f"the {name.removesuffix('_digest')} changed since it began"
+            raise ValueError(f"{change}; restore that, or choose a new --out")
 
 
 # ---- Progress ------------------------------------------------------------------------------------
@@ -420,16 +464,17 @@ def open_log(kind: str, run: str) -> Callable[[dict[str, float]], object]:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The rows of metrics.jsonl, in order, without lines that are none (torn, blank, foreign)."""
+    """The rows of metrics.jsonl, epochs rising, without lines that are none (torn or foreign)."""
     path, rows = run / "metrics.jsonl", []
     if not path.is_file():
         return rows
     for line in path.read_text(errors="replace").split("\n"):
         try:
             row = json.loads(line)
-        except ValueError:
+            numbers = [row[name] + 0.0 for name in ("epoch", "reward_mean", "log_ratio_ref")]
+        except (ValueError, TypeError, KeyError):
             continue
-        if isinstance(row, dict) and row.get("epoch") == len(rows) + 1:
+        if numbers[0] > (rows[-1]["epoch"] if rows else 0):
             rows.append(row)
     return rows
 
