@@ -27,7 +27,7 @@ from torch import Tensor
 
 import prdp
 import report
-from rewards import InputError, Parser, command, reading
+from rewards import InputError, Parser, command, reading, reward_files
 
 # Fields of prdp.Config that decide the result, and that may be asked for.
 SETTINGS = ("reward", "prompts", "seed", "ddpm_steps", "guidance_scale", "dtype", "microbatch")
@@ -60,7 +60,7 @@ def find_models(names: list[str], against: str | None) -> tuple[dict[str, str], 
             if not (run / "pipeline").is_dir():
                 raise InputError(f"{run}: has no pipeline/ yet; finish it with --resume {run}.")
             with reading(str(run / "config.json")):
-                settings = settings or json.loads((run / "config.json").read_text())
+                settings = settings or dict(json.loads((run / "config.json").read_text()))
             folder = str(run / "pipeline")
         label = run.name if run.name not in folders else name
         folders[label] = folder
@@ -143,7 +143,8 @@ def load_record(out: Path, asked: dict) -> dict:
         return {"settings": asked, "digests": {}, "rewards": {}}
     with reading(f"--out {out}, choose another folder"):
         record = json.loads(path.read_text())
-        report.require_same(record["settings"], asked, set())
+        report.require_same(dict(record["settings"]), asked, set())
+        record |= {name: dict(record[name]) for name in ("digests", "rewards")}
     return record
 
 
@@ -197,11 +198,16 @@ def main(argv: list[str] | None = None) -> None:
             default = Path(args.models[0]) / "evaluation"
         out = Path(args.out or default)
         chosen = {f: choose_prompts(f, args.max_prompts, config.seed) for f in config.prompts}
-        if samples < 1:
-            raise InputError(f"--samples-per-prompt {samples}: must be at least 1.")
+        for name in ("samples_per_prompt", "max_prompts"):
+            if (number := getattr(args, name)) is not None and number < 1:
+                raise InputError(f"{prdp.option(name)} {number}: must be at least 1.")
 
         asked = {name: getattr(config, name) for name in SETTINGS}
         asked |= {"samples_per_prompt": samples, "max_prompts": args.max_prompts}
+        asked["reward_digest"] = report.digest(f.read_bytes() for f in reward_files(config.reward))
+        asked["prompts_digest"] = report.digest(
+            prompt.encode() for prompts, _ in chosen.values() for prompt in prompts
+        )
         record = report.share(load_record(out, json.loads(json.dumps(asked))))
         shown = {}
         for label, folder in folders.items():
@@ -219,9 +225,13 @@ def main(argv: list[str] | None = None) -> None:
             del models, pipe  # and their memory, before the next are loaded
 
         if report.rank() == 0:
-            record["table"] = tabulate(record["rewards"], chosen, list(folders), base)
+            with reading(f"--out {out}, choose another folder"):
+                table = tabulate(record["rewards"], chosen, list(folders), base)
+            record["table"] = [  # NaN, the error of a single number, is no JSON
+                {name: None if x != x else x for name, x in row.items()} for row in table
+            ]
             save_record(out, record)
-            print_table(record["table"])
+            print_table(table)
             report.plot_pairs(out / "evaluation.png", shown)
             print(f"see {out / 'evaluation.png'}")
         report.end_processes()

@@ -112,6 +112,7 @@ class Config:
 
 
 GROUPS = {"preset": "run", "epochs": "Table 4", "advantage": "baselines", "microbatch": "machine"}
+UNBOUNDED = ("clip_range", "max_grad_norm")  # inf: neither clips
 # What a run and its continuation may differ in.
 HARMLESS = {"resume", "out", "epochs", "save_every", "sample_every", "log_to", "offload"}
 LARGE = dict(epochs=1000, updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8,
@@ -176,7 +177,7 @@ def resolved(config: Config) -> Config:
         may_be_0 = name in ("seed", "guidance_scale", "weight_decay", "lora_rank")
         if type(value) in (int, float) and not (value > 0 or (may_be_0 and value == 0)):
             raise InputError(f"{option(name)} {value}: too small.")
-        if type(value) is int and value >= 2**63:
+        if type(value) in (int, float) and value >= 2**40 and name not in UNBOUNDED:
             raise InputError(f"{option(name)} {value}: too large.")
     if config.prompts_per_epoch % processes():
         raise InputError(f"--prompts-per-epoch: must be a multiple of the {processes()} processes.")
@@ -229,7 +230,7 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     stride = train_steps // max(num_steps, 1)
     timesteps = torch.arange(num_steps - 1, -1, -1) * stride + config["steps_offset"]
     if stride * num_steps < 0.8 * train_steps or timesteps[0] >= train_steps:
-        raise InputError(f"--ddpm-steps {num_steps}: does not divide {train_steps}; 50 may do.")
+        raise InputError(f"--ddpm-steps {num_steps}: no whole strides of {train_steps}; 50 may do.")
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
     final = 1.0 if config["set_alpha_to_one"] else alphas_cumprod[0].item()
     previous = timesteps - stride
@@ -557,8 +558,8 @@ def sample_prompts(
 def require_finite(what: str, values: Tensor) -> None:
     """Stop before anything is learned from NaN or infinity."""
     if not values.isfinite().all():
-        mend = "try a lower --learning-rate, a higher --kl-weight or another --dtype in a new run"
-        raise InputError(f"{what} is not finite; {mend}.")
+        mend = "a lower --learning-rate or --guidance-scale, a higher --kl-weight, another --dtype"
+        raise InputError(f"{what} is not finite; try, in a new run, {mend}.")
 
 
 # ---- 7. Models -----------------------------------------------------------------------------------
@@ -792,8 +793,7 @@ def run(config: Config, reward: Callable | None = None, prompts: list[str] | Non
 
     models = load_models(config, device, reward)
     pipe, unet, start = models.pipe, models.pipe.unet, state["epoch"] + 1
-    files = [] if reward else reward_files(config.reward)
-    record = report.make_record(vars(config), prompts, files, pipe)
+    record = report.make_record(vars(config), prompts, reward_files(config.reward), pipe)
     if config.resume:
         with reading(f"--resume {out}"):
             report.require_same(state["record"], record, HARMLESS)

@@ -231,8 +231,10 @@ def make_record(settings: dict, prompts: list[str], files: list[Path], pipe) -> 
         "prompts_digest": digest(prompt.encode() for prompt in prompts),
         "reward_digest": digest(file.read_bytes() for file in files),
         "model_digest": weights_digest(pipe.unet, pipe.vae, pipe.text_encoder),
-        "clip_range": str(settings["clip_range"]),  # infinity is no JSON
     }
+    record |= {
+        name: "inf" for name, value in settings.items() if value == math.inf
+    }  # JSON has none
     return json.loads(json.dumps(record))
 
 
@@ -427,12 +429,13 @@ def epoch_metrics(
     means = {name: gather(x.double().mean()[None]).mean().item() for name, x in means.items()}
     parts = {f"reward_mean/{label}": gather(part).mean().item() for label, part in parts.items()}
     rewards = gather(rewards)
+    std = deviation(rewards)
     cuda = torch.cuda.is_available()
     return {
         "epoch": epoch,
         "reward_mean": rewards.mean().item(),
-        "reward_std": rewards.std().item(),
-        "reward_se": rewards.std().item() / len(rewards) ** 0.5,
+        "reward_std": std,
+        "reward_se": std / len(rewards) ** 0.5,
         **parts,
         **means,
         **{f"seconds_{name}": value for name, value in seconds.items()},
@@ -529,10 +532,15 @@ def is_far(row: dict, first: dict) -> bool:
 # ---- Pictures ------------------------------------------------------------------------------------
 
 
+def deviation(x: Tensor) -> float:
+    """Of numbers (M,); NaN of a single one."""
+    return x.std().item() if len(x) > 1 else math.nan
+
+
 def mean_and_error(rewards: Tensor) -> tuple[float, float]:
     """Mean of rewards (P, S), and its standard error over prompts; of one prompt, over images."""
     rows = (rewards.mean(1) if len(rewards) > 1 else rewards[0]).double()
-    return rows.mean().item(), (rows.std() / len(rows) ** 0.5).item()
+    return rows.mean().item(), deviation(rows) / len(rows) ** 0.5
 
 
 def save_grid(run: Path, epoch: int, samples: Samples) -> None:

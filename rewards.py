@@ -328,8 +328,9 @@ def resolve_reward(spec: str) -> str:
 
 
 def reward_files(spec: str) -> list[Path]:
-    """The Python files that a spec names, each once: code that a result depends on."""
-    files = (c.source for c in parse_reward(spec) if c.source not in LOADERS)
+    """The Python files that a spec, if any, names, each once: code that a result depends on."""
+    components = parse_reward(spec) if spec else []
+    files = (c.source for c in components if c.source not in LOADERS)
     return [Path(file) for file in dict.fromkeys(files)]
 
 
