@@ -587,7 +587,7 @@ def load_pipeline(model: str):
     if (Path(model) / "metrics.jsonl").is_file():
         raise InputError(f"--model {model}: is a run; its model is {Path(model) / 'pipeline'}.")
     if Path(model).is_file():
-        raise InputError(f"--model {model}: a file; diffusers' from_single_file makes it a folder.")
+        raise InputError(f"--model {model}: no Stable Diffusion folder; see from_single_file.")
     local, pipeline = Path(model).exists(), diffusers.StableDiffusionPipeline
     with reading(f"--model {model}: {'no Stable Diffusion folder' if local else 'no such folder'}"):
         kind = pipeline.load_config(model)["_class_name"]
