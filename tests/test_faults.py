@@ -486,7 +486,9 @@ def test_folder_is_used_again_only_after_a_start_that_failed(run, cli, tmp_path)
         before = contents(used)
         assert "in use; choose another" in only_sentence(cli("--out", used))
         assert contents(used) == before
-    (run / "metrics.jsonl").unlink()  # but its checkpoint is of epoch 2
+    shutil.rmtree(run / "pipeline")
+    for name in ("metrics.jsonl", "reward.png", "before_after.png"):
+        (run / name).unlink()  # but its checkpoint is of epoch 2
     assert "in use; choose another" in only_sentence(cli("--out", run))
     os.truncate(run / "checkpoint" / "state.pt", 100)  # nobody knows what it held
     assert "in use; choose another" in only_sentence(cli("--out", run))
