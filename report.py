@@ -153,7 +153,7 @@ def writing(path: Path) -> Iterator[Path]:
         # torch, Pillow and safetensors each report a full disk by an exception of their own.
         number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
         reason = os.strerror(number) if isinstance(error, OSError) else " ".join(str(error).split())
-        if shutil.disk_usage(path.parent).free < 2**20:
+        if path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20:
             reason = os.strerror(errno.ENOSPC)
         raise OSError(number, reason, str(path)) from error
 

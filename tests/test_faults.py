@@ -647,6 +647,16 @@ def test_what_cannot_be_written_leaves_what_was(function, file, run, cli, monkey
     assert [row["epoch"] for row in report.read_metrics(run)] == [1, 2, 3]
 
 
+def test_folder_that_cannot_be_made(cli, monkeypatch, tmp_path):
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", forbidden)
+    said = only_sentence(cli())
+    where = tmp_path / "run" / "config.json"
+    assert said == f"prdp.py: {where}: Permission denied; what was saved before is intact."
+
+
 def test_full_disk(cli, tmp_path):
     """A file system with room for what a run writes at first, and not for its checkpoint."""
     disk = tmp_path / "disk"
