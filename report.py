@@ -142,6 +142,7 @@ def writing(path: Path) -> Iterator[Path]:
         yield temporary
         for file in [temporary, *temporary.rglob("*")]:
             if file.is_file():
+                file.chmod(0o666 & ~umask())  # safetensors' are for their owner alone
                 flush(file)
         if path.is_dir():
             remove(path)
@@ -164,6 +165,13 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def umask() -> int:
+    """What new files are kept from others; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def flush(path: Path) -> None:

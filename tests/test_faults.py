@@ -255,6 +255,9 @@ def test_pipeline_has_the_other_parts_as_they_came(full_sd, cli, tmp_path):
     assert {name: now.get(name) for name in same} == {name: then[name] for name in same}
     assert now[WEIGHTS["unet"]] != then[WEIGHTS["unet"]]
 
+    files = (path for path in (tmp_path / "run").rglob("*") if path.is_file())
+    assert len({file.stat().st_mode for file in files}) == 1  # whoever reads one reads all
+
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert pipe.safety_checker is not None and pipe.feature_extractor is not None
     assert pipe.scheduler.config.prediction_type == "v_prediction"
