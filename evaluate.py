@@ -4,19 +4,18 @@ noise for every model.
     python evaluate.py runs/toy --prompts prompts/shapes.txt --samples-per-prompt 8
     python evaluate.py MODEL OTHER --against BASE --reward "hpsv2=1,aesthetic=0" --max-prompts 500
 
-A model is a run of prdp.py, a diffusers folder or a hub id. Steps, guidance, reward and prompts are
-the first run's, or Table 4's, unless given. Prints and stores in evaluation.json, for each file,
-reward and model: mean, standard error over prompts, and against the base the paired difference and
-the share of images that win (ties count half). A stopped evaluation goes on where it was.
+A model is a run of prdp.py, a folder or a hub id. What is not given is the first run's, or Table
+4's. Prints and stores in evaluation.json, for each file, reward and model: mean, standard error
+over prompts, paired difference to the base, share of images that win (ties count half).
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -39,7 +38,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--samples-per-prompt", type=int, default=64, metavar="S")
     parser.add_argument("--max-prompts", type=int, metavar="N", help="a file, drawn by --seed")
     parser.add_argument("--out", help="default: evaluation/ in the first run, or here")
-    parser.add_fields([f for f in dataclasses.fields(prdp.Config) if f.name in ASKED], {})
+    parser.add_fields([f for f in fields(prdp.Config) if f.name in ASKED], {})
     return parser.parse_args(argv)
 
 
@@ -52,19 +51,18 @@ def find_models(names: list[str], against: str | None) -> tuple[dict[str, str], 
             if not (run / "pipeline").is_dir():
                 raise InputError(f"{run}: has no pipeline/ yet; finish it with --resume {run}.")
             with reading(str(run / "config.json")):
-                settings = settings or json.loads((run / "config.json").read_text())
+                settings = settings or dict(json.loads((run / "config.json").read_text()))
             folder = str(run / "pipeline")
         folders[run.name if run.name not in folders else name] = folder
     base = against or settings.get("model")
     if base is not None and base not in folders.values():
         folders = {"base": base, **folders}
-    labels = [label for label, folder in folders.items() if folder == base]
-    return folders, next(iter(labels), None), settings
+    return folders, next((label for label in folders if folders[label] == base), None), settings
 
 
 def make_config(settings: dict, given: dict) -> prdp.Config:
     """What is given, over the first run's settings, over Table 4's."""
-    taken = {f.name: type(f.default)(settings[f.name]) for f in dataclasses.fields(prdp.Config)
+    taken = {f.name: type(f.default)(settings[f.name]) for f in fields(prdp.Config)
              if f.name in SETTINGS and settings}  # fmt: skip
     taken |= {name: value for name, value in given.items() if name in ASKED}
     # N and B are not used here, but must allow any number of processes and any microbatch.
@@ -122,10 +120,8 @@ def tabulate(rewards: dict, chosen: dict, labels: list[str], base: str | None) -
     for file, (prompts, indices) in chosen.items():
         done = [[rewards[file][label][prompts[n]] for n in indices] for label in labels]
         for name in done[0][0]:
-            scores = {
-                label: torch.tensor([parts[name] for parts in by_prompt])  # (P, S)
-                for label, by_prompt in zip(labels, done, strict=True)
-            }
+            scores = {label: torch.tensor([parts[name] for parts in rows])  # (P, S)
+                      for label, rows in zip(labels, done, strict=True)}  # fmt: skip
             for label, x in scores.items():
                 mean, error = report.mean_and_error(x)
                 row = {"prompts": Path(file).name, "reward": name, "model": label}
@@ -158,22 +154,24 @@ def main(argv: list[str] | None = None) -> None:
         config = make_config(settings, vars(args))
         samples, limit = args.samples_per_prompt, args.max_prompts
         chosen = {file: choose_prompts(file, limit, config.seed) for file in config.prompts}
-        if samples < 1 or samples == 1 == min(len(indices) for _, indices in chosen.values()):
-            raise InputError(f"--samples-per-prompt {samples}: too few for a standard error.")
+        fewest = min(len(indices) for _, indices in chosen.values())
+        if min(samples, fewest, limit or 1) < 1 or samples == fewest == 1:
+            raise InputError(f"--samples-per-prompt {samples}, --max-prompts {limit}: too few.")
         out = Path(args.out or (Path(args.models[0], "evaluation") if settings else "evaluation"))
         asked = {name: getattr(config, name) for name in SETTINGS}
         asked |= {"samples_per_prompt": samples, "max_prompts": limit}
         asked["reward_digest"] = report.digest(f.read_bytes() for f in reward_files(config.reward))
+        asked["prompts_digest"] = report.digest(t.encode() for p, _ in chosen.values() for t in p)
         path, shown = out / "evaluation.json", {}
         record = {"settings": json.loads(json.dumps(asked)), "digests": {}, "rewards": {}}
         if report.on_rank_0(path.is_file):
-            with reading(f"{path}, choose another --out"):
+            with reading(f"--out {out}, choose another folder"):
                 found = report.on_rank_0(lambda: json.loads(path.read_text()))
-                report.require_same(found["settings"], record["settings"], set())
-                record = found
+                report.require_same(dict(found["settings"]), record["settings"], set())
+                record |= {name: dict(found[name]) for name in ("digests", "rewards")}
         for label, folder in folders.items():
-            models = prdp.load_models(dataclasses.replace(config, model=folder), device)
-            models = models._replace(reference=None)  # and its memory
+            own = replace(config, model=folder)
+            models = prdp.load_models(own, device)._replace(reference=None)
             digest = report.weights_digest(models.pipe)
             if record["digests"].setdefault(label, digest) != digest:
                 raise InputError(f"--out {out}: holds rewards of another {label}; choose another.")
@@ -188,7 +186,8 @@ def main(argv: list[str] | None = None) -> None:
             shown[label] = report.Samples([prompts[n] for n in some], images, total)
             del models  # before the next are loaded
 
-        record["table"] = tabulate(record["rewards"], chosen, list(folders), base)
+        with reading(f"--out {out}, choose another folder"):
+            record["table"] = tabulate(record["rewards"], chosen, list(folders), base)
         report.write_json(path, record)
         print_table(record["table"])
         report.plot_pairs(out / "evaluation.png", shown)

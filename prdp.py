@@ -112,6 +112,7 @@ class Config:
 
 
 GROUPS = {"preset": "run", "epochs": "Table 4", "advantage": "baselines", "microbatch": "machine"}
+UNBOUNDED = ("clip_range", "max_grad_norm")  # inf: neither clips
 # What a run and its continuation may differ in.
 HARMLESS = {"resume", "out", "epochs", "save_every", "sample_every", "log_to", "offload"}
 LARGE = dict(epochs=1000, updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8,
@@ -131,9 +132,8 @@ PRESETS = {
 
 def parse_args(argv: list[str]) -> Config:
     """The command line over the preset; with --resume, over the settings of the run."""
-    for gone in ("--evaluate", "--against", "--samples-per-prompt"):
-        if gone in argv:
-            raise InputError(f"{gone}: is now of another command, see python evaluate.py --help.")
+    if gone := {"--evaluate", "--against", "--samples-per-prompt"} & set(argv):
+        raise InputError(f"{min(gone)}: of another command now; see python evaluate.py --help.")
     presets = [f"  {name}: {settings}" for name, settings in PRESETS.items()]
     about = __doc__.split("\n\nIn reading order")[0]
     parser = Parser(description=about, epilog="\n".join(["presets:", *presets]), allow_abbrev=False)
@@ -141,17 +141,16 @@ def parse_args(argv: list[str]) -> Config:
     given = vars(parser.parse_args(argv))
     if "resume" not in given:
         preset = given.get("preset", "small")
-        settings = {"out": f"runs/{preset}", **PRESETS[preset]}
-        settings |= baselines.settings(given.get("loss", "prdp"), preset)
+        settings = PRESETS[preset] | baselines.settings(given.get("loss", "prdp"), preset)
         return resolved(Config(**settings | given))
 
     run = Path(given["resume"])
     if "out" in given:
         raise InputError(f"--out {given['out']}: not with --resume, which goes on in {run}.")
-    with reading(str(run / "config.json")):
+    with reading(f"--resume {run}: its config.json"):
         record = on_rank_0(lambda: json.loads((run / "config.json").read_text()))
         saved = {f.name: type(f.default)(record[f.name]) for f in dataclasses.fields(Config)}
-    config = resolved(Config(**saved | given | {"out": str(run)}))
+    config = resolved(Config(**saved | given))
     for name in given.keys() - HARMLESS:
         if getattr(config, name) != saved[name]:
             raise InputError(f"{option(name)} {given[name]}: the run began with {saved[name]}.")
@@ -172,6 +171,7 @@ def resolved(config: Config) -> Config:
     if config.offload == "auto":
         acting["offload"] = "on" if 0 < memory < 40e9 else "off"
     images = config.prompts_per_epoch * config.images_per_prompt // processes()
+    acting["out"] = config.resume or config.out or f"runs/{config.preset}"
     acting["microbatch"] = min(config.microbatch or (16 if memory >= 120e9 else 8), max(images, 1))
     config = dataclasses.replace(config, **acting)
 
@@ -179,7 +179,7 @@ def resolved(config: Config) -> Config:
         may_be_0 = name in ("seed", "guidance_scale", "weight_decay", "lora_rank")
         if type(value) in (int, float) and not (value > 0 or (may_be_0 and value == 0)):
             raise InputError(f"{option(name)} {value}: too small.")
-        if type(value) is int and value >= 2**63:
+        if type(value) in (int, float) and value >= 2**40 and name not in UNBOUNDED:
             raise InputError(f"{option(name)} {value}: too large.")
     if config.prompts_per_epoch % processes():
         raise InputError(f"--prompts-per-epoch: must be a multiple of the {processes()} processes.")
@@ -232,7 +232,7 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     stride = train_steps // max(num_steps, 1)
     timesteps = torch.arange(num_steps - 1, -1, -1) * stride + config["steps_offset"]
     if stride * num_steps < 0.8 * train_steps or timesteps[0] >= train_steps:
-        raise InputError(f"--ddpm-steps {num_steps}: does not divide {train_steps}; 50 may do.")
+        raise InputError(f"--ddpm-steps {num_steps}: no whole strides of {train_steps}; 50 may do.")
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
     final = 1.0 if config["set_alpha_to_one"] else alphas_cumprod[0].item()
     previous = timesteps - stride
@@ -561,8 +561,8 @@ def sample_prompts(
 def require_finite(what: str, values: Tensor) -> None:
     """Stop before anything is learned from NaN or infinity."""
     if not values.isfinite().all():
-        mend = "try a lower --learning-rate, a higher --kl-weight or another --dtype in a new run"
-        raise InputError(f"{what} is not finite; {mend}.")
+        mend = "a lower --learning-rate or --guidance-scale, a higher --kl-weight, another --dtype"
+        raise InputError(f"{what} is not finite; try, in a new run, {mend}.")
 
 
 # ---- 7. Models -----------------------------------------------------------------------------------
@@ -586,20 +586,25 @@ def load_pipeline(model: str):
 
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()  # of loading; downloads keep theirs
-        library.utils.logging.set_verbosity_error()
-    if (Path(model) / "pipeline").is_dir():
+        library.utils.logging.set_verbosity(50)  # `reading` says it
+    if (Path(model) / "metrics.jsonl").is_file():
         raise InputError(f"--model {model}: is a run; its model is {Path(model) / 'pipeline'}.")
+    if Path(model).is_file():
+        raise InputError(f"--model {model}: no Stable Diffusion folder; see from_single_file.")
     local, pipeline = Path(model).exists(), diffusers.StableDiffusionPipeline
-    where = "no Stable Diffusion folder" if local else "neither a folder nor on the hub"
-    with reading(f"--model {model}: {where}"):
+    with reading(f"--model {model}: {'no Stable Diffusion folder' if local else 'no such folder'}"):
         kind = pipeline.load_config(model)["_class_name"]
         if kind != "StableDiffusionPipeline":
             raise InputError(f"--model {model}: a {kind}; only Stable Diffusion 1.x and 2.x work.")
         folder = model if local else pipeline.download(model)
         parts = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
                  "text_encoder": transformers.CLIPTextModel}  # fmt: skip
+        for name in (*parts, "tokenizer", "scheduler"):
+            if not Path(folder, name).is_dir():
+                raise ValueError(f"has no {name}")
         for name, part in parts.items():
-            parts[name] = load_network(f"--model {model}: its {name}", part, folder, subfolder=name)
+            with reading(what := f"--model {model}: its {name}"):
+                parts[name] = load_network(what, part, folder, subfolder=name)
         options = dict(safety_checker=None, requires_safety_checker=False)
         return pipeline.from_pretrained(folder, **parts, **options)
 
@@ -640,7 +645,8 @@ def load_models(config: Config, device: torch.device, reward: Callable | None = 
     vae.to(waiting)
     unet.to(device)
     text_encoder.to(device)
-    null_text = encode(pipe, [""])[0]  # on `device`, for the same bits wherever networks wait
+    with reading(f"--model {config.model}: its tokenizer"):
+        null_text = encode(pipe, [""])[0]  # on `device`: the same bits wherever networks wait
     text_encoder.to(waiting)
     if config.compile:  # dynamic=False: a graph a shape, so that no pass changes another's bits
         importlib.import_module("torch._inductor.config").deterministic = True  # nor a resume
@@ -721,15 +727,19 @@ def load_prompts(path: str | Path) -> list[str]:
             records = [line for line in lines if not line.lstrip().startswith("#")]
         if kind not in (".txt", ".json", ".jsonl", "") or not isinstance(records, list):
             raise ValueError("must be .txt, .json or .jsonl, and hold a list of prompts")
-        for number, record in enumerate(records):
-            if isinstance(record, dict):
-                records[number] = record.get("prompt") or record.get("caption")
-            if not isinstance(records[number], str):
-                raise ValueError(f"entry {number + 1} is neither a string nor has a prompt")
-        "".join(records).encode()  # refuses half a surrogate pair, which no tokenizer takes
-        prompts = list(dict.fromkeys(record.strip() for record in records if record.strip()))
-        if not prompts:
-            raise ValueError("holds no prompt")
+        return as_prompts(records)
+
+
+def as_prompts(records: list) -> list[str]:
+    """The text of each, stripped, blanks and repeats dropped; ValueError for what is no prompt."""
+    texts = [r.get("prompt") or r.get("caption") if isinstance(r, dict) else r for r in records]
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"entry {number + 1} is neither a string nor has a prompt")
+    "".join(texts).encode()  # refuses half a surrogate pair, which no tokenizer takes
+    prompts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    if not prompts:
+        raise ValueError("holds no prompt")
     return prompts
 
 
@@ -771,11 +781,11 @@ def run(config: Config, reward: Callable | None = None, prompts: list[str] | Non
     those that config names. Raises InputError for what cannot run.
     """
     device, state = report.start_processes(), {"epoch": 0}
-    config = resolved(dataclasses.replace(config, reward="") if reward else config)
-    out = Path(config.out)
-    if prompts is None:
-        prompts = [prompt for file in config.prompts for prompt in load_prompts(file)]
-    prompts = list(dict.fromkeys(prompts))
+    given = ({"reward": ""} if reward else {}) | ({"prompts": ()} if prompts else {})
+    config = resolved(dataclasses.replace(config, **given))
+    out, files = Path(config.out), config.prompts
+    with reading("prompts"):
+        prompts = as_prompts(prompts or [text for file in files for text in load_prompts(file)])
     if config.resume:
         with reading(f"--resume {out}"):
             state = report.load_state(out, HARMLESS)
@@ -786,32 +796,26 @@ def run(config: Config, reward: Callable | None = None, prompts: list[str] | Non
 
     models = load_models(config, device, reward)
     pipe, unet, start = models.pipe, models.pipe.unet, state["epoch"] + 1
-    files = [] if reward else reward_files(config.reward)
-    record = report.make_record(vars(config), prompts, files, pipe)
+    record = report.make_record(vars(config), prompts, reward_files(config.reward), pipe)
     if config.resume:
         with reading(f"--resume {out}"):
             report.require_same(state["record"], record, HARMLESS)
-    learning = [p for p in unet.parameters() if p.requires_grad]
-    decay, fused = config.weight_decay, device.type == "cuda"
-    optimizer = torch.optim.AdamW(learning, config.learning_rate, weight_decay=decay, fused=fused)
+    learned = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    options = {"weight_decay": config.weight_decay, "fused": device.type == "cuda"}
+    optimizer = torch.optim.AdamW(learned.values(), config.learning_rate, **options)
     statistics = baselines.RewardStatistics(config.advantage if "ddpo" in config.loss else "none")
-    report.introduce(vars(config), learning, kernels.path(device), len(prompts))
+    report.introduce(vars(config), learned.values(), kernels.path(device), len(prompts))
     context, some = pipe.tokenizer.model_max_length, prompts[:1000]
     if long := sum(len(ids) > context for ids in pipe.tokenizer(some).input_ids):
-        say(
-            f"warning: {long} of {len(some)} prompts exceed {context} tokens; their ends go unread."
-        )
+        say(f"warning: {long} of {len(some)} prompts exceed {context} tokens; the ends go unread.")
     seconds = check_on_policy(config, models, prompts[0])
     passes = 4 * config.updates_per_epoch + 1  # of each image; a backward one is about two others
     passes *= config.prompts_per_epoch * config.images_per_prompt // processes()
     say(report.forecast(seconds, passes * seconds, config.epochs - start + 1))
     before = draw_samples(config, models, models.reference, prompts)
 
-    if start > 1:  # all has been read and compared: load, and only then write
-        with reading(f"--resume {out}"):
-            unet.load_state_dict(state["unet"], strict=not config.lora_rank)  # or adapters alone
-            optimizer.load_state_dict(state["optimizer"])
-            statistics.latest = state["latest"]
+    with reading(f"--resume {out}"):  # all has been compared: load, and only then write
+        statistics.latest = report.restore(state, learned, optimizer)
     del state  # and its memory
     report.start_run(out, record, start, before)
     for metrics in train(config, models, optimizer, statistics, prompts, start):
@@ -820,9 +824,7 @@ def run(config: Config, reward: Callable | None = None, prompts: list[str] | Non
         if epoch % config.sample_every == 0 and epoch < config.epochs:
             report.save_grid(out, epoch, draw_samples(config, models, models.policy, prompts))
         if epoch % config.save_every == 0 or epoch == config.epochs:
-            learned = {name: p for name, p in unet.named_parameters() if p.requires_grad}
-            state = {"unet": learned, "optimizer": optimizer.state_dict()}
-            state["latest"] = statistics.latest
+            state = dict(unet=learned, optimizer=optimizer.state_dict(), latest=statistics.latest)
             report.save_state(out, record, epoch, state)
 
     after = draw_samples(config, models, models.policy, prompts)

@@ -142,6 +142,7 @@ def writing(path: Path) -> Iterator[Path]:
         yield temporary
         for file in [temporary, *temporary.rglob("*")]:
             if file.is_file():
+                file.chmod(0o666 & ~umask())  # safetensors' are for their owner alone
                 flush(file)
         if path.is_dir():
             remove(path)
@@ -153,7 +154,7 @@ def writing(path: Path) -> Iterator[Path]:
         # torch, Pillow and safetensors each report a full disk by an exception of their own.
         number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
         reason = os.strerror(number) if isinstance(error, OSError) else " ".join(str(error).split())
-        if shutil.disk_usage(path.parent).free < 2**20:
+        if path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20:
             reason = os.strerror(errno.ENOSPC)
         raise OSError(number, reason, str(path)) from error
 
@@ -164,6 +165,13 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def umask() -> int:
+    """What new files are kept from others; it can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def flush(path: Path) -> None:
@@ -199,12 +207,17 @@ VERSION = 3  # of the checkpoint's layout
 
 
 def is_used(run: Path) -> bool:
-    """Does a folder hold more than a start that failed before its first epoch?"""
+    """Does a folder hold more than a start that failed before its first epoch was over?"""
     if not run.is_dir():
         return run.exists()
     names = {path.name for path in run.iterdir()}
-    ours = "config.json" in names and not (run / "checkpoint" / "state.pt").exists()
-    return bool(names - {"config.json", "samples", "checkpoint"} if ours else names)
+    if "config.json" not in names or read_metrics(run):
+        return bool(names)
+    try:
+        done = read_state(run)["epoch"] if "state.pt" in os.listdir(run / "checkpoint") else 0
+    except (ValueError, OSError):
+        return True  # perhaps of use to somebody
+    return done > 0 or bool(names - {"config.json", "samples", "checkpoint", "metrics.jsonl"})
 
 
 def start_run(run: Path, record: dict, epoch: int, before: Samples) -> None:
@@ -215,7 +228,7 @@ def start_run(run: Path, record: dict, epoch: int, before: Samples) -> None:
     write_json(run / "config.json", record)
     if epoch == 1:
         save_state(run, record, 0, {})
-    write_metrics(run, read_metrics(run)[: epoch - 1])
+    write_metrics(run, [row for row in read_metrics(run) if row["epoch"] < epoch])
     save_grid(run, 0, before)
 
 
@@ -227,8 +240,10 @@ def make_record(settings: dict, prompts: list[str], files: list[Path], pipe) -> 
         "prompts_digest": digest(prompt.encode() for prompt in prompts),
         "reward_digest": digest(file.read_bytes() for file in files),
         "model_digest": weights_digest(pipe),
-        "clip_range": str(settings["clip_range"]),  # infinity is no JSON
     }
+    record |= {
+        name: "inf" for name, value in settings.items() if value == math.inf
+    }  # JSON has none
     return json.loads(json.dumps(record))
 
 
@@ -243,8 +258,11 @@ def save_pipeline(run: Path, pipe) -> None:
     index = json.loads((source / "model_index.json").read_text())
     with writing(run / "pipeline") as folder:
         for name in index.keys() - set(learned):
-            if (source / name).is_dir():
-                shutil.copytree(source / name, folder / name)
+            for file in (source / name).rglob("*"):
+                if file.is_file():
+                    copy = folder / file.relative_to(source)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, copy)  # not its permissions: it may be read-only
         for name in learned:
             part = getattr(pipe, name)
             part.save_pretrained(folder / name)
@@ -278,12 +296,7 @@ def load_state(run: Path, harmless: set[str]) -> dict:
     """
 
     def read() -> dict:
-        path = run / "checkpoint" / "state.pt"
-        if not path.is_file():
-            raise ValueError("no checkpoint there to go on from")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["version"] != VERSION:
-            raise ValueError(f"checkpoint of version {state['version']}, and this is {VERSION}")
+        state = read_state(run)
         require_same(state["record"], json.loads((run / "config.json").read_text()), harmless)
         return state
 
@@ -301,11 +314,52 @@ def load_state(run: Path, harmless: set[str]) -> dict:
     return tree_unflatten(shapes, structure)
 
 
+def read_state(run: Path) -> dict:
+    """state.pt, whole, on the CPU; ValueError for none, a damaged or a foreign one."""
+    path = run / "checkpoint" / "state.pt"
+    if not path.is_file():
+        raise ValueError("has no checkpoint to go on from")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds
+        raise ValueError(f"{path} is damaged or cannot be read") from error
+    layout = {"version": int, "record": dict, "epoch": int}
+    if isinstance(state, dict) and state.get("epoch") != 0:
+        layout |= {"unet": dict, "optimizer": dict, "latest": dict}
+    if not isinstance(state, dict) or any(type(state.get(n)) is not k for n, k in layout.items()):
+        raise ValueError(f"{path} is no checkpoint of a run")
+    if state["version"] != VERSION:
+        raise ValueError(f"its checkpoint is of version {state['version']}, and this is {VERSION}")
+    return state
+
+
+def restore(state: dict, weights: dict[str, Tensor], optimizer) -> dict:
+    """Put a state's weights and moments, if it has any, in place, and return the last rewards;
+    ValueError unless there is one for each weight, of its shape."""
+    if state["epoch"] == 0:
+        return {}
+    saved, moments = state["unet"], state["optimizer"].get("state", {})
+    if saved.keys() != weights.keys() or len(moments) != len(weights):
+        raise ValueError("its checkpoint is of a network with other weights")
+    for (name, weight), moment in zip(weights.items(), moments.values(), strict=True):
+        tensors = saved[name], moment["exp_avg"], moment["exp_avg_sq"]
+        if any(tensor.shape != weight.shape for tensor in tensors):
+            raise ValueError(f"its checkpoint has another shape of {name}")
+    optimizer.load_state_dict(state["optimizer"])
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(saved[name])
+    return state["latest"]
+
+
 def require_same(then: dict, now: dict, harmless: set[str]) -> None:
     """Refuse to go on with other settings, prompts or weights than a run began with."""
     for name in sorted(then.keys() - harmless):
         if now.get(name) != then[name]:
-            raise ValueError(f"{name} is {now.get(name)}, and the run began with {then[name]}")
+            change = f"{name} is {now.get(name)}, and was {then[name]}"
+            if name.endswith("_digest"):
+                change = f"the {name.removesuffix('_digest')} changed since it began"
+            raise ValueError(f"{change}; restore that, or choose a new --out")
 
 
 # ---- Progress ------------------------------------------------------------------------------------
@@ -395,12 +449,13 @@ def epoch_metrics(
     means = {name: gather(x.double().mean()[None]).mean().item() for name, x in means.items()}
     parts = {f"reward_mean/{label}": gather(part).mean().item() for label, part in parts.items()}
     rewards = gather(rewards)
+    std = deviation(rewards)
     cuda = torch.cuda.is_available()
     return {
         "epoch": epoch,
         "reward_mean": rewards.mean().item(),
-        "reward_std": rewards.std().item(),
-        "reward_se": rewards.std().item() / len(rewards) ** 0.5,
+        "reward_std": std,
+        "reward_se": std / len(rewards) ** 0.5,
         **parts,
         **means,
         **{f"seconds_{name}": value for name, value in seconds.items()},
@@ -432,16 +487,17 @@ def open_log(kind: str, run: str) -> Callable[[dict[str, float]], object]:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The rows of metrics.jsonl, in order, without lines that are none (torn, blank, foreign)."""
+    """The rows of metrics.jsonl, epochs rising, without lines that are none (torn or foreign)."""
     path, rows = run / "metrics.jsonl", []
     if not path.is_file():
         return rows
     for line in path.read_text(errors="replace").split("\n"):
         try:
             row = json.loads(line)
-        except ValueError:
+            numbers = [row[name] + 0.0 for name in ("epoch", "reward_mean", "log_ratio_ref")]
+        except (ValueError, TypeError, KeyError):
             continue
-        if isinstance(row, dict) and row.get("epoch") == len(rows) + 1:
+        if numbers[0] > (rows[-1]["epoch"] if rows else 0):
             rows.append(row)
     return rows
 
@@ -496,10 +552,15 @@ def is_far(row: dict, first: dict) -> bool:
 # ---- Pictures ------------------------------------------------------------------------------------
 
 
+def deviation(x: Tensor) -> float:
+    """Of numbers (M,); NaN of a single one."""
+    return x.std().item() if len(x) > 1 else math.nan
+
+
 def mean_and_error(rewards: Tensor) -> tuple[float, float]:
     """Mean of rewards (P, S), and its standard error over prompts; of one prompt, over images."""
     rows = (rewards.mean(1) if len(rewards) > 1 else rewards[0]).double()
-    return rows.mean().item(), (rows.std() / len(rows) ** 0.5).item()
+    return rows.mean().item(), deviation(rows) / len(rows) ** 0.5
 
 
 def save_grid(run: Path, epoch: int, samples: Samples) -> None:

@@ -93,10 +93,39 @@ def reading(what: str) -> Iterator[None]:
     except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        if not isinstance(error, (OSError, ValueError)):
-            reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{what}: {' '.join(reason.split()).rstrip('.')}.") from error
+        raise InputError(f"{what}: {in_brief(error)}.") from error
+
+
+# What libraries say in many words, or only of their insides.
+BRIEFLY = {
+    "GLOBAL": "holds code beside weights, and is not opened (a .safetensors file cannot)",
+    "central directory": "a file of weights is damaged or cut short",
+    "deserializing header": "a file of weights is damaged or cut short",
+    "Unable to load weights": "a file of weights is damaged or cut short",
+    "size mismatch": "has weights of other shapes",
+    "expected shape": "has weights of other shapes",
+    "ignore_mismatched_sizes": "has weights of other shapes",
+    "couldn't connect": "not cached, and the hub is out of reach",
+    "were passed": "model_index.json lacks a part",
+    "surrogates not allowed": "holds half a surrogate pair, which is no character",
+}
+
+
+def in_brief(error: BaseException) -> str:
+    """Why a file cannot be used, in the words of a sentence."""
+    chain = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    text = " ".join(str(link) for link in chain)
+    for words, brief in BRIEFLY.items():
+        if words in text:
+            return brief
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    if isinstance(error, KeyError):
+        reason = f"lacks {reason}"
+    elif not isinstance(error, (OSError, ValueError)):
+        reason = f"is of another form ({type(error).__name__}: {reason})"
+    return reason.removeprefix("Error ").rstrip(".")
 
 
 @contextmanager
@@ -299,8 +328,9 @@ def resolve_reward(spec: str) -> str:
 
 
 def reward_files(spec: str) -> list[Path]:
-    """The Python files that a spec names, each once: code that a result depends on."""
-    files = (c.source for c in parse_reward(spec) if c.source not in LOADERS)
+    """The Python files that a spec, if any, names, each once: code that a result depends on."""
+    components = parse_reward(spec) if spec else []
+    files = (c.source for c in components if c.source not in LOADERS)
     return [Path(file) for file in dict.fromkeys(files)]
 
 
@@ -480,14 +510,21 @@ def from_hub(what: str, load: Callable, name: str, **options):
 def load_network(what: str, kind: type, folder: str, **options):
     """A diffusers or transformers network, in float32 whatever the file's; InputError if the file
     lacks any of its weights, or holds one that is no number."""
-    network, found = kind.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, **options
-    )
-    bad = [*found["missing_keys"], *found["mismatched_keys"]]
-    bad += [name for name, p in network.named_parameters() if not p.isfinite().all()]
-    if bad:
+    try:
+        network, found = kind.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except OSError as error:
+        if not any(Path(folder, options.get("subfolder", "")).glob("*.fp16.*")):
+            raise
+        mend = "from_pretrained it with variant='fp16', then save_pretrained it"
+        raise InputError(f"{what}: is there as its fp16 variant alone; {mend}.") from error
+    missing = {*found["missing_keys"], *found["mismatched_keys"]}
+    weights = network.named_parameters()
+    missing |= {name for name, p in weights if p.is_meta or not p.isfinite().all()}
+    if missing:
         raise InputError(
-            f"{what}: {len(bad)} weights are missing, misshapen or not finite ({bad[0]})."
+            f"{what}: {len(missing)} weights are missing, misshapen or not finite ({min(missing)})."
         )
     return network
 

@@ -717,7 +717,7 @@ def drop_projection(file: Path) -> None:
     ("file", "damage", "sentence"),
     [
         ("model.safetensors", truncate, "damaged or incomplete"),
-        ("model.safetensors", drop_projection, "no complete CLIPModel"),
+        ("model.safetensors", drop_projection, "weights are missing"),
         ("tokenizer.json", truncate, "damaged or incomplete"),
     ],
 )
