@@ -682,6 +682,7 @@ def test_full_disk(cli, tmp_path):
 
 def test_ascii_terminal(world, tmp_path):
     plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    plain["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, str(ROOT / "prdp.py"), *flags_of(world), *ONE_EPOCH]
     command += ["--out", "f\u00fcnf"]
     done = subprocess.run(command, env=plain, cwd=tmp_path, capture_output=True)
