@@ -134,7 +134,7 @@ def parse_args(argv: list[str]) -> Config:
     """The command line over the preset; with --resume, over the settings of the run."""
     if gone := {"--evaluate", "--against", "--samples-per-prompt"} & set(argv):
         raise InputError(f"{min(gone)}: of another command now; see python evaluate.py --help.")
-    presets = [f"  {name}: {settings}" for name, settings in PRESETS.items()]
+    presets = [f"  {n}: {' '.join(f'{k}={v}' for k, v in s.items())}" for n, s in PRESETS.items()]
     about = __doc__.split("\n\nIn reading order")[0]
     parser = Parser(description=about, epilog="\n".join(["presets:", *presets]), allow_abbrev=False)
     parser.add_fields(dataclasses.fields(Config), GROUPS)
