@@ -1,4 +1,4 @@
-"""What the paper and its seeds compare PRDP with, and DDPO's reward statistics.
+"""What the paper, DDPO's authors and Diffusion-DPO's compare; and DDPO's reward statistics.
 
 Every function of LOSSES is pure and has the arguments of `prdp.prdp_loss`, used or not: log-probs
 (..., B, T) under the policy, under the policy that sampled and under the reference, rewards
@@ -99,7 +99,7 @@ LOSSES = {
 
 
 def settings(loss: str, preset: str) -> dict:
-    """What a loss brings with it, where its authors' settings are not Table 4's.
+    """What `ddpo` brings with it, where its authors' settings are not Table 4's; others keep those.
 
     DDPO: 4 minibatches an epoch, each image in one (App. F.1), clip range 1e-4; at large scale one
     image for each of 512 prompts, whose statistics cannot be the prompt's own (PRDP, App. B).
@@ -108,7 +108,7 @@ def settings(loss: str, preset: str) -> dict:
         return {}
     values = {"updates_per_epoch": 4, "clip_range": 1e-4}
     if preset in ("large", "multi"):
-        values |= {"prompts_per_epoch": 512, "images_per_prompt": 1}
+        values |= {"prompts_per_epoch": 512, "images_per_prompt": 1, "learning_rate": 1e-5}
     return values
 
 

@@ -51,9 +51,10 @@ def find_models(names: list[str], against: str | None) -> tuple[dict[str, str], 
             if not (run / "pipeline").is_dir():
                 raise InputError(f"{run}: has no pipeline/ yet; finish it with --resume {run}.")
             with reading(str(run / "config.json")):
-                settings = settings or dict(json.loads((run / "config.json").read_text()))
+                found = json.loads((run / "config.json").read_text())
+                settings = settings or {"run": name, **found}
             folder = str(run / "pipeline")
-        folders[run.name if run.name not in folders else name] = folder
+        folders[run.name if run.name not in ("base", *folders) else name] = folder
     base = against or settings.get("model")
     if base is not None and base not in folders.values():
         folders = {"base": base, **folders}
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         fewest = min(len(indices) for _, indices in chosen.values())
         if min(samples, fewest, limit or 1) < 1 or samples == fewest == 1:
             raise InputError(f"--samples-per-prompt {samples}, --max-prompts {limit}: too few.")
-        out = Path(args.out or (Path(args.models[0], "evaluation") if settings else "evaluation"))
+        out = Path(args.out or Path(settings.get("run", ""), "evaluation"))
         asked = {name: getattr(config, name) for name in SETTINGS}
         asked |= {"samples_per_prompt": samples, "max_prompts": limit}
         asked["reward_digest"] = report.digest(f.read_bytes() for f in reward_files(config.reward))
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
                 record |= {name: dict(found[name]) for name in ("digests", "rewards")}
         for label, folder in folders.items():
             own = replace(config, model=folder)
-            models = prdp.load_models(own, device)._replace(reference=None)
+            models = prdp.load_models(own, device)._replace(reference=None)  # frees its network
             digest = report.weights_digest(models.pipe)
             if record["digests"].setdefault(label, digest) != digest:
                 raise InputError(f"--out {out}: holds rewards of another {label}; choose another.")

@@ -16,7 +16,7 @@ r-hat_t, Eq. 19         log_ratio        (..., B, T)             log_probs - log
 r                       rewards          (..., B)                in the reward's own unit
 beta, Eq. 5             kl_weight                                `betas` is the DDPM noise schedule
 epsilon, Eq. 20         clip_range                               in the unit of log_probs
-the network's epsilon   noise_pred       (M, C, H, W)            guided; also of a network for v
+the network's epsilon   noise_pred       (2M, C, H, W)           both branches of guidance; or its v
 sigma_t, Eq. 2          sigma            (T,)
 
 Units, said once: log_probs are means over C*H*W and the loss takes a mean over T (App. G), where
@@ -24,7 +24,7 @@ Eqs. 4, 10 and 21 sum. That rescales beta, epsilon and the loss: the beta of Eq.
 kl_weight / (T*C*H*W). Table 4 is read in these units.
 
 Departures from the paper, and choices where it is silent or says two things (README: why):
- 1. The mean over T (App. G), where Eqs. 10, 19, 21 sum: loss_sum(b) == T**2 * loss_mean(b * T).
+ 1. The mean over T (App. G), where Eqs. 3, 10, 21 sum: loss_sum(b) == T**2 * loss_mean(b * T).
  2. log_prob is a mean over latent dimensions, as in DDPO's code, whose clip range is Table 4's.
  3. The mean over pairs whose rewards differ (App. G; Alg. 1, line 10: all); 0, not NaN, if none do.
  4. Steps are "leading"-spaced, sigma_t is the posterior's, alpha-bar ends at alphas_cumprod[0].
@@ -57,7 +57,7 @@ from torch import Tensor, nn
 import baselines
 import kernels
 import report
-from kernels import gaussian_log_prob, guided_log_prob, guided_sample  # noqa: F401
+from kernels import gaussian_log_prob, guided_log_prob, guided_sample  # noqa: F401 (the first is API)
 from report import Samples, gather, on_rank_0, own_share, processes, say
 from rewards import InputError, Parser, command, load_network, load_reward, option, reading
 from rewards import resolve_reward, reward_files
@@ -70,8 +70,8 @@ PROMPTS = f"{HERE}/prompts/"
 
 def flag(default, text: str, *choices: str, **options):
     """A Config field that is a command line flag too, with its --help."""
-    options |= {"choices": choices} if choices else {}
-    return dataclasses.field(default=default, metadata={"help": text, **options})
+    options |= {"help": text, **({"choices": choices} if choices else {})}
+    return dataclasses.field(default=default, metadata=options)
 
 
 @dataclasses.dataclass
@@ -133,7 +133,7 @@ PRESETS = {
 def parse_args(argv: list[str]) -> Config:
     """The command line over the preset; with --resume, over the settings of the run."""
     if gone := {"--evaluate", "--against", "--samples-per-prompt"} & set(argv):
-        raise InputError(f"{min(gone)}: of another command now; see python evaluate.py --help.")
+        raise InputError(f"{min(gone)}: of another command; see python evaluate.py --help.")
     presets = [f"  {n}: {' '.join(f'{k}={v}' for k, v in s.items())}" for n, s in PRESETS.items()]
     about = __doc__.split("\n\nIn reading order")[0]
     parser = Parser(description=about, epilog="\n".join(["presets:", *presets]), allow_abbrev=False)
@@ -236,7 +236,7 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
     final = 1.0 if config["set_alpha_to_one"] else alphas_cumprod[0].item()
     previous = timesteps - stride
-    bar = alphas_cumprod[timesteps]  # alpha-bar before each step; next, after it
+    bar = alphas_cumprod[timesteps]  # alpha-bar of x_t; on the next line, of x_{t-1}
     bar_previous = torch.where(previous >= 0, alphas_cumprod[previous.clamp(min=0)], final)
     alpha = bar / bar_previous
     sigma = ((1 - bar_previous) / (1 - bar) * (1 - alpha)).clamp(min=0).sqrt()
@@ -347,12 +347,12 @@ def score_trajectories(policy: Policy, trajectories: Trajectories, label: str = 
 
 
 def step_log_prob(
-    policy: Policy, trajectories: Trajectories, images: Tensor, steps: Tensor
+    policy: Policy, trajectories: Trajectories, rows: Tensor, steps: Tensor
 ) -> Tensor:
     """log pi_theta(x_{t-1} | x_t, c) of Eq. 2, with gradient, for P images and steps: (P,)."""
-    x_t = trajectories.latents[images, steps]
-    x_prev = trajectories.latents[images, steps + 1]
-    noise_pred, coefs = predict_noise(policy, x_t, trajectories.text[images], steps)
+    x_t = trajectories.latents[rows, steps]
+    x_prev = trajectories.latents[rows, steps + 1]
+    noise_pred, coefs = predict_noise(policy, x_t, trajectories.text[rows], steps)
     return guided_log_prob(noise_pred, x_t, x_prev, *coefs, policy.guidance_scale)
 
 
@@ -367,7 +367,7 @@ def prdp_loss(
     clip_range: float,  # epsilon of Eq. 20, in the unit of log_probs; inf: the RDP loss of Eq. 14
     kl_weight: float,  # beta
 ) -> Tensor:
-    """The PRDP loss of Eqs. 10 to 14 and 17 to 21, as App. G computes it: a scalar.
+    """The PRDP loss of Eqs. 10 to 12, 14 and 17 to 21, as App. G computes it: a scalar.
 
     The B trajectories share a prompt; leading dimensions are prompts. Per prompt, the mean over
     pairs whose rewards differ (each once; 0 if all rewards tie), then the mean over prompts.
@@ -386,9 +386,9 @@ def prdp_loss(
 
     error = (log_ratio_diff - reward_diff / kl_weight) ** 2  # Eq. 14
     clipped_error = (clipped_log_ratio_diff - reward_diff / kl_weight) ** 2  # Eq. 17
-    counts = reward_diff > 0
-    loss = torch.where(counts, torch.maximum(error, clipped_error), 0.0)  # Eq. 18
-    return (loss.sum((-2, -1)) / counts.sum((-2, -1)).clamp(min=1)).mean()
+    untied = reward_diff > 0  # each pair whose rewards differ, once
+    loss = torch.where(untied, torch.maximum(error, clipped_error), 0.0)  # Eq. 18
+    return (loss.sum((-2, -1)) / untied.sum((-2, -1)).clamp(min=1)).mean()
 
 
 # ---- 5. Exact gradients, through T steps and all pairs, in the memory of one microbatch ----------
@@ -421,14 +421,15 @@ def backward_trajectories(
 
     entries = weights.nonzero()  # (entries, 2): image, step
     if hasattr(policy.unet, "_orig_mod"):  # compiled, for one shape: filled up with weights of 0
-        padding = -len(entries) % policy.microbatch
-        entries = torch.cat([entries, (weights == 0).nonzero()[:padding]])
+        entries = torch.cat(
+            [entries, (weights == 0).nonzero()[: -len(entries) % policy.microbatch]]
+        )
     with report.progress("update", len(entries)) as bar:
         for chunk in entries.split(policy.microbatch):
-            images, steps = chunk.unbind(1)
+            rows, steps = chunk.unbind(1)
             if len(chunk):
-                log_prob = step_log_prob(policy, trajectories, images, steps)
-                (scale * weights[images, steps] * log_prob).sum().backward()
+                log_prob = step_log_prob(policy, trajectories, rows, steps)
+                (scale * weights[rows, steps] * log_prob).sum().backward()
             bar.update(len(chunk))
     for p in parameters:
         p.grad /= scale
@@ -461,7 +462,7 @@ def train(
     for epoch in range(start, config.epochs + 1):  # line 2
         timed, updates = report.Stopwatch(f"epoch {epoch}"), []
 
-        # Lines 3 to 7: N prompts, and B trajectories of each under theta_old, which theta is yet.
+        # Lines 3 to 7: N prompts, B trajectories of each under theta_old, which theta still is.
         drawn = draw_prompts(config, prompts, epoch)
         generators = image_generators(config.seed, epoch, range(len(drawn))[own], per_prompt)
         with timed("sample"):
@@ -469,11 +470,12 @@ def train(
             trajectories = sample_prompts(models, sampler, drawn[own], generators)
         log_probs_old = trajectories.log_probs
 
-        # Eqs. 10 and 19: their log-probs under pi_ref.
+        # Eqs. 10 and 19: their log-probs under pi_ref; if that drew them, under theta_old too.
         with timed("reference"), in_use(models, reference):
             log_probs_ref = score_trajectories(reference, trajectories, "reference")
-        if config.offline:
-            log_probs_old = score_trajectories(policy, trajectories, "old")
+        with timed("score"):
+            if config.offline:
+                log_probs_old = score_trajectories(policy, trajectories, "old")
 
         # Line 8: decode, reward.
         with timed("reward"):
@@ -485,11 +487,11 @@ def train(
             with timed("score"):
                 log_probs = score_trajectories(policy, trajectories) if k else log_probs_old.clone()
             log_probs.requires_grad_()
-            part = baselines.minibatch(config, epoch, k, targets)  # PRDP learns from all of them
-            part = part[own_share(len(part))].to(rewards.device)
+            target = baselines.minibatch(config, epoch, k, targets)  # all of them, but for DDPO
+            target = target[own_share(len(targets))].to(rewards.device)
             loss = loss_function(  # line 10
                 by_prompt(log_probs), by_prompt(log_probs_old), by_prompt(log_probs_ref),
-                by_prompt(part), config.clip_range, config.kl_weight,
+                by_prompt(target), config.clip_range, config.kl_weight,
             )  # fmt: skip
             (weights,) = torch.autograd.grad(loss, log_probs)
 
@@ -505,7 +507,7 @@ def train(
                 require_finite("the gradient", norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            matrices = map(by_prompt, (log_probs.detach(), log_probs_old, log_probs_ref, part))
+            matrices = map(by_prompt, (log_probs.detach(), log_probs_old, log_probs_ref, target))
             updates.append(update_metrics(config, *matrices, weights, norm))
 
         distance, parts = log_probs_old - log_probs_ref, models.reward.parts
@@ -637,7 +639,7 @@ def load_models(config: Config, device: torch.device, reward: Callable | None = 
     else:
         reference = copy.deepcopy(unet).requires_grad_(False)
         for layer in reference.modules() if autocast and not config.compile else ():
-            # Autocast casts these weights at every pass; once is the same bits in half the memory.
+            # Autocast casts these at every pass; once is the same bits, unless compiled, in half.
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 layer.to(autocast)
 
@@ -649,7 +651,7 @@ def load_models(config: Config, device: torch.device, reward: Callable | None = 
         null_text = encode(pipe, [""])[0]  # on `device`: the same bits wherever networks wait
     text_encoder.to(waiting)
     if config.compile:  # dynamic=False: a graph a shape, so that no pass changes another's bits
-        importlib.import_module("torch._inductor.config").deterministic = True  # nor a resume
+        importlib.import_module("torch._inductor.config").deterministic = True  # nor a process
         compiled = {network: torch.compile(network, dynamic=False) for network in (unet, reference)}
         unet, reference = compiled[unet], compiled[reference]
     schedule = ddpm_schedule(pipe.scheduler.config, config.ddpm_steps)
@@ -809,7 +811,7 @@ def run(config: Config, reward: Callable | None = None, prompts: list[str] | Non
     if long := sum(len(ids) > context for ids in pipe.tokenizer(some).input_ids):
         say(f"warning: {long} of {len(some)} prompts exceed {context} tokens; the ends go unread.")
     seconds = check_on_policy(config, models, prompts[0])
-    passes = 4 * config.updates_per_epoch + 1  # of each image; a backward one is about two others
+    passes = 4 * config.updates_per_epoch + 1  # of an image (DDPO: fewer); a backward one is two
     passes *= config.prompts_per_epoch * config.images_per_prompt // processes()
     say(report.forecast(seconds, passes * seconds, config.epochs - start + 1))
     before = draw_samples(config, models, models.reference, prompts)
@@ -841,7 +843,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             run(config)
         except KeyboardInterrupt:
-            say(f"stopped; go on with: python prdp.py --resume {config.out}")
+            say(f"stopped; once epochs have begun: python prdp.py --resume {config.out}")
             raise
         report.end_processes()
 

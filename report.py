@@ -132,8 +132,8 @@ def say(text: str) -> None:
 def writing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, for a file or folder to take its place whole or not at all.
 
-    After a crash there is the old one or the new one. What cannot be written leaves nothing behind,
-    and is an OSError that names `path`.
+    After a crash there is the old file or the new one; of a folder, for a moment neither. What
+    cannot be written leaves nothing behind, and is an OSError that names `path`.
     """
     temporary = path.with_name(path.name + ".tmp")
     remove(temporary)  # of a run that was killed
@@ -188,9 +188,8 @@ def write_json(path: Path, content: object) -> None:
 
 def digest(parts: Iterable[bytes]) -> str:
     """16 characters that stand for all of them, in order."""
-    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[
-        :16
-    ]
+    hashes = b"".join(hashlib.sha256(part).digest() for part in parts)
+    return hashlib.sha256(hashes).hexdigest()[:16]
 
 
 def weights_digest(pipe) -> str:
@@ -241,9 +240,8 @@ def make_record(settings: dict, prompts: list[str], files: list[Path], pipe) -> 
         "reward_digest": digest(file.read_bytes() for file in files),
         "model_digest": weights_digest(pipe),
     }
-    record |= {
-        name: "inf" for name, value in settings.items() if value == math.inf
-    }  # JSON has none
+    # JSON has no infinity.
+    record |= {name: "inf" for name, value in settings.items() if value == math.inf}
     return json.loads(json.dumps(record))
 
 

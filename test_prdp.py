@@ -1,8 +1,8 @@
 """The paper's tests: loss, policy, trajectories, exact gradient, optimum, Table 4, Algorithm 1.
 
 Each oracle is of another form than the code it checks: loops over pairs, closed forms, diffusers'
-own samplers, autograd through the whole graph in float64. The other tests are in tests/, by room.
-No test needs network or GPU.
+own samplers, autograd through the whole graph in float64. The other tests are in tests/, a file a
+subject. No test needs network or GPU.
 """
 
 from __future__ import annotations
