@@ -1,0 +1,81 @@
+"""toy/points.py: its gradient is prdp.py's, its exact optimum is exact, and all of it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
+
+import points  # noqa: E402
+import prdp  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+class AsUnet(nn.Module):
+    """The MLP of one seed behind the interface of a UNet: D channels of one pixel."""
+
+    def __init__(self, weights: torch.Tensor, arm: points.Arm) -> None:
+        super().__init__()
+        self.weights, self.arm = nn.Parameter(weights), arm
+
+    def forward(self, sample, timestep, encoder_hidden_states):
+        network = points.network(
+            self.weights, encoder_hidden_states.transpose(0, 1), self.arm.dims, self.arm.width
+        )
+        time = points.time_features(timestep)[None].to(sample.dtype)
+        out = network(sample[..., 0, 0][None], time)
+        return SimpleNamespace(sample=out[0, :, :, None, None])
+
+
+@pytest.mark.parametrize("clip", [1e-3, float("inf")])
+def test_gradient_is_that_of_backward_trajectories(clip: float) -> None:
+    """All seeds at once and by plain autograd, against one seed at a time and prdp.py's two passes."""
+    seeds, arm = 3, points.Arm(N=2, B=4)
+    chain, shape = points.Chain(arm), (seeds, 2, 4)
+    chain.steps = [(time.double(), *rest) for time, *rest in chain.steps]
+    base = points.load_base(arm).double().repeat(seeds, 1)
+    old_weights = base + 0.02 * torch.randn_like(base)
+    weights = (old_weights + 0.005 * torch.randn_like(base)).requires_grad_()
+    prompts = torch.randint(45, (seeds, 2)).repeat_interleave(4, 1)
+    noise = torch.randn(seeds, 8, arm.T + 1, arm.dims, dtype=torch.float64)
+    with torch.no_grad():
+        # prdp.py keeps latents in float32: round them before anything is scored
+        latents = chain.sample(old_weights, prompts, noise)[0].float().double()
+        old, ref = (chain.score(w, prompts, latents) for w in (old_weights, base))
+    rewards = torch.randn(shape, dtype=torch.float64)
+    kl_weight = arm.beta * arm.T * arm.dims
+
+    log_probs = chain.score(weights, prompts, latents)
+    grouped = [x.view(*shape, arm.T) for x in (log_probs, old, ref)]
+    (seeds * prdp.prdp_loss(*grouped, rewards, clip, kl_weight)).backward()
+
+    for s in range(seeds):
+        unet = AsUnet(weights.detach()[s : s + 1], arm)
+        embedding = points.EMBEDDINGS.double()[prompts[s]][:, None]
+        policy = prdp.Policy(unet, chain.schedule, torch.zeros(1, 16).double(), 1.0, 16)
+        trajectories = prdp.Trajectories(latents[s][..., None, None], old[s], embedding)
+        now = prdp.score_trajectories(policy, trajectories)
+        assert torch.allclose(now, log_probs[s], rtol=1e-9, atol=1e-9)
+        now.requires_grad_()
+        fixed = [x.view(2, 4, arm.T) for x in (now, old[s], ref[s])]
+        loss = prdp.prdp_loss(*fixed, rewards[s], clip, kl_weight)
+        prdp.backward_trajectories(policy, trajectories, torch.autograd.grad(loss, now)[0])
+        expected = unet.weights.grad
+        assert expected.abs().max() > 0
+        error = (weights.grad[s] - expected[0]).abs().max() / expected.abs().max()
+        assert error < 1e-7, error
