@@ -43,8 +43,9 @@ class AsUnet(nn.Module):
 
 
 @pytest.mark.parametrize("clip", [1e-3, float("inf")])
-def test_gradient_is_that_of_backward_trajectories(clip: float) -> None:
+def test_gradient_is_that_of_backward_trajectories(clip: float, monkeypatch) -> None:
     """All seeds at once and by plain autograd, against one seed at a time and prdp.py's two passes."""
+    monkeypatch.setattr(points, "EMBEDDINGS", points.EMBEDDINGS.double())
     seeds, arm = 3, points.Arm(N=2, B=4)
     chain, shape = points.Chain(arm), (seeds, 2, 4)
     chain.steps = [(time.double(), *rest) for time, *rest in chain.steps]
@@ -66,7 +67,7 @@ def test_gradient_is_that_of_backward_trajectories(clip: float) -> None:
 
     for s in range(seeds):
         unet = AsUnet(weights.detach()[s : s + 1], arm)
-        embedding = points.EMBEDDINGS.double()[prompts[s]][:, None]
+        embedding = points.EMBEDDINGS[prompts[s]][:, None]
         policy = prdp.Policy(unet, chain.schedule, torch.zeros(1, 16).double(), 1.0, 16)
         trajectories = prdp.Trajectories(latents[s][..., None, None], old[s], embedding)
         now = prdp.score_trajectories(policy, trajectories)
@@ -79,3 +80,53 @@ def test_gradient_is_that_of_backward_trajectories(clip: float) -> None:
         assert expected.abs().max() > 0
         error = (weights.grad[s] - expected[0]).abs().max() / expected.abs().max()
         assert error < 1e-7, error
+
+
+def test_exact_optimum_of_a_linear_reward() -> None:
+    """A reward g . x_0 shifts step t by sigma_t^2 * (product of the later a's) * g / beta."""
+    sigmas, slopes, beta = [0.5, 0.3, 0.1], [0.9, 0.8, 0.7], 0.5
+    g = torch.tensor([0.6, -0.4], dtype=torch.float64)
+    linear = (points.PLANE * g).sum(-1)
+    result = points.exact_optimum(lambda k: slopes[k] * points.PLANE, sigmas, [beta], linear[None])
+    reward, kl = result[0].tolist()
+
+    later = [slopes[1] * slopes[2], slopes[2], 1.0]  # d x_0 / d (mean of step k)
+    shifts = [s**2 * a * g / beta for s, a in zip(sigmas, later, strict=True)]
+    expected = sum(a * (shift @ g) for a, shift in zip(later, shifts, strict=True))
+    expected_kl = sum(shift @ shift / (2 * s**2) for s, shift in zip(sigmas, shifts, strict=True))
+    assert reward == pytest.approx(expected.item(), abs=1e-3)
+    assert kl == pytest.approx(expected_kl.item(), abs=1e-3)
+
+
+def test_normalise_by_hand() -> None:
+    """Per-prompt statistics against DDPO's as a plain loop: the last 32, of the epoch below 16."""
+    arm = points.Arm(method="ddpo", normalise="per-prompt", N=3, B=6)
+    history, seen = torch.full((2, 45, 32), torch.nan), {}
+    for epoch in range(7):
+        dice = torch.Generator().manual_seed(epoch)
+        prompts = torch.randint(3, (2, 3), generator=dice)
+        rewards = torch.randn(2, 3, 6, generator=dice) + prompts[..., None]
+        advantages = points.normalise(rewards, prompts, arm, history)
+        for s in range(2):
+            for n in range(3):
+                key = (s, prompts[s, n].item())
+                seen[key] = (seen.get(key, []) + rewards[s, n].tolist())[-32:]
+            for n in range(3):
+                known = torch.tensor(seen[s, prompts[s, n].item()])
+                known = known if len(known) >= 16 else rewards[s].flatten()
+                expected = (rewards[s, n] - known.mean()) / (known.std(correction=0) + 1e-6)
+                assert torch.allclose(advantages[s, n], expected, atol=1e-4)
+
+
+def test_quick_runs_everything(tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (ROOT / "toy").glob("points*")}
+    command = [sys.executable, ROOT / "toy" / "points.py", "--quick", "--out", tmp_path]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "points.json").read_text())
+    assert set(result["verdicts"]) == {str(n) for n in range(1, 10)}
+    for figure in ("training", "plane", "kl"):
+        assert (tmp_path / f"points_{figure}.png").stat().st_size > 10_000
+    assert before == {path: path.stat().st_mtime_ns for path in before}, "--quick wrote into toy/"

@@ -154,7 +154,9 @@ class Chain:
 
     def log_prob(self, x: Tensor, mean: Tensor, k: int) -> Tensor:
         sigma = self.steps[k][-1]
-        return -((x - mean) / sigma).square().mean(-1) / 2 - math.log(sigma * math.sqrt(2 * math.pi))
+        return -((x - mean) / sigma).square().mean(-1) / 2 - math.log(
+            sigma * math.sqrt(2 * math.pi)
+        )
 
     def sample(self, weights: Tensor, prompts: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Latents (S, M, T+1, D) and their log-probs (S, M, T), which carry the gradient."""
@@ -261,8 +263,10 @@ def train(arm: Arm, seeds: list[int], tick=lambda: None) -> tuple[Tensor, Tensor
             latents, log_probs = chain.sample(base if arm.offline else weights, prompts, noise)
             if arm.offline:  # theta_old is the policy as the epoch begins, though it drew nothing
                 log_probs = chain.score(weights, prompts, latents)
-        with torch.no_grad():
-            ref = chain.score(base, prompts, latents)
+        ref = log_probs.detach()  # most baselines do not look at it
+        if arm.method in ("prdp", "dpo"):
+            with torch.no_grad():
+                ref = chain.score(base, prompts, latents)
         reward = reward_of(arm.reward, latents[:, :, -1], prompts)  # lines 6 to 8
         curve.append(reward.mean(1))
         targets = (reward + arm.ratio * LIKED[prompts]).unflatten(1, (arm.N, arm.B))
@@ -292,6 +296,11 @@ def train(arm: Arm, seeds: list[int], tick=lambda: None) -> tuple[Tensor, Tensor
             optimizer.zero_grad()
         tick()
     return weights.detach(), torch.stack(curve, 1)
+
+
+def pretrain_all() -> None:
+    sizes = ((2, 64, 24_000), (8, 64, 30_000), (2, 128, 15_000))
+    save_file({f"{d}-{w}": pretrain(d, w, steps) for d, w, steps in sizes}, BASES)
 
 
 def diffusion_dpo(arm: Arm, weights: Tensor, base: Tensor, prompts, x, rewards, dice) -> Tensor:
@@ -449,6 +458,15 @@ def exact_frontier(arm: Arm, betas: list[float], prompts: range = range(45)) -> 
         figures = torch.stack([reward_of(arm.reward, grid, index), match_of(grid, index)])
         figures = figures.view(2, len(AXIS), len(AXIS)).double()
         total = total + exact_optimum(
-            lambda k, mean_of=mean_of: mean_of(grid, k).view(PLANE.shape).double(), sigmas, betas, figures
+            lambda k, mean_of=mean_of: mean_of(grid, k).view(PLANE.shape).double(),
+            sigmas,
+            betas,
+            figures,
         )
     return total / len(prompts)
+
+
+if __name__ == "__main__":
+    import points_claims
+
+    points_claims.main()
