@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 
 import points  # noqa: E402
+
 import prdp  # noqa: E402
 
 
@@ -34,9 +35,7 @@ class AsUnet(nn.Module):
         self.weights, self.arm = nn.Parameter(weights), arm
 
     def forward(self, sample, timestep, encoder_hidden_states):
-        network = points.network(
-            self.weights, encoder_hidden_states.transpose(0, 1), self.arm.dims, self.arm.width
-        )
+        network = points.network(self.weights, encoder_hidden_states.transpose(0, 1), self.arm)
         time = points.time_features(timestep)[None].to(sample.dtype)
         out = network(sample[..., 0, 0][None], time)
         return SimpleNamespace(sample=out[0, :, :, None, None])
@@ -44,7 +43,7 @@ class AsUnet(nn.Module):
 
 @pytest.mark.parametrize("clip", [1e-3, float("inf")])
 def test_gradient_is_that_of_backward_trajectories(clip: float, monkeypatch) -> None:
-    """All seeds at once and by plain autograd, against one seed at a time and prdp.py's two passes."""
+    """All seeds at once by plain autograd, against one at a time by prdp.py's two passes."""
     monkeypatch.setattr(points, "EMBEDDINGS", points.EMBEDDINGS.double())
     seeds, arm = 3, points.Arm(N=2, B=4)
     chain, shape = points.Chain(arm), (seeds, 2, 4)

@@ -1,11 +1,29 @@
-"""doc"""
+"""The paper's claims at the paper's own schedule, on a diffusion of points whose optimum is known.
+
+    python toy/points.py --show      # the lesson: PRDP at four betas and DDPO, one picture
+    python toy/points.py             # every claim, 8 seeds: points.json and three pictures
+    python toy/points.py --claim 3   # one claim, at the settings of points.json
+    python toy/points.py --quick     # everything at tiny size, into --out only: does it run?
+
+A prompt names a place on a ring of the plane, and how three modes lie round it; in D = 8 also what
+six more numbers should be. A small network learns to draw such points by DDPM, as Stable Diffusion
+draws pictures, and is then finetuned for a reward with Table 4's E, K, N and B, in seconds instead
+of days. Runs stop and go on: what is done is kept in --out.
+
+In reading order: the world, the network, the chain (prdp.py's mathematics, batched over seeds
+because the network is tiny), Algorithm 1 with every baseline, evaluation, and the exact optimum of
+Eq. 7. points_claims.py has the experiments, the criteria of their verdicts, and the pictures.
+
+Units: a step's log-prob is a mean over D, as in prdp.py. `beta` is that of Eq. 5, reward per nat
+of the whole trajectory, so that prdp_loss's kl_weight is beta * T * D.
+"""
 
 from __future__ import annotations
 
 import math
 import os
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,9 +42,36 @@ from prdp import ddpm_schedule, prdp_loss  # noqa: E402
 BASES = HERE / "points_base.safetensors"
 SCHEDULER = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012)  # SD v1.4's
 
-# ---- 1. The world: prompts, the data they name, the rewards -----------------------------------------
 
-FEW, MANY, SEEN, UNSEEN = (slice(*ends) for ends in ((45,), (100_000,), (256,), (100_000, 100_256)))
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: Table 4's rows (defaults: its small-scale column), and what is compared."""
+
+    method: str = "prdp"  # or a name of baselines.LOSSES, "diffusion-dpo", "pathwise"
+    prompts: str = "few"  # 45, or "many": 100,000
+    E: int = 100  # epochs
+    K: int = 10  # updates an epoch
+    N: int = 32  # prompts an epoch
+    B: int = 16  # points of each
+    lr: float = 3e-4
+    clip: float = 0.1  # in the unit of a step's log-prob, or of DDPO's importance weight
+    beta: float = 0.02  # reward per nat of the trajectory (Eq. 5); or the method's own setting
+    normalise: str = ""  # DDPO's rewards: "global", "per-prompt", "group"
+    minibatches: bool = False  # K, which use each sample once (DDPO); else K times all samples
+    spread: float = 3.0  # std of b(c), the reward's part that only the prompt decides
+    decay: bool = False  # of the learning rate: a cosine to zero
+    offline: bool = False  # samples of the base only (Sec. 4.3)
+    shared: bool = False  # the B points of a prompt share x_T
+    reward: str = "own"  # or "blind" to the prompt
+    dims: int = 8
+    T: int = 10
+    width: int = 64
+
+
+# ---- 1. The world: prompts, the data they name, the rewards --------------------------------------
+
+FEW, MANY = slice(0, 45), slice(0, 100_000)  # what is trained on
+SEEN, UNSEEN = slice(0, 256), slice(100_000, 100_256)  # where many-prompt runs are evaluated
 _dice = torch.Generator().manual_seed(0)
 ANGLES = 2 * math.pi * torch.rand(100_256, 2, generator=_dice)  # phi: where; psi: how it is turned
 TRAITS = torch.randn(100_256, 4, generator=_dice)  # what the other dimensions depend on
@@ -36,17 +81,17 @@ EMBEDDINGS = torch.sin(_features @ torch.randn(8, 16, generator=_dice) / 2)  # w
 RESTS = 0.5 * torch.sin(TRAITS @ torch.randn(4, 6, generator=_dice))
 CENTRES = 2 * torch.stack([ANGLES[:, 0].cos(), ANGLES[:, 0].sin()], dim=1)
 _turned = ANGLES[:, 1:] + 2 * math.pi / 3 * torch.arange(3)
-ARMS = torch.stack([_turned.cos(), _turned.sin()], dim=-1)  # (prompts, 3, 2), unit vectors
-WEIGHTS, OFFSET, SPREAD = torch.tensor([0.6, 0.3, 0.1]), 0.45, 0.18
+MODES = torch.stack([_turned.cos(), _turned.sin()], dim=-1)  # (prompts, 3, 2), unit vectors
+WEIGHTS, OFFSET, STD = torch.tensor([0.6, 0.3, 0.1]), 0.45, 0.18
 STAR = torch.tensor([1.2, 0.6])
 
 
 def draw_data(prompts: Tensor, dims: int, dice: torch.Generator) -> Tensor:
     """x_0 (..., dims) of prompts (...): three modes round the centre, the rarest with weight .1."""
     mode = torch.multinomial(WEIGHTS, prompts.numel(), True, generator=dice).view(prompts.shape)
-    mean = CENTRES[prompts] + OFFSET * ARMS[prompts, mode]
+    mean = CENTRES[prompts] + OFFSET * MODES[prompts, mode]
     mean = torch.cat([mean, RESTS[prompts]], dim=-1)[..., :dims]
-    return mean + SPREAD * torch.randn(mean.shape, generator=dice)
+    return mean + STD * torch.randn(mean.shape, generator=dice)
 
 
 def reward_of(kind: str, x: Tensor, prompts: Tensor) -> Tensor:
@@ -54,7 +99,7 @@ def reward_of(kind: str, x: Tensor, prompts: Tensor) -> Tensor:
     minus 4 times the distance to the star, whatever the prompt."""
     if kind == "blind":
         return -4 * (x[..., :2] - STAR).norm(dim=-1)
-    target = CENTRES[prompts] + 0.55 * ARMS[prompts, 2]
+    target = CENTRES[prompts] + 0.55 * MODES[prompts, 2]
     near = (x[..., :2] - target).square().sum(-1) / (2 * 0.4**2)
     return 8 * torch.exp(-near - x[..., 2:].square().sum(-1) / (2 * 0.8**2))
 
@@ -65,30 +110,32 @@ def match_of(x: Tensor, prompts: Tensor) -> Tensor:
     return (angle.cos() > math.cos(math.pi / 8)).to(x.dtype)
 
 
-# ---- 2. The network: one MLP a seed, all seeds of an arm at once -------------------------------------
+# ---- 2. The network: one MLP a seed, all seeds of an arm at once ---------------------------------
 
 
-def shapes_of(dims: int, width: int) -> list[tuple[int, int]]:
-    """Fan-in and fan-out: prompt and step enter the first layer beside the point."""
+def shapes_of(arm: Arm) -> list[tuple[int, int]]:
+    """Fan-in and fan-out: prompt and time enter the first layer beside the point."""
+    dims, width = arm.dims, arm.width
     return [(dims + 16 + 10, width), (width, width), (width, width), (width, dims)]
 
 
-def unpack(weights: Tensor, dims: int, width: int) -> list[Tensor]:
+def unpack(weights: Tensor, arm: Arm) -> list[Tensor]:
     """Flat weights (S, P) -> a matrix (S, in + 1, out) a layer; the last row is the bias."""
-    sizes = [(i + 1, o) for i, o in shapes_of(dims, width)]
+    sizes = [(i + 1, o) for i, o in shapes_of(arm)]
     parts = weights.split([i * o for i, o in sizes], dim=1)
     return [part.unflatten(1, size) for part, size in zip(parts, sizes, strict=True)]
 
 
 def time_features(timesteps: Tensor) -> Tensor:
+    """(...) -> (..., 10)."""
     angles = timesteps.unsqueeze(-1) / 1000 * math.pi * 2.0 ** torch.arange(5)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def network(weights: Tensor, embedding: Tensor, dims: int, width: int):
-    """The policy's network given prompts (S, M, 16): a function of x (S, M, D) and time features."""
-    first, *middle, last = unpack(weights, dims, width)
-    of_x, of_prompt, of_time, bias = first.split([dims, 16, 10, 1], dim=1)
+def network(weights: Tensor, embedding: Tensor, arm: Arm) -> Callable:
+    """The network of weights (S, P) for prompts (S, M, 16): (x (S, M, D), time) -> noise_pred."""
+    first, *middle, last = unpack(weights, arm)
+    of_x, of_prompt, of_time, bias = first.split([arm.dims, 16, 10, 1], dim=1)
     prompt = torch.baddbmm(bias, embedding, of_prompt)  # (S, M, width), the same at every step
 
     def noise_pred(x: Tensor, time: Tensor) -> Tensor:
@@ -108,29 +155,46 @@ def diffuse(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     return bar.sqrt() * x + (1 - bar).sqrt() * noise
 
 
-def pretrain(dims: int, width: int, steps: int = 15_000) -> Tensor:
+def pretrain(arm: Arm, steps: int) -> Tensor:
     """The base model (1, P): noise prediction (Ho et al. 2020, Eq. 14) on all 100,000 prompts."""
     dice = torch.Generator().manual_seed(1)
-    weights = torch.cat(
-        [torch.randn((i + 1) * o, generator=dice) / i**0.5 for i, o in shapes_of(dims, width)]
-    )
-    weights = weights[None].requires_grad_()
+    layers = [torch.randn((i + 1) * o, generator=dice) / i**0.5 for i, o in shapes_of(arm)]
+    weights = torch.cat(layers)[None].requires_grad_()
     optimizer = torch.optim.AdamW([weights], lr=2e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         prompts = torch.randint(MANY.stop, (1, 4096), generator=dice)
         t = torch.randint(1000, (1, 4096), generator=dice)
-        noise = torch.randn(1, 4096, dims, generator=dice)
-        x_t = diffuse(draw_data(prompts, dims, dice), t, noise)
-        predicted = network(weights, EMBEDDINGS[prompts], dims, width)(x_t, time_features(t))
-        (predicted - noise).square().mean().backward()
+        noise = torch.randn(1, 4096, arm.dims, generator=dice)
+        x_t = diffuse(draw_data(prompts, arm.dims, dice), t, noise)
+        noise_pred = network(weights, EMBEDDINGS[prompts], arm)(x_t, time_features(t))
+        (noise_pred - noise).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         decay.step()
     return weights.detach()
 
 
-# ---- 3. The chain: DDPM sampling and its log-probs (prdp.py, Secs. 2 and 3, for points) --------------
+def pretrain_all() -> None:
+    """points_base.safetensors, which is in the repository."""
+    sizes = {(2, 64): 24_000, (8, 64): 30_000, (2, 128): 15_000}
+    bases = {
+        f"{dims}-{width}": pretrain(Arm(dims=dims, width=width), steps)
+        for (dims, width), steps in sizes.items()
+    }
+    save_file(bases, BASES)
+
+
+@cache
+def load_bases() -> dict[str, Tensor]:
+    return {name: weights.clone() for name, weights in load_file(BASES).items()}  # off the disk
+
+
+def load_base(arm: Arm) -> Tensor:
+    return load_bases()[f"{arm.dims}-{arm.width}"]
+
+
+# ---- 3. The chain: DDPM sampling and its log-probs (prdp.py, Secs. 2 and 3, for points) ----------
 
 
 class Chain:
@@ -142,9 +206,9 @@ class Chain:
         self.times = time_features(self.schedule.timesteps)[:, None]  # (T, 1, 10)
         self.steps = list(zip(self.times, *(c.tolist() for c in self.schedule[1:]), strict=True))
 
-    def means(self, weights: Tensor, prompts: Tensor):
+    def means(self, weights: Tensor, prompts: Tensor) -> Callable:
         """The mean of step k as a function of x_t (S, M, D) and k."""
-        noise_pred = network(weights, EMBEDDINGS[prompts], self.arm.dims, self.arm.width)
+        noise_pred = network(weights, EMBEDDINGS[prompts], self.arm)
 
         def mean(x: Tensor, k: int) -> Tensor:
             time, coef_sample, coef_noise, _ = self.steps[k]
@@ -154,9 +218,8 @@ class Chain:
 
     def log_prob(self, x: Tensor, mean: Tensor, k: int) -> Tensor:
         sigma = self.steps[k][-1]
-        return -((x - mean) / sigma).square().mean(-1) / 2 - math.log(
-            sigma * math.sqrt(2 * math.pi)
-        )
+        constant = math.log(sigma * math.sqrt(2 * math.pi))
+        return -((x - mean) / sigma).square().mean(-1) / 2 - constant
 
     def sample(self, weights: Tensor, prompts: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Latents (S, M, T+1, D) and their log-probs (S, M, T), which carry the gradient."""
@@ -174,7 +237,7 @@ class Chain:
         return torch.stack([self.log_prob(x[k + 1], mean_of(x[k], k), k) for k in steps], -1)
 
     def compare(self, weights: Tensor, base: Tensor, prompts: Tensor, noise: Tensor):
-        """x_0 (S, M, D), and (S, M): reward, KL to the base in nats (Eq. 6), log-ratio summed over T."""
+        """x_0 (S, M, D), and (S, M) each: reward, KL to the base in nats (Eq. 6), log-ratio."""
         mean_of, reference_of = self.means(weights, prompts), self.means(base, prompts)
         x, kl, log_ratio = noise[:, :, 0], 0, 0
         for k in range(self.arm.T):
@@ -185,32 +248,7 @@ class Chain:
         return x, reward_of(self.arm.reward, x, prompts), kl, log_ratio
 
 
-# ---- 4. Training: Algorithm 1 ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train: Table 4's rows, and what an experiment changes."""
-
-    method: str = "prdp"
-    prompts: str = "few"
-    E: int = 100
-    K: int = 10
-    N: int = 32
-    B: int = 16
-    lr: float = 3e-4
-    clip: float = 0.1  # in the unit of a step's log-prob, or of DDPO's importance weight
-    beta: float = 0.02  # of Eq. 5: reward per nat of the trajectory; or the method's other setting
-    normalise: str = ""  # DDPO's rewards: "global", "per-prompt", "group"
-    minibatches: bool = False  # K of them, each sample in one (DDPO), or all samples K times
-    ratio: float = 3.0  # std of b(c), the spread of rewards between prompts
-    decay: bool = False  # cosine, to zero
-    offline: bool = False  # samples of the base only (Sec. 4.3)
-    shared: bool = False  # the B points of a prompt share x_T
-    reward: str = "own"
-    dims: int = 8
-    T: int = 10
-    width: int = 64
+# ---- 4. Training: Algorithm 1 --------------------------------------------------------------------
 
 
 def normalise(rewards: Tensor, prompts: Tensor, arm: Arm, history: Tensor) -> Tensor:
@@ -235,27 +273,33 @@ def normalise(rewards: Tensor, prompts: Tensor, arm: Arm, history: Tensor) -> Te
 
 
 def draws(dice: list[torch.Generator], *shape: int) -> Tensor:
-    """Normal numbers (S, ...), each seed's from its own generator: no seed depends on the others."""
+    """Normal numbers (S, ...), each seed's from its own generator: none depends on others."""
     return torch.stack([torch.randn(shape, generator=g) for g in dice])
 
 
-def train(arm: Arm, seeds: list[int], tick=lambda: None) -> tuple[Tensor, Tensor]:
+def train(arm: Arm, seeds: list[int]) -> tuple[Tensor, Tensor]:
     """Algorithm 1 for all seeds at once -> weights (S, P), mean reward of each epoch (S, E)."""
-    chain, base = Chain(arm), load_base(arm)
-    weights = base.repeat(len(seeds), 1).requires_grad_()
-    base = base.repeat(len(seeds), 1)
+    chain, base = Chain(arm), load_base(arm).repeat(len(seeds), 1)
+    weights = base.clone().requires_grad_()  # line 1
     optimizer = torch.optim.AdamW([weights], lr=arm.lr, weight_decay=1e-4)
-    dice = [torch.Generator().manual_seed(seed) for seed in seeds]
+    dice = [torch.Generator().manual_seed(10_000 + seed) for seed in seeds]
+    shuffle = torch.Generator().manual_seed(0)
     pool = (FEW if arm.prompts == "few" else MANY).stop
     history = torch.full((len(seeds), pool if arm.normalise == "per-prompt" else 0, 32), math.nan)
     loss_of = {"prdp": prdp_loss, **LOSSES}.get(arm.method)
     kl_weight = arm.beta * arm.T * arm.dims if arm.method in ("prdp", "dpo") else arm.beta
     curve = []
+
+    def grouped(x: Tensor) -> Tensor:  # (S, M, ...) -> (S, N, B, ...); DDPO's samples stand alone
+        return x if arm.minibatches else x.unflatten(1, (arm.N, arm.B))
+
     for epoch in range(arm.E):  # line 2
         if arm.decay:
             optimizer.param_groups[0]["lr"] = arm.lr * (1 + math.cos(math.pi * epoch / arm.E)) / 2
         drawn = torch.stack([torch.randint(pool, (arm.N,), generator=g) for g in dice])  # line 4
         prompts = drawn.repeat_interleave(arm.B, 1)  # (S, M)
+
+        # lines 5 and 6: trajectories. Their log-probs keep the graph, which is the first update's
         noise = draws(dice, arm.N * arm.B, arm.T + 1, arm.dims)
         if arm.shared:
             noise[:, :, 0] = noise[:, :: arm.B, 0].repeat_interleave(arm.B, 1)
@@ -263,44 +307,38 @@ def train(arm: Arm, seeds: list[int], tick=lambda: None) -> tuple[Tensor, Tensor
             latents, log_probs = chain.sample(base if arm.offline else weights, prompts, noise)
             if arm.offline:  # theta_old is the policy as the epoch begins, though it drew nothing
                 log_probs = chain.score(weights, prompts, latents)
-        ref = log_probs.detach()  # most baselines do not look at it
-        if arm.method in ("prdp", "dpo"):
+        old = ref = log_probs.detach()
+        if arm.method in ("prdp", "dpo"):  # the others do not look at it
             with torch.no_grad():
                 ref = chain.score(base, prompts, latents)
-        reward = reward_of(arm.reward, latents[:, :, -1], prompts)  # lines 6 to 8
-        curve.append(reward.mean(1))
-        targets = (reward + arm.ratio * LIKED[prompts]).unflatten(1, (arm.N, arm.B))
-        if arm.normalise:
-            targets = normalise(targets, drawn, arm, history)
 
-        old = log_probs.detach()
-        order = torch.randperm(arm.N * arm.B, generator=dice[0])
-        for part in order.chunk(arm.K) if arm.minibatches else [None] * arm.K:  # line 9
+        # lines 7 and 8: rewards
+        reward = reward_of(arm.reward, latents[:, :, -1], prompts)
+        curve.append(reward.mean(1))
+        targets = reward + arm.spread * LIKED[prompts]
+        if arm.normalise:
+            rows = targets.unflatten(1, (arm.N, arm.B))
+            targets = normalise(rows, drawn, arm, history).flatten(1)
+
+        order = torch.randperm(arm.N * arm.B, generator=shuffle)
+        for part in order.chunk(arm.K) if arm.minibatches else [slice(None)] * arm.K:  # line 9
             if arm.method == "diffusion-dpo":
-                loss = diffusion_dpo(arm, weights, base, prompts, latents[:, :, -1], targets, dice)
-            elif arm.minibatches:
-                now = chain.score(weights, prompts[:, part], latents[:, part])
-                fixed = old[:, part], ref[:, part], targets.flatten(1)[:, part]
-                loss = loss_of(now, *fixed, arm.clip, kl_weight)
+                x, rewards = latents[:, :, -1], grouped(targets)
+                loss = diffusion_dpo(arm, weights, base, prompts, x, rewards, dice)
             else:
-                if not log_probs.requires_grad:  # at the first update, sampling has it already
-                    log_probs = chain.score(weights, prompts, latents)
-                now, log_probs = log_probs.unflatten(1, (arm.N, arm.B)), old
-                fixed = *(x.unflatten(1, (arm.N, arm.B)) for x in (old, ref)), targets
-                loss = loss_of(now, *fixed, arm.clip, kl_weight)  # line 10
-            (len(seeds) * loss).backward()  # a mean over seeds too: each gets its own gradient
+                if not log_probs.requires_grad:
+                    log_probs = chain.score(weights, prompts[:, part], latents[:, part])
+                fixed = (grouped(x[:, part]) for x in (old, ref, targets))
+                loss = loss_of(grouped(log_probs), *fixed, arm.clip, kl_weight)  # line 10
+            (len(seeds) * loss).backward()  # the loss is a mean over seeds too: to each its own
+            log_probs = old
+
             norm = weights.grad.norm(dim=1, keepdim=True)
             weights.grad *= (1 / (norm + 1e-6)).clamp(max=1)
             weights.grad[~norm.isfinite().squeeze(1)] = 0  # that run stays where it is
             optimizer.step()  # line 11
             optimizer.zero_grad()
-        tick()
     return weights.detach(), torch.stack(curve, 1)
-
-
-def pretrain_all() -> None:
-    sizes = ((2, 64, 24_000), (8, 64, 30_000), (2, 128, 15_000))
-    save_file({f"{d}-{w}": pretrain(d, w, steps) for d, w, steps in sizes}, BASES)
 
 
 def diffusion_dpo(arm: Arm, weights: Tensor, base: Tensor, prompts, x, rewards, dice) -> Tensor:
@@ -314,15 +352,15 @@ def diffusion_dpo(arm: Arm, weights: Tensor, base: Tensor, prompts, x, rewards, 
     x_t, times = diffuse(x, t, noise), time_features(t)
 
     def errors(weights: Tensor) -> Tensor:
-        noise_pred = network(weights, EMBEDDINGS[prompts], arm.dims, arm.width)(x_t, times)
+        noise_pred = network(weights, EMBEDDINGS[prompts], arm)(x_t, times)
         return (noise_pred - noise).square().mean(-1)
 
     gained = errors(base).detach() - errors(weights)  # (S, M)
     return preference_loss(arm.beta * gained.unflatten(1, (arm.N, arm.B)), rewards)
 
 
-def pathwise(arm: Arm, seeds: list[int], tick=lambda: None) -> tuple[Tensor, Tensor]:
-    """The best of the network class: ascend Eq. 6 itself through sampler and reward.
+def pathwise(arm: Arm, seeds: list[int]) -> tuple[Tensor, Tensor]:
+    """The best of the network class: ascend Eq. 6 itself, through sampler and reward.
 
     No black-box method can do that; it shows what the network could reach. Returns as `train`.
     """
@@ -330,12 +368,12 @@ def pathwise(arm: Arm, seeds: list[int], tick=lambda: None) -> tuple[Tensor, Ten
     weights = base.clone().requires_grad_()
     optimizer = torch.optim.Adam([weights], lr=arm.lr)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arm.E * arm.K)
-    dice = [torch.Generator().manual_seed(seed) for seed in seeds]
+    dice = [torch.Generator().manual_seed(10_000 + seed) for seed in seeds]
     pool, curve = (FEW if arm.prompts == "few" else MANY).stop, []
     for step in range(arm.E * arm.K):
         drawn = torch.stack([torch.randint(pool, (arm.N * arm.B,), generator=g) for g in dice])
         noise = draws(dice, arm.N * arm.B, arm.T + 1, arm.dims)
-        x, reward, kl, _ = chain.compare(weights, base, drawn, noise)
+        _, reward, kl, _ = chain.compare(weights, base, drawn, noise)
         (arm.beta * kl - reward).mean(1).sum().backward()
         torch.nn.utils.clip_grad_norm_([weights], len(seeds) ** 0.5)
         optimizer.step()
@@ -343,25 +381,15 @@ def pathwise(arm: Arm, seeds: list[int], tick=lambda: None) -> tuple[Tensor, Ten
         decay.step()
         if step % arm.K == 0:
             curve.append(reward.detach().mean(1))
-            tick()
     return weights.detach(), torch.stack(curve, 1)
 
 
-@cache
-def load_bases() -> dict[str, Tensor]:
-    return load_file(BASES)
-
-
-def load_base(arm: Arm) -> Tensor:
-    return load_bases()[f"{arm.dims}-{arm.width}"]
-
-
-# ---- 5. Evaluation -----------------------------------------------------------------------------------
+# ---- 5. Evaluation -------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def evaluate(arm: Arm, weights: Tensor, where: slice, points: int, noise_seed: int) -> dict:
-    """Figures of each seed on all prompts of `where`, `points` of each, with the same noise for all.
+    """Figures of each seed on the prompts `where`, `points` of each, the same noise for all seeds.
 
     "explained": the share of Eq. 14's loss that the policy removes, on its own samples.
     """
@@ -382,38 +410,14 @@ def evaluate(arm: Arm, weights: Tensor, where: slice, points: int, noise_seed: i
     return {name: [f[name] for f in figures] for name in figures[0]}
 
 
-def run_arm(arm: Arm, seeds: tuple[int, ...], noise_seed: int, points: int) -> dict:
-    """One arm, all its seeds: trained and evaluated. Its figures by seed, ready for json."""
-    torch.set_num_threads(1)
-    started = time.time()
-    weights, curve = (pathwise if arm.method == "pathwise" else train)(arm, list(seeds))
-    figures = evaluate(arm, weights, FEW if arm.prompts == "few" else SEEN, points, noise_seed)
-    figures["unseen"] = evaluate(arm, weights, UNSEEN, points, noise_seed)["reward"]
-    every = max(1, arm.E // 50)
-    curve = curve[:, : arm.E // every * every].unflatten(1, (-1, every)).mean(-1)
-    figures["curve"] = curve.tolist()
-    if arm.dims == 2:
-        figures["cloud"] = cloud(arm, weights[:1], noise_seed)
-    return figures | {"seconds": time.time() - started}
-
-
-@torch.no_grad()
-def cloud(arm: Arm, weights: Tensor, noise_seed: int, points: int = 8) -> list[list[float]]:
-    """x_0 (prompts * points, 2) of one seed, on the 45 prompts: what the picture of the plane shows."""
-    prompts = torch.arange(FEW.stop).repeat_interleave(points)[None]
-    dice = torch.Generator().manual_seed(noise_seed)
-    noise = torch.randn(1, prompts.shape[1], arm.T + 1, arm.dims, generator=dice)
-    return Chain(arm).compare(weights, load_base(arm), prompts, noise)[0][0].tolist()
-
-
-# ---- 6. The exact optimum of Eq. 7, on the plane -----------------------------------------------------
+# ---- 6. The exact optimum of Eq. 7, on the plane -------------------------------------------------
 
 AXIS = torch.linspace(-4.5, 4.5, 301, dtype=torch.float64)
 PLANE = torch.stack(torch.meshgrid(AXIS, AXIS, indexing="ij"), -1)  # (G, G, 2)
 
 
 def read_off(values: Tensor, at: Tensor) -> Tensor:
-    """Bilinear: values (..., G, G) on the grid, at (G, G, 2) -> (..., G, G). Outside: the edge's."""
+    """Bilinear: values (..., G, G) on the grid, at (G, G, 2) -> (..., G, G); the edge's outside."""
     where = (at.flip(-1) / AXIS[-1])[None]  # grid_sample counts from -1 to 1, columns first
     flat = values.reshape(1, -1, *values.shape[-2:])
     options = dict(mode="bilinear", padding_mode="border", align_corners=True)
@@ -423,8 +427,8 @@ def read_off(values: Tensor, at: Tensor) -> Tensor:
 def exact_optimum(means, sigmas: list[float], betas: list[float], figures: Tensor) -> Tensor:
     """Expectations under Eq. 7's optimum of one prompt, for x_T ~ N(0, I): (betas, F + 1).
 
-    Given x_T, the optimum is pi_ref(x_{t-1} | x_t) exp(V(x_{t-1}) - V(x_t)), where V(x_0) = r / beta
-    and exp V(x_t) is the mean of exp V(x_{t-1}) under pi_ref: a Gaussian blur, read off at the mean.
+    Given x_T, the optimum is pi_ref(x_{t-1} | x_t) exp(V(x_{t-1}) - V(x_t)); V(x_0) = r / beta, and
+    exp V(x_t) is the mean of exp V(x_{t-1}) under pi_ref: a Gaussian blur, read off at its mean.
     means(k): pi_ref's mean of step k at every point of the grid. figures (F, G, G): functions of
     x_0, the reward first; the last column returned is the KL in nats.
     """
@@ -457,12 +461,11 @@ def exact_frontier(arm: Arm, betas: list[float], prompts: range = range(45)) -> 
         mean_of = chain.means(base, index)
         figures = torch.stack([reward_of(arm.reward, grid, index), match_of(grid, index)])
         figures = figures.view(2, len(AXIS), len(AXIS)).double()
-        total = total + exact_optimum(
-            lambda k, mean_of=mean_of: mean_of(grid, k).view(PLANE.shape).double(),
-            sigmas,
-            betas,
-            figures,
-        )
+
+        def means(k: int, mean_of=mean_of) -> Tensor:
+            return mean_of(grid, k).view(PLANE.shape).double()
+
+        total = total + exact_optimum(means, sigmas, betas, figures)
     return total / len(prompts)
 
 
