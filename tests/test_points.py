@@ -81,12 +81,25 @@ def test_gradient_is_that_of_backward_trajectories(clip: float, monkeypatch) -> 
         assert error < 1e-7, error
 
 
+def test_sampling_scores_as_scoring_does() -> None:
+    """The log-probs of `sample`, whose graph the first update uses: same values, same gradient."""
+    arm = points.Arm(N=1, B=4)
+    chain, weights = points.Chain(arm), points.load_base(arm).repeat(2, 1).requires_grad_()
+    prompts, noise = torch.randint(45, (2, 4)), torch.randn(2, 4, arm.T + 1, arm.dims)
+    latents, sampled = chain.sample(weights, prompts, noise)
+    scored, share = chain.score(weights, prompts, latents), torch.randn(2, 4, arm.T)
+    assert torch.allclose(sampled, scored, atol=1e-4)
+    gradients = [torch.autograd.grad((share * x).sum(), weights)[0] for x in (sampled, scored)]
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-4 * gradients[1].abs().max()
+
+
 def test_exact_optimum_of_a_linear_reward() -> None:
     """A reward g . x_0 shifts step t by sigma_t^2 * (product of the later a's) * g / beta."""
     sigmas, slopes, beta = [0.5, 0.3, 0.1], [0.9, 0.8, 0.7], 0.5
     g = torch.tensor([0.6, -0.4], dtype=torch.float64)
     linear = (points.PLANE * g).sum(-1)
-    result = points.exact_optimum(lambda k: slopes[k] * points.PLANE, sigmas, [beta], linear[None])
+    means = [slope * points.PLANE for slope in slopes]
+    result = points.exact_optimum(means, sigmas, [beta], linear[None])
     reward, kl = result[0].tolist()
 
     later = [slopes[1] * slopes[2], slopes[2], 1.0]  # d x_0 / d (mean of step k)

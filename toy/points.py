@@ -7,8 +7,8 @@
 
 A prompt names a place on a ring of the plane, and how three modes lie round it; in D = 8 also what
 six more numbers should be. A small network learns to draw such points by DDPM, as Stable Diffusion
-draws pictures, and is then finetuned for a reward with Table 4's E, K, N and B, in seconds instead
-of days. Runs stop and go on: what is done is kept in --out.
+draws pictures, and is then finetuned for a reward with Table 4's E, K, N and B, in seconds.
+What is done is kept in --out, and not done again.
 
 In reading order: the world, the network, the chain (prdp.py's mathematics, batched over seeds
 because the network is tiny), Algorithm 1 with every baseline, evaluation, and the exact optimum of
@@ -25,7 +25,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in the workers
@@ -33,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from baselines import LOSSES, preference_loss  # noqa: E402
@@ -175,23 +174,9 @@ def pretrain(arm: Arm, steps: int) -> Tensor:
     return weights.detach()
 
 
-def pretrain_all() -> None:
-    """points_base.safetensors, which is in the repository."""
-    sizes = {(2, 64): 24_000, (8, 64): 30_000, (2, 128): 15_000}
-    bases = {
-        f"{dims}-{width}": pretrain(Arm(dims=dims, width=width), steps)
-        for (dims, width), steps in sizes.items()
-    }
-    save_file(bases, BASES)
-
-
-@cache
-def load_bases() -> dict[str, Tensor]:
-    return {name: weights.clone() for name, weights in load_file(BASES).items()}  # off the disk
-
-
 def load_base(arm: Arm) -> Tensor:
-    return load_bases()[f"{arm.dims}-{arm.width}"]
+    """The pretrained weights (1, P); a copy, which does not hang on the file."""
+    return load_file(BASES)[f"{arm.dims}-{arm.width}"].clone()
 
 
 # ---- 3. The chain: DDPM sampling and its log-probs (prdp.py, Secs. 2 and 3, for points) ----------
@@ -343,9 +328,7 @@ def train(arm: Arm, seeds: list[int]) -> tuple[Tensor, Tensor]:
 
 def diffusion_dpo(arm: Arm, weights: Tensor, base: Tensor, prompts, x, rewards, dice) -> Tensor:
     """Diffusion-DPO's own loss (Wallace et al. 2024, Eq. 14): noise prediction on noised samples.
-
-    The B points of a prompt share the timestep and the noise, so that only the points differ.
-    """
+    The B points of a prompt share the timestep and the noise, so that only the points differ."""
     t = torch.stack([torch.randint(1000, (arm.N,), generator=g) for g in dice])
     t = t.repeat_interleave(arm.B, 1)
     noise = draws(dice, arm.N, arm.dims).repeat_interleave(arm.B, 1)
@@ -360,10 +343,8 @@ def diffusion_dpo(arm: Arm, weights: Tensor, base: Tensor, prompts, x, rewards, 
 
 
 def pathwise(arm: Arm, seeds: list[int]) -> tuple[Tensor, Tensor]:
-    """The best of the network class: ascend Eq. 6 itself, through sampler and reward.
-
-    No black-box method can do that; it shows what the network could reach. Returns as `train`.
-    """
+    """Ascend Eq. 6 itself, through sampler and reward: what the network could reach, if the reward
+    were no black box. Returns as `train`."""
     chain, base = Chain(arm), load_base(arm).repeat(len(seeds), 1)
     weights = base.clone().requires_grad_()
     optimizer = torch.optim.Adam([weights], lr=arm.lr)
@@ -424,13 +405,13 @@ def read_off(values: Tensor, at: Tensor) -> Tensor:
     return torch.nn.functional.grid_sample(flat, where, **options).view(values.shape)
 
 
-def exact_optimum(means, sigmas: list[float], betas: list[float], figures: Tensor) -> Tensor:
+def exact_optimum(means: list, sigmas: list, betas: list, figures: Tensor) -> Tensor:
     """Expectations under Eq. 7's optimum of one prompt, for x_T ~ N(0, I): (betas, F + 1).
 
     Given x_T, the optimum is pi_ref(x_{t-1} | x_t) exp(V(x_{t-1}) - V(x_t)); V(x_0) = r / beta, and
     exp V(x_t) is the mean of exp V(x_{t-1}) under pi_ref: a Gaussian blur, read off at its mean.
-    means(k): pi_ref's mean of step k at every point of the grid. figures (F, G, G): functions of
-    x_0, the reward first; the last column returned is the KL in nats.
+    means[k] (G, G, 2): pi_ref's mean of step k at every point of the grid. figures (F, G, G):
+    functions of x_0, the reward first; the last column returned is the KL in nats.
     """
     value = figures[0] / torch.tensor(betas, dtype=torch.float64)[:, None, None]
     expected = figures.expand(len(betas), *figures.shape)
@@ -441,8 +422,7 @@ def exact_optimum(means, sigmas: list[float], betas: list[float], figures: Tenso
         mass = (value - top).clamp(min=-650).exp()
         blurred = blur @ mass @ blur.T
         expected = blur @ (mass[:, None] * expected) @ blur.T / blurred[:, None]
-        at = means(k)
-        value, expected = read_off(blurred.log() + top, at), read_off(expected, at)
+        value, expected = read_off(blurred.log() + top, means[k]), read_off(expected, means[k])
     start = torch.exp(-PLANE.square().sum(-1) / 2)
     start = start / start.sum()
     expected = (expected * start).sum((-2, -1))
@@ -459,12 +439,9 @@ def exact_frontier(arm: Arm, betas: list[float], prompts: range = range(45)) -> 
     for prompt in prompts:
         index = torch.full((1, grid.shape[1]), prompt)
         mean_of = chain.means(base, index)
+        means = [mean_of(grid, k).view(PLANE.shape).double() for k in range(arm.T)]
         figures = torch.stack([reward_of(arm.reward, grid, index), match_of(grid, index)])
         figures = figures.view(2, len(AXIS), len(AXIS)).double()
-
-        def means(k: int, mean_of=mean_of) -> Tensor:
-            return mean_of(grid, k).view(PLANE.shape).double()
-
         total = total + exact_optimum(means, sigmas, betas, figures)
     return total / len(prompts)
 

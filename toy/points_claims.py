@@ -22,6 +22,8 @@ import points
 import points_figures
 import torch
 from points import HERE, Arm
+from points_figures import mean
+from safetensors.torch import save_file
 
 SWEEP_NOISE, NOISE = 1_000_001, 1_000_002
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
@@ -40,12 +42,10 @@ def run_arm(arm: Arm, seeds: tuple[int, ...], noise_seed: int, count: int) -> di
     """One arm, all its seeds: trained and evaluated. Its figures by seed, ready for json."""
     torch.set_num_threads(1)
     started = time.time()
-    weights, curve = (points.pathwise if arm.method == "pathwise" else points.train)(
-        arm, list(seeds)
-    )
-    figures = points.evaluate(
-        arm, weights, points.FEW if arm.prompts == "few" else points.SEEN, count, noise_seed
-    )
+    method = points.pathwise if arm.method == "pathwise" else points.train
+    seen = points.FEW if arm.prompts == "few" else points.SEEN
+    weights, curve = method(arm, list(seeds))
+    figures = points.evaluate(arm, weights, seen, count, noise_seed)
     figures["unseen"] = points.evaluate(arm, weights, points.UNSEEN, count, noise_seed)["reward"]
     every = max(1, arm.E // 50)
     curve = curve[:, : arm.E // every * every].unflatten(1, (-1, every)).mean(-1)
@@ -136,6 +136,7 @@ SWEEPS = {  # name: arm, its other setting and where that starts
     "many/ddpo group": (replace(MANY, method="ddpo", normalise="group"), "", NONE),
     "many K=10/prdp": (MANY_K10, "", NONE),
     "many K=10/ddpo global": (replace(MANY_K10, **DDPO, **ALONE), "clip", CLIPS),
+    "plane/prdp": (Arm(dims=2, reward="blind", E=250, beta=1.0), "", NONE),
 }
 
 
@@ -158,8 +159,15 @@ def settings(cell: tuple) -> list[float]:
     return [half_decade(i) for i in cell if i is not None]
 
 
+def score(arm: Arm, result: dict) -> float:
+    """What a sweep maximises: the final reward; for Fig. 10 on the plane Eq. 6, with beta's KL."""
+    price = arm.beta * mean(result["kl"]) if arm.dims == 2 else 0.0
+    reward = mean(result["reward"]) - price
+    return reward if math.isfinite(reward) else -math.inf
+
+
 def sweep(runner: Runner, names: list[str]) -> tuple[dict[str, Arm], dict]:
-    """The best cell of each sweep by final reward; edges move until the best lies inside."""
+    """The best cell of each sweep; its edges move until the best lies inside."""
     cells = {name: set(itertools.product(RATES, SWEEPS[name][2])) for name in names}
     if runner.quick:
         cells = {name: {min(c, key=str)} for name, c in cells.items()}
@@ -169,7 +177,7 @@ def sweep(runner: Runner, names: list[str]) -> tuple[dict[str, Arm], dict]:
         }
         what, seeds = f"sweep, round {round_ + 1}", lambda key: sweep_seeds(key[0])
         results = runner.arms(what, arms, seeds, SWEEP_NOISE)
-        scores = {key: mean(result["reward"]) for key, result in results.items()}
+        scores = {key: score(arms[key], result) for key, result in results.items()}
         best = {n: max(cells[n], key=lambda c, n=n: scores[n, c]) for n in names}
         for n in names:
             for axis in range(2 if SWEEPS[n][1] else 1):
@@ -203,8 +211,10 @@ def experiments(best: dict[str, Arm]) -> dict[int, dict[str, Arm]]:
     many = {m: best[f"many/{m}"] for m in AXIS}
     rate = many["prdp"].lr
     k10, k10_ddpo = best["many K=10/prdp"], best["many K=10/ddpo global"]
-    inf, blind = math.inf, dict(dims=2, reward="blind", E=250)
-    plane, slow = replace(few, dims=2, beta=1.0), dict(decay=True)
+    inf, slow = math.inf, dict(decay=True)
+    blind = best["plane/prdp"]  # 250 epochs, as Fig. 10
+    plane = replace(blind, reward="own", E=100)
+    faded = replace(plane, lr=1e-3, decay=True)
     few_base, many_base = replace(few, lr=0.0, E=1, K=1), replace(MANY, lr=0.0, E=1)
     return {
         1: {
@@ -244,9 +254,9 @@ def experiments(best: dict[str, Arm]) -> dict[int, dict[str, Arm]]:
         },
         6: {"online": few, "offline": best["few/offline"]},
         7: {
-            "base": replace(plane, reward="blind", lr=0.0, E=1, K=1),
-            **{f"beta {b:g}": replace(few, beta=b, **blind) for b in BETAS},
-            "ddpo": replace(ddpo, **blind),
+            "base": replace(blind, lr=0.0, E=1, K=1),
+            **{f"beta {b:g}": replace(blind, beta=b) for b in BETAS},
+            "ddpo": replace(ddpo, dims=2, reward="blind", E=250),
         },
         8: {
             "few base": few_base, "few": few, "many base": many_base,
@@ -269,15 +279,15 @@ def experiments(best: dict[str, Arm]) -> dict[int, dict[str, Arm]]:
         11: {
             "base": replace(plane, lr=0.0, E=1, K=1),
             **{f"beta {b:g}": replace(plane, beta=b) for b in (1.0, 0.3, 0.1)},
-            **{f"beta {b:g} decay": replace(plane, beta=b, **slow) for b in (1.0, 0.3, 0.1)},
-            "beta 1 decay, x_T shared": replace(plane, shared=True, **slow),
+            **{f"beta {b:g} decay": replace(faded, beta=b) for b in (1.0, 0.3, 0.1)},
+            "beta 1 decay, x_T shared": replace(faded, shared=True),
             "ddpo": replace(ddpo, dims=2), "ddpo decay": replace(ddpo, dims=2, **slow),
             "ddpo group": replace(group, dims=2),
             "beta 1, through the reward": replace(plane, method="pathwise", lr=1e-3),
             "T=20 base": replace(plane, T=20, lr=0.0, E=1, K=1),
-            "T=20 beta 1 decay": replace(plane, T=20, **slow),
+            "T=20 beta 1 decay": replace(faded, T=20),
             "width 128 base": replace(plane, width=128, lr=0.0, E=1, K=1),
-            "width 128 beta 1 decay": replace(plane, width=128, **slow),
+            "width 128 beta 1 decay": replace(faded, width=128),
         },
     }  # fmt: skip
 
@@ -293,10 +303,6 @@ def exact_jobs(quick: bool) -> dict:
 
 
 # ---- Verdicts: criteria, written before any number -----------------------------------------------
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def check(name: str, figure: str, passed: bool) -> dict:
@@ -506,6 +512,15 @@ def show(out: Path) -> None:
     print(f"The picture: {out / 'points_show.png'}")
 
 
+def pretrain() -> None:
+    """points_base.safetensors, which is in the repository."""
+    sizes = {(2, 64): 24_000, (8, 64): 30_000, (2, 128): 15_000}
+    bases = {}
+    for (dims, width), steps in sizes.items():
+        bases[f"{dims}-{width}"] = points.pretrain(Arm(dims=dims, width=width), steps)
+    save_file(bases, points.BASES)
+
+
 def rounded(x):
     """Five digits; what json cannot hold (nan, inf) as null."""
     if isinstance(x, dict):
@@ -542,7 +557,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.pretrain:
-        return points.pretrain_all()
+        return pretrain()
     if args.show:
         return show(args.out)
 
