@@ -229,8 +229,6 @@ def experiments(best: dict[str, Arm]) -> dict[int, dict[str, Arm]]:
             **{f"{m} {half_decade(i):.1e}": replace(many[m], lr=half_decade(i))
                for m in AXIS for i in AXIS[m]},
             **{m: many[m] for m in AXIS},
-            **{f"{m} decay {half_decade(i):.1e}": replace(many[m], lr=half_decade(i), **slow)
-               for m, i in (("prdp", -6), ("ddpo global", -7), ("ddpo group", -6))},
         },
         3: {
             "base": few_base, "ddpo": ddpo, "ddpo global": glob,
@@ -275,6 +273,9 @@ def experiments(best: dict[str, Arm]) -> dict[int, dict[str, Arm]]:
             "ddpo decay": replace(ddpo, **slow), "ddpo group decay": replace(group, **slow),
             **{n[4:]: best[n] for n in SWEEPS
                if n.startswith("few/") and n not in ("few/prdp", "few/offline")},
+            "many base": many_base,
+            **{f"many {m}": many[m] for m in AXIS},
+            **{f"many {m} decay": replace(many[m], **slow) for m in AXIS},
         },
         11: {
             "base": replace(plane, lr=0.0, E=1, K=1),

@@ -149,7 +149,7 @@ def figure_kl(r: dict, exact: dict[float, list[float]], path: Path) -> None:
                 axis.annotate(beta, (kl, reward), xytext=(0, 8), textcoords="offset points",
                               ha="center", fontsize=8, color=BLUE)  # fmt: skip
         for name, arm in arms.items():
-            if "beta" in name or "base" in name:
+            if "beta" in name or "base" in name or name.startswith("many"):
                 continue
             at = mean(arm["kl"]), mean(arm["reward"])
             colour = GREEN if "group" in name else RED if name.startswith("ddpo") else GREY
