@@ -198,7 +198,7 @@ BETAS = (3.0, 1.0, 0.3, 0.1)  # of Fig. 10, in reward per nat
 CURVE = [10.0, 3.0, 1.6, 1.0, 0.6, 0.3, 0.17, 0.1]  # and of the exact curve
 AXIS = {  # Fig. 9's rates, 8 seeds at each; half-decades
     "prdp": range(-8, -4),
-    "ddpo global": range(-8, -5),
+    "ddpo global": range(-8, -4),
     "ddpo group": range(-7, -5),
 }
 ORDER = [2, 5, 7, 1, 3, 6, 4, 9, 8, 11, 10]  # what matters most first
