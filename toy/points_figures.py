@@ -20,12 +20,14 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def curves(axis, arm: dict, queries: float, label: str, **style) -> None:
-    """Training reward over thousands of queries: each seed thin, their mean bold."""
+def curves(axis, arm: dict, queries: float, label: str, split: bool = False, **style) -> None:
+    """Training reward over thousands of queries: each seed thin, their mean bold; where seeds part
+    ways (`split`) there is no mean to draw."""
     curve = torch.tensor(arm["curve"])
     x = (torch.arange(curve.shape[1]) + 0.5) * queries / curve.shape[1]
-    axis.plot(x, curve.T, lw=0.6, alpha=0.35, color=style["color"])
-    axis.plot(x, curve.mean(0), lw=2.4, label=label, **style)
+    thin = dict(lw=1.3, alpha=0.8) if split else dict(lw=0.6, alpha=0.35)
+    axis.plot(x, curve.T, color=style["color"], **thin)
+    axis.plot([] if split else x, [] if split else curve.mean(0), lw=2.4, label=label, **style)
 
 
 def pretrained(axis, base: dict) -> None:
@@ -43,7 +45,11 @@ def figure_training(r: dict, rates: dict[str, float], axis_rates: dict, path: Pa
     curves(left, many["prdp"], 512, f"PRDP, rate {rate:g}", color=BLUE)
     best = f"DDPO, one mean for all prompts, its best rate {rates['ddpo global']:g}"
     curves(left, many["ddpo global"], 512, best, color=PINK)
-    curves(left, many["ddpo global at prdp's rate"], 512, f"the same at rate {rate:g}", color=RED)
+    failing = many["ddpo global at prdp's rate"]
+    lost = sum(reward < mean(many["base"]["reward"]) for reward in failing["reward"])
+    seeds = len(failing["reward"])
+    label = f"the same at rate {rate:g}: {lost} of {seeds} end below the pretrained"
+    curves(left, failing, 512, label, split=True, color=RED)
     group = f"DDPO, a mean for each prompt's 8 points, rate {rate:g}"
     curves(left, many["ddpo group at prdp's rate"], 512, group, color=GREEN, ls="--")
     left.set(title="100,000 prompts (Fig. 9, left)", ylabel="training reward")
@@ -52,7 +58,8 @@ def figure_training(r: dict, rates: dict[str, float], axis_rates: dict, path: Pa
     curves(middle, few["ddpo"], 51.2, "DDPO, a mean for each prompt", color=GREEN)
     curves(middle, r[3]["ddpo global, as ddpo"], 51.2, "DDPO, one mean for all prompts", color=RED)
     curves(middle, r[5]["prdp few none"], 51.2, "PRDP without its clip", color="#17becf", ls="--")
-    curves(middle, r[6]["offline"], 51.2, "PRDP offline", color="#9467bd", ls="-.")
+    end = mean(r[6]["offline"]["reward"])  # its training rewards are the pretrained model's
+    middle.axhline(end, color="#9467bd", ls="-.", label="where PRDP ends offline")
     middle.set(title="45 prompts (Fig. 9, right; Table 5; Fig. 7)")
 
     for method, label, colour in (
@@ -65,11 +72,10 @@ def figure_training(r: dict, rates: dict[str, float], axis_rates: dict, path: Pa
     right.set(title="100,000 prompts: where each seed ends", xscale="log", xlabel="learning rate")
     for axis, base in ((left, many["base"]), (middle, few["base"]), (right, many["base"])):
         pretrained(axis, base)
-        axis.set_ylim(-0.3, 9.8)
+        axis.set_ylim(-0.3, 10.8)
         axis.legend(loc="upper left", framealpha=0.9)
     for axis in (left, middle):
         axis.set_xlabel("thousand reward queries")
-    seeds = len(few["prdp"]["reward"])
     figure.suptitle(f"The paper's schedule on points, {seeds} seeds: each thin, their mean bold")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
@@ -86,8 +92,9 @@ def draw_cloud(axis, arm: dict, title: str) -> None:
     axis.scatter(2.95 * turn.cos(), 2.95 * turn.sin(), c=turn, cmap="hsv", s=9)
     x = torch.tensor(arm["cloud"])
     home = points.ANGLES[: points.FEW.stop, 0].repeat_interleave(len(x) // points.FEW.stop)
-    axis.scatter(*x.T, c=home, cmap="hsv", vmin=0, vmax=2 * math.pi, s=11, ec="black", lw=0.2)
-    axis.plot(*points.STAR, marker="*", ms=16, mfc="white", mec="black")
+    axis.plot(*points.STAR, marker="*", ms=18, mfc="white", mec="black")
+    axis.scatter(*x.T, c=home, cmap="hsv", vmin=0, vmax=2 * math.pi, s=11, ec="black", lw=0.2,
+                 zorder=3)  # fmt: skip
     axis.set(xlim=(-3.1, 3.1), ylim=(-3.1, 3.1), xticks=[], yticks=[], aspect="equal")
     reward, match = mean(arm["reward"]), mean(arm["match"])
     axis.set_title(f"{title}\nreward {reward:.2f}, match {match:.2f}", fontsize=10)
@@ -119,7 +126,7 @@ def figure_plane(arms: dict, exact: dict[float, list[float]], path: Path) -> Non
         at = mean(arms[name]["match"]), mean(arms[name]["reward"])
         axis.plot(*at, marker, ms=8, color=colour, label=titles[name])
     axis.set(xlim=(-0.05, 1.05), ylabel="reward", title="beside the exact optimum")
-    axis.set_xlabel("match: share of points at their own prompt's place")
+    axis.set_xlabel("match: share of points\nat their own prompt's place")
     axis.legend(loc="lower left")
     figure.suptitle(
         "A reward that ignores the prompt: minus 4 times the distance to the star. A point's "
