@@ -141,8 +141,12 @@ def figure_kl(r: dict, exact: dict[float, list[float]], path: Path) -> None:
     """What a nat of KL buys, per method; on the plane, against the exact optimum."""
     figure, axes = plt.subplots(1, 2, figsize=(14, 5.6))
     curve = [exact[beta] for beta in sorted(exact)]
-    axes[0].plot([x[2] for x in curve], [x[0] for x in curve], "k", label="exact optimum of Eq. 7")
-    for axis, arms, title in zip(axes, (r[11], r[10]), ("The plane (D = 2)", "D = 8"), strict=True):
+    x, y = [row[2] for row in curve], [row[0] for row in curve]
+    axes[0].plot(
+        x, y, "k-x", label=f"exact optimum of Eq. 7, beta {max(exact):g} to {min(exact):g}"
+    )
+    titles = "The plane (D = 2), 45 prompts", "D = 8, 45 prompts"
+    for axis, arms, title in zip(axes, (r[11], r[10]), titles, strict=True):
         for tail, label, face in (("", "PRDP", BLUE), (" decay", "PRDP, decaying rate", "white")):
             at = []
             for name, arm in arms.items():
@@ -150,21 +154,25 @@ def figure_kl(r: dict, exact: dict[float, list[float]], path: Path) -> None:
                 if words[0] == "beta" and len(words) == 2 and name.endswith(" decay") == bool(tail):
                     at.append((mean(arm["kl"]), mean(arm["reward"]), words[1]))
             at.sort()
-            style = dict(color=BLUE, mfc=face, ms=8, ls="-" if not tail else ":")
-            axis.plot([x[0] for x in at], [x[1] for x in at], "o", label=label, **style)
-            for kl, reward, beta in at:
-                axis.annotate(beta, (kl, reward), xytext=(0, 8), textcoords="offset points",
-                              ha="center", fontsize=8, color=BLUE)  # fmt: skip
-        for name, arm in arms.items():
-            if "beta" in name or "base" in name or name.startswith("many"):
-                continue
-            at = mean(arm["kl"]), mean(arm["reward"])
+            style = dict(color=BLUE, mfc=face, ms=8, ls=":" if tail else "-")
+            axis.plot([row[0] for row in at], [row[1] for row in at], "o", label=label, **style)
+            for kl, reward, beta in [] if tail else at:
+                axis.annotate(f"beta {beta}", (kl, reward), xytext=(-8, 5), fontsize=8, color=BLUE, ha="right",
+                              textcoords="offset points")  # fmt: skip
+
+        height = -math.inf  # of the label below: labels keep their distance
+        others = {n: arm for n, arm in arms.items() if not ("beta" in n or "base" in n)}
+        others = {n: arm for n, arm in others.items() if not n.startswith("many")}
+        for name, arm in sorted(others.items(), key=lambda item: mean(item[1]["reward"])):
+            kl, reward = min(mean(arm["kl"]), 1000), mean(arm["reward"])
+            height = max(height + 0.27, reward)
             colour = GREEN if "group" in name else RED if name.startswith("ddpo") else GREY
-            axis.plot(*at, "s", ms=6, color=colour)
-            axis.annotate(name, at, xytext=(7, -3), textcoords="offset points", fontsize=8)
+            axis.plot(kl, reward, "s", ms=6, color=colour)
+            axis.plot([kl, 1250], [reward, height], lw=0.5, color=colour)
+            axis.annotate(name, (1300, height), va="center", fontsize=8, color=colour)
         pretrained(axis, arms["base"])
-        axis.set(title=f"{title}, 45 prompts", xscale="log", xlim=(0.1, 1500), ylabel="reward")
-        axis.set_xlabel("KL to the pretrained policy, nats (numbers at PRDP's points: beta)")
+        axis.set(title=title, xscale="log", xlim=(0.1, 7000), ylim=(0.8, 9.4), ylabel="reward")
+        axis.set_xlabel("KL to the pretrained policy, nats (at the edge: 1,000 and more)")
         axis.legend(loc="upper left")
     figure.suptitle("What a nat of KL buys: every method after the same 51,200 reward queries")
     figure.tight_layout()
