@@ -421,9 +421,8 @@ def backward_trajectories(
 
     entries = weights.nonzero()  # (entries, 2): image, step
     if hasattr(policy.unet, "_orig_mod"):  # compiled, for one shape: filled up with weights of 0
-        entries = torch.cat(
-            [entries, (weights == 0).nonzero()[: -len(entries) % policy.microbatch]]
-        )
+        padding = -len(entries) % policy.microbatch
+        entries = torch.cat([entries, (weights == 0).nonzero()[:padding]])
     with report.progress("update", len(entries)) as bar:
         for chunk in entries.split(policy.microbatch):
             rows, steps = chunk.unbind(1)
@@ -607,8 +606,8 @@ def load_pipeline(model: str):
         for name, part in parts.items():
             with reading(what := f"--model {model}: its {name}"):
                 parts[name] = load_network(what, part, folder, subfolder=name)
-        options = dict(safety_checker=None, requires_safety_checker=False)
-        return pipeline.from_pretrained(folder, **parts, **options)
+        parts |= dict(safety_checker=None, requires_safety_checker=False)
+        return pipeline.from_pretrained(folder, **parts)
 
 
 def load_models(config: Config, device: torch.device, reward: Callable | None = None) -> Models:
@@ -704,8 +703,7 @@ def decode(models: Models, latents: Tensor) -> Tensor:
         for rows in latents.split(models.policy.microbatch):
             decoded = vae.decode(rows / vae.config.scaling_factor).sample.float()
             require_finite("a picture from the VAE", decoded)
-            pixels = (decoded / 2 + 0.5).clamp(0, 1) * 255
-            images.append(pixels.round().to(torch.uint8))
+            images.append(((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
     return torch.cat(images)
 
 
