@@ -157,7 +157,7 @@ def figure_kl(r: dict, exact: dict[float, list[float]], path: Path) -> None:
             style = dict(color=BLUE, mfc=face, ms=8, ls=":" if tail else "-")
             axis.plot([row[0] for row in at], [row[1] for row in at], "o", label=label, **style)
             for kl, reward, beta in [] if tail else at:
-                note = dict(xytext=(-8, 5), ha="right", textcoords="offset points", color=BLUE)
+                note = dict(xytext=(8, -15), ha="center", textcoords="offset points", color=BLUE)
                 axis.annotate(f"beta {beta}", (kl, reward), fontsize=8, **note)
 
         height = -math.inf  # of the label below: labels keep their distance
