@@ -1,18 +1,17 @@
 """The paper's claims at the paper's own schedule, on a diffusion of points whose optimum is known.
 
     python toy/points.py --show      # the lesson: PRDP at four betas and DDPO, one picture
-    python toy/points.py             # every claim, 8 seeds: points.json and three pictures
+    python toy/points.py             # every claim; what --out has is not done again
     python toy/points.py --claim 3   # one claim, at the settings of points.json
     python toy/points.py --quick     # everything at tiny size, into --out only: does it run?
 
 A prompt names a place on a ring of the plane, and how three modes lie round it; in D = 8 also what
 six more numbers should be. A small network learns to draw such points by DDPM, as Stable Diffusion
 draws pictures, and is then finetuned for a reward with Table 4's E, K, N and B, in seconds.
-What is done is kept in --out, and not done again.
 
-In reading order: the world, the network, the chain (prdp.py's mathematics, batched over seeds
-because the network is tiny), Algorithm 1 with every baseline, evaluation, and the exact optimum of
-Eq. 7. points_claims.py has the experiments, the criteria of their verdicts, and the pictures.
+In reading order: the world, the network, the chain (prdp.py's mathematics, for all seeds at once),
+Algorithm 1 with every baseline, evaluation, and the exact optimum of Eq. 7. points_claims.py has
+the experiments and the criteria of their verdicts, points_figures.py the pictures.
 
 Units: a step's log-prob is a mean over D, as in prdp.py. `beta` is that of Eq. 5, reward per nat
 of the whole trajectory, so that prdp_loss's kl_weight is beta * T * D.
@@ -423,8 +422,7 @@ def exact_optimum(means: list, sigmas: list, betas: list, figures: Tensor) -> Te
         blurred = blur @ mass @ blur.T
         expected = blur @ (mass[:, None] * expected) @ blur.T / blurred[:, None]
         value, expected = read_off(blurred.log() + top, means[k]), read_off(expected, means[k])
-    start = torch.exp(-PLANE.square().sum(-1) / 2)
-    start = start / start.sum()
+    start = (-PLANE.square().sum(-1) / 2).flatten().softmax(0).view(PLANE.shape[:2])
     expected = (expected * start).sum((-2, -1))
     kl = expected[:, 0] / torch.tensor(betas, dtype=torch.float64) - (value * start).sum((-2, -1))
     return torch.cat([expected, kl[:, None]], 1)

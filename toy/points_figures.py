@@ -117,8 +117,8 @@ def figure_plane(arms: dict, exact: dict[float, list[float]], path: Path) -> Non
         beta = float(name.split()[1])
         at = mean(arms[name]["match"]), mean(arms[name]["reward"])
         axis.plot(*at, "o", ms=9, color=BLUE, label="PRDP, constant rate" if beta == 1 else None)
-        axis.annotate(f"beta {beta:g}", at, xytext=(-8, -14), textcoords="offset points",
-                      ha="right", fontsize=8)  # fmt: skip
+        side = dict(xytext=(-8, -14), ha="right") if at[0] > 0.3 else dict(xytext=(9, -5))
+        axis.annotate(f"beta {beta:g}", at, textcoords="offset points", fontsize=8, **side)
         if beta in exact:
             axis.plot(exact[beta][1], exact[beta][0], "x", ms=8, mew=2, color="black")
             axis.plot([at[0], exact[beta][1]], [at[1], exact[beta][0]], color=BLUE, lw=0.8)
@@ -157,8 +157,8 @@ def figure_kl(r: dict, exact: dict[float, list[float]], path: Path) -> None:
             style = dict(color=BLUE, mfc=face, ms=8, ls=":" if tail else "-")
             axis.plot([row[0] for row in at], [row[1] for row in at], "o", label=label, **style)
             for kl, reward, beta in [] if tail else at:
-                axis.annotate(f"beta {beta}", (kl, reward), xytext=(-8, 5), fontsize=8, color=BLUE, ha="right",
-                              textcoords="offset points")  # fmt: skip
+                note = dict(xytext=(8, -15), ha="center", textcoords="offset points", color=BLUE)
+                axis.annotate(f"beta {beta}", (kl, reward), fontsize=8, **note)
 
         height = -math.inf  # of the label below: labels keep their distance
         others = {n: arm for n, arm in arms.items() if not ("beta" in n or "base" in n)}
