@@ -34,7 +34,7 @@ import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from baselines import LOSSES, preference_loss  # noqa: E402
+from baselines import LOSSES, diffusion_dpo_loss  # noqa: E402
 from prdp import ddpm_schedule, prdp_loss  # noqa: E402
 
 BASES = HERE / "points_base.safetensors"
@@ -335,10 +335,9 @@ def diffusion_dpo(arm: Arm, weights: Tensor, base: Tensor, prompts, x, rewards, 
 
     def errors(weights: Tensor) -> Tensor:
         noise_pred = network(weights, EMBEDDINGS[prompts], arm)(x_t, times)
-        return (noise_pred - noise).square().mean(-1)
+        return (noise_pred - noise).square().mean(-1).unflatten(1, (arm.N, arm.B))  # (S, N, B)
 
-    gained = errors(base).detach() - errors(weights)  # (S, M)
-    return preference_loss(arm.beta * gained.unflatten(1, (arm.N, arm.B)), rewards)
+    return diffusion_dpo_loss(errors(weights), errors(base).detach(), rewards, arm.beta)
 
 
 def pathwise(arm: Arm, seeds: list[int]) -> tuple[Tensor, Tensor]:
