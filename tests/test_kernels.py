@@ -265,8 +265,8 @@ def test_without_triton_or_gpu_the_references_run():
 
 
 def test_benchmark_quick_prints_its_tables():
-    """On a CPU; the on-policy gap it measures is exactly 0 in both number formats."""
-    flags = ("--quick", "--dtypes", "fp32", "bf16")
+    """On a CPU; the on-policy gap it measures is exactly 0."""
+    flags = ("--quick", "--dtypes", "bf16")
     code, out, errors = script(ROOT / "kernels" / "benchmark.py", *flags)
     assert code == 0, errors
     assert "failed" not in out

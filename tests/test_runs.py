@@ -326,7 +326,7 @@ print(kills, runs)
 def test_kill_at_20_random_moments(tiny_sd, tmp_path):
     """kill -9 in whatever phase, then --resume (or, where no epoch had begun, once more): the
     weights and metrics of every run are the undisturbed one's."""
-    flags = [*small_run(tiny_sd), "--epochs", 3, "--sample-every", 2]
+    flags = [*small_run(tiny_sd), "--epochs", 2, "--sample-every", 1]
     (tmp_path / "runs").mkdir()
     arguments = ["-c", KILLER, ROOT, tmp_path / "whole", tmp_path / "runs", *flags]
     code, out, errors = script(*arguments, timeout=900)
