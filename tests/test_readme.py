@@ -88,6 +88,11 @@ def test_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     names = {}
     exec(reward, names)
     assert names["redness"](torch.tensor([[[[255]], [[0]], [[0]]]]).byte(), ["a"]).item() == 1
-    exec(library.replace('"--epochs", "2"', '"--epochs", "1", "--updates-per-epoch", "1"'), {})
+    exec(
+        library.replace(
+            '"--epochs", "2"', '"--epochs", "1", "--updates-per-epoch", "1", "--ddpm-steps", "2"'
+        ),
+        {},
+    )
     assert "of the caller" in capsys.readouterr().out
     assert (tmp_path / "runs" / "bright" / "pipeline").is_dir()
