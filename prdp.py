@@ -57,7 +57,7 @@ from torch import Tensor, nn
 import baselines
 import kernels
 import report
-from kernels import gaussian_log_prob, guided_log_prob, guided_sample  # noqa: F401 (the first is API)
+from kernels import gaussian_log_prob, guided_log_prob, guided_sample  # noqa: F401
 from report import Samples, gather, on_rank_0, own_share, processes, say
 from rewards import InputError, Parser, command, load_network, load_reward, option, reading
 from rewards import resolve_reward, reward_files

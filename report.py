@@ -409,8 +409,8 @@ class Stopwatch:
             torch.cuda.synchronize()
         spent = time.perf_counter() - started
         self.seconds[name] = self.seconds.get(name, 0.0) + spent
-        if spent > 10 and rank() == 0 and not sys.stderr.isatty():
-            print(f"{self.label}, {name}: {duration(spent)}", flush=True)
+        if spent > 10 and not sys.stderr.isatty():
+            say(f"{self.label}, {name}: {duration(spent)}")
 
 
 def introduce(settings: dict, learning: list[Tensor], log_probs: str, prompts: int) -> None:
