@@ -282,11 +282,14 @@ def experiments(best: dict[str, Arm]) -> dict[int, dict[str, Arm]]:
             **{f"beta {b:g}": replace(plane, beta=b) for b in (1.0, 0.3, 0.1)},
             **{f"beta {b:g} decay": replace(faded, beta=b) for b in (1.0, 0.3, 0.1)},
             "beta 1 decay, x_T shared": replace(faded, shared=True),
+            "beta 1 decay, 300 epochs": replace(faded, E=300),
             "ddpo": replace(ddpo, dims=2), "ddpo decay": replace(ddpo, dims=2, **slow),
             "ddpo group": replace(group, dims=2),
             "beta 1, through the reward": replace(plane, method="pathwise", lr=1e-3),
             "T=20 base": replace(plane, T=20, lr=0.0, E=1, K=1),
             "T=20 beta 1 decay": replace(faded, T=20),
+            "T=50 base": replace(plane, T=50, lr=0.0, E=1, K=1),
+            "T=50 beta 1 decay": replace(faded, T=50),
             "width 128 base": replace(plane, width=128, lr=0.0, E=1, K=1),
             "width 128 beta 1 decay": replace(faded, width=128),
         },
@@ -298,7 +301,8 @@ def exact_jobs(quick: bool) -> dict:
     curve, one = (CURVE[:2], 1) if quick else (CURVE, 45)
     jobs = {
         "blind": (Arm(dims=2, reward="blind"), curve), "own": (Arm(dims=2), [*curve, 0.05]),
-        "T=20": (Arm(dims=2, T=20), [1.0]), "width 128": (Arm(dims=2, width=128), [1.0]),
+        "T=20": (Arm(dims=2, T=20), [1.0]), "T=50": (Arm(dims=2, T=50), [1.0]),
+        "width 128": (Arm(dims=2, width=128), [1.0]),
     }  # fmt: skip
     return {n: (exact, (a, b, one), 3e8 * a.T * len(b)) for n, (a, b) in jobs.items()}
 
