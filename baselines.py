@@ -127,6 +127,13 @@ def misfit(config) -> str | None:
     return None
 
 
+def passes(config) -> int:
+    """How many an epoch makes of an image: drawn, scored under the reference and before each update
+    but the first, and a pass with its gradient, which costs three, for each update it is in."""
+    in_updates = 1 if config.loss == "ddpo" else config.updates_per_epoch
+    return 1 + config.updates_per_epoch + 3 * in_updates
+
+
 def minibatch(config, epoch: int, k: int, targets: Tensor) -> Tensor:
     """What update k learns from, of targets (N*B,): all; for DDPO the k-th of K random minibatches.
 

@@ -809,9 +809,9 @@ def run(config: Config, reward: Callable | None = None, prompts: list[str] | Non
     if long := sum(len(ids) > context for ids in pipe.tokenizer(some).input_ids):
         say(f"warning: {long} of {len(some)} prompts exceed {context} tokens; the ends go unread.")
     seconds = check_on_policy(config, models, prompts[0])
-    passes = 4 * config.updates_per_epoch + 1  # of an image (DDPO: fewer); a backward one is two
-    passes *= config.prompts_per_epoch * config.images_per_prompt // processes()
-    say(report.forecast(seconds, passes * seconds, config.epochs - start + 1))
+    images = config.prompts_per_epoch * config.images_per_prompt // processes()
+    epoch = images * baselines.passes(config) * seconds
+    say(report.forecast(seconds, epoch, config.epochs - start + 1))
     before = draw_samples(config, models, models.reference, prompts)
 
     with reading(f"--resume {out}"):  # all has been compared: load, and only then write

@@ -185,6 +185,29 @@ def test_runs(cli, tmp_path, name):
     assert bool(checkpoint(run)["latest"]) == name.startswith("ddpo")
 
 
+@pytest.mark.parametrize("loss", ["prdp", "ddpo"])
+def test_passes_are_those_of_an_epoch(cli, tmp_path, monkeypatch, loss):
+    """What the forecast of a run multiplies, against the rows that the network really sees; a pass
+    that keeps its gradient counts as three."""
+    rows, forward = [], prdp.predict_noise
+
+    def counted(policy, sample, *rest):
+        rows.append(len(sample) * (3 if torch.is_grad_enabled() else 1))
+        return forward(policy, sample, *rest)
+
+    monkeypatch.setattr(prdp, "predict_noise", counted)
+    spent = []
+    for epochs in (1, 2):
+        rows.clear()
+        flags = ["--loss", loss, "--epochs", epochs, "--updates-per-epoch", 4]
+        code, _, errors = cli(*flags, "--clip-range", "inf", "--out", tmp_path / f"{epochs}")
+        assert (code, errors) == (0, "")
+        spent.append(sum(rows))
+    images, steps = 4, 3
+    config = SimpleNamespace(loss=loss, updates_per_epoch=4)
+    assert spent[1] - spent[0] == images * steps * baselines.passes(config)
+
+
 def test_diffusion_dpo_by_hand():
     """Wallace et al. 2024, Eq. 14, pair by pair: -log sigmoid of how much more the error of the
     winner fell than the loser's."""
