@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 
 import points  # noqa: E402
+import points_claims  # noqa: E402
 
 import prdp  # noqa: E402
 
@@ -128,6 +130,36 @@ def test_normalise_by_hand() -> None:
                 known = known if len(known) >= 16 else rewards[s].flatten()
                 expected = (rewards[s, n] - known.mean()) / (known.std(correction=0) + 1e-6)
                 assert torch.allclose(advantages[s, n], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("curve", "unstable"),
+    [
+        ([2.0, 4.0, 6.0, 5.0], False),  # 1 of the 5 gained
+        ([2.0, 4.0, 2.4, 4.0], True),  # 1.6 of 3, though it comes back
+        ([0.6, 1.9, 1.45, 1.5], False),  # before a gain of 1, .5 may be lost
+        ([0.4, 1.0, 2.0, 3.0], True),  # .6 below the pretrained model from the first
+        ([2.0, float("nan"), float("nan"), float("nan")], True),
+    ],
+)
+def test_unstable_by_hand(curve: list[float], unstable: bool) -> None:
+    arm, base = {"curve": [curve, [1.0, 2.0, 3.0, 4.0]]}, {"reward": [0.9, 1.1]}
+    assert points_claims.unstable(arm, base) == unstable
+
+
+def test_paired_interval() -> None:
+    """Differences 1, 1, 2, 3: mean 1.75, deviation sqrt(11 / 12), 3 degrees of freedom; and its
+    table against the integral of Student's density."""
+    a, b = {"reward": [1.0, 2.0, 3.0, 5.0]}, {"reward": [0.0, 1.0, 1.0, 2.0]}
+    low = 1.75 - 3.182 * (11 / 12) ** 0.5 / 2
+    assert points_claims.above("", a, b, low - 0.01)["passed"]
+    assert not points_claims.above("", a, b, low + 0.01)["passed"]
+    for degrees, t in enumerate(points_claims.T95, 1):
+        x = torch.linspace(-t, t, 100_001, dtype=torch.float64)
+        density = (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
+        gamma = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
+        whole = math.sqrt(degrees * math.pi) / math.exp(gamma)
+        assert torch.trapezoid(density, x).item() / whole == pytest.approx(0.95, abs=1e-4)
 
 
 def test_quick_runs_everything(tmp_path: Path) -> None:

@@ -199,7 +199,7 @@ CURVE = [10.0, 3.0, 1.6, 1.0, 0.6, 0.3, 0.17, 0.1]  # and of the exact curve
 AXIS = {  # Fig. 9's rates, 8 seeds at each; half-decades
     "prdp": range(-8, -4),
     "ddpo global": range(-8, -4),
-    "ddpo group": range(-7, -5),
+    "ddpo group": range(-8, -4),
 }
 ORDER = [2, 5, 7, 1, 3, 6, 4, 9, 8, 11, 10]  # what matters most first
 
@@ -233,6 +233,8 @@ def experiments(best: dict[str, Arm]) -> dict[int, dict[str, Arm]]:
         3: {
             "base": few_base, "ddpo": ddpo, "ddpo global": glob,
             "ddpo global, as ddpo": replace(ddpo, normalise="global"), "prdp": few,
+            "ddpo at prdp's settings": replace(ddpo, lr=few.lr, clip=few.clip),
+            "ddpo global at prdp's settings": replace(glob, lr=few.lr, clip=few.clip),
         },
         4: {"base": many_base} | {
             f"spread {spread:g}, {name} rate": replace(many["ddpo global"], spread=spread, lr=lr)
@@ -275,6 +277,7 @@ def experiments(best: dict[str, Arm]) -> dict[int, dict[str, Arm]]:
                if n.startswith("few/") and n not in ("few/prdp", "few/offline")},
             "many base": many_base,
             **{f"many {m}": many[m] for m in AXIS},
+            "many prdp beta 0.005": replace(many["prdp"], beta=0.005),
             **{f"many {m} decay": replace(many[m], **slow) for m in AXIS},
         },
         11: {
@@ -325,10 +328,12 @@ def above(name: str, a: dict, b: dict, margin: float = 0.0, key: str = "reward")
 
 def unstable(arm: dict, base: dict) -> int:
     """How many runs lost, at some time, more than half of the reward they had gained by then (of a
-    gain below 1: more than .5). Of training rewards, averaged over fiftieths of the run."""
-    curve = torch.tensor(arm["curve"])
+    gain below 1: more than .5). Of the base's reward, then training rewards, averaged over
+    fiftieths of the run."""
+    start = torch.full((len(arm["curve"]), 1), mean(base["reward"]))
+    curve = torch.cat([start, torch.tensor(arm["curve"])], 1)
     best = curve.cummax(1).values
-    lost = (best - curve) / (best - mean(base["reward"])).clamp(min=1)
+    lost = (best - curve) / (best - start).clamp(min=1)
     return int((~(lost <= 0.5)).any(1).sum())  # so that nan counts as lost
 
 

@@ -50,33 +50,41 @@ def figure_training(r: dict, rates: dict[str, float], axis_rates: dict, path: Pa
     seeds = len(failing["reward"])
     label = f"the same at rate {rate:g}: {lost} of {seeds} end below the pretrained"
     curves(left, failing, 512, label, split=True, color=RED)
-    group = f"DDPO, a mean for each prompt's 8 points, rate {rate:g}"
+    of_group = "DDPO, a mean for each prompt's 8 points"
+    group = f"{of_group}, rate {rate:g}"
     curves(left, many["ddpo group at prdp's rate"], 512, group, color=GREEN, ls="--")
     left.set(title="100,000 prompts (Fig. 9, left)", ylabel="training reward")
 
-    curves(middle, few["prdp"], 51.2, "PRDP", color=BLUE)
-    curves(middle, few["ddpo"], 51.2, "DDPO, a mean for each prompt", color=GREEN)
-    curves(middle, r[3]["ddpo global, as ddpo"], 51.2, "DDPO, one mean for all prompts", color=RED)
-    curves(middle, r[5]["prdp few none"], 51.2, "PRDP without its clip", color="#17becf", ls="--")
+    curves(middle, few["prdp"], 51.2, "PRDP, beta .005", color=BLUE)
+    curves(middle, few["ddpo"], 51.2, "DDPO, a mean of each prompt's last 32 rewards", color=GREEN)
+    best = "DDPO, one mean for all prompts, its best settings"
+    curves(middle, r[3]["ddpo global"], 51.2, best, color=PINK)
+    failing = r[3]["ddpo global at prdp's settings"]
+    curves(middle, failing, 51.2, "the same at PRDP's rate and clip", split=True, color=RED)
+    unclipped = "PRDP, beta .02, without its clip"
+    curves(middle, r[5]["prdp few none"], 51.2, unclipped, color="#17becf", ls="--")
     end = mean(r[6]["offline"]["reward"])  # its training rewards are the pretrained model's
-    middle.axhline(end, color="#9467bd", ls="-.", label="where PRDP ends offline")
+    middle.axhline(end, color="#9467bd", ls="-.", label="where PRDP, beta .02, ends offline")
     middle.set(title="45 prompts (Fig. 9, right; Table 5; Fig. 7)")
 
     for method, label, colour in (
-        ("prdp", "PRDP", BLUE), ("ddpo group", "DDPO, a mean for each prompt", GREEN),
+        ("prdp", "PRDP", BLUE), ("ddpo group", of_group, GREEN),
         ("ddpo global", "DDPO, one mean for all prompts", RED),
     ):  # fmt: skip
         rows = torch.tensor([many[f"{method} {x:.1e}"]["reward"] for x in axis_rates[method]])
-        right.plot(axis_rates[method], rows.mean(1), lw=2.4, color=colour, label=label)
+        middles = rows.median(1).values  # where seeds part ways no seed is at the mean
+        right.plot(axis_rates[method], middles, lw=2.4, color=colour, label=label)
         right.plot(axis_rates[method], rows, "o", ms=4, alpha=0.5, color=colour)
-    right.set(title="100,000 prompts: where each seed ends", xscale="log", xlabel="learning rate")
+    right.set(title="100,000 prompts: where each seed ends; their median", xscale="log")
+    right.set_xlabel("learning rate")
     for axis, base in ((left, many["base"]), (middle, few["base"]), (right, many["base"])):
         pretrained(axis, base)
         axis.set_ylim(-0.3, 10.8)
         axis.legend(loc="upper left", framealpha=0.9)
     for axis in (left, middle):
         axis.set_xlabel("thousand reward queries")
-    figure.suptitle(f"The paper's schedule on points, {seeds} seeds: each thin, their mean bold")
+    title = f"The paper's schedule on points, {seeds} seeds: each thin, their mean bold"
+    figure.suptitle(f"{title}. No point can score more than 8.")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
