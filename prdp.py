@@ -420,7 +420,7 @@ def backward_trajectories(
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad.mul_(scale)
 
     entries = weights.nonzero()  # (entries, 2): image, step
-    if hasattr(policy.unet, "_orig_mod"):  # compiled, for one shape: filled up with weights of 0
+    if weights.is_cuda or hasattr(policy.unet, "_orig_mod"):  # a new size takes seconds: fill up
         padding = -len(entries) % policy.microbatch
         entries = torch.cat([entries, (weights == 0).nonzero()[:padding]])
     with report.progress("update", len(entries)) as bar:
@@ -755,7 +755,7 @@ def check_on_policy(config: Config, models: Models, prompt: str) -> float:
             with in_use(models, policy):
                 started = time.perf_counter()
                 scores = score_trajectories(policy, trajectories)
-                gap = max(gap, (scores - trajectories.log_probs).abs().max().item())
+                gap += (scores - trajectories.log_probs).abs().max().item()  # NaN stays NaN
                 seconds = time.perf_counter() - started  # the last is warm, and compiled
         say(f"on-policy gap{', with deterministic cuDNN' * deterministic}: {gap:.1e}")
         if gap == 0:
