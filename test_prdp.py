@@ -369,14 +369,15 @@ def test_on_policy_gap_is_exactly_zero(models, dtype):
     assert not torch.equal(moved, trajectories.log_probs)
 
 
-def test_run_checks_the_policy_itself(cli, tmp_path, monkeypatch):
+@pytest.mark.parametrize("change", [1e-6, math.nan])
+def test_run_checks_the_policy_itself(cli, tmp_path, monkeypatch, change):
     """A policy that is not quite the reference at the start stops the run."""
     load = prdp.load_models
 
     def off(*arguments):
         models = load(*arguments)
         with torch.no_grad():
-            models.policy.unet.conv_out.bias += 1e-6
+            models.policy.unet.conv_out.bias += change
         return models
 
     monkeypatch.setattr(prdp, "load_models", off)
