@@ -75,11 +75,11 @@ def figure_training(r: dict, rates: dict[str, float], axis_rates: dict, path: Pa
         middles = rows.median(1).values  # where seeds part ways no seed is at the mean
         right.plot(axis_rates[method], middles, lw=2.4, color=colour, label=label)
         right.plot(axis_rates[method], rows, "o", ms=4, alpha=0.5, color=colour)
-    right.set(title="100,000 prompts: where each seed ends; their median", xscale="log")
+    right.set(title="100,000 prompts: each seed's end, median", xscale="log")
     right.set_xlabel("learning rate")
     for axis, base in ((left, many["base"]), (middle, few["base"]), (right, many["base"])):
         pretrained(axis, base)
-        axis.set_ylim(-0.3, 10.8)
+        axis.set_ylim(-0.3, 11.8)
         axis.legend(loc="upper left", framealpha=0.9)
     for axis in (left, middle):
         axis.set_xlabel("thousand reward queries")
