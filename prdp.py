@@ -677,14 +677,15 @@ def in_use(models: Models, part: Policy | nn.Module) -> Iterator[None]:
     """Have a policy's network, or another, on the policy's device within this block: --offload lets
     all but the policy's own wait on the CPU, as they are needed in passes of their own."""
     network, own = getattr(part, "unet", part), models.policy.unet
-    adapted = part is models.reference and network is own  # pi_ref: the same without its adapters
+    adapted = part is models.reference and network is own  # pi_ref: B = 0, in the very same graph
+    off = [(p, p.detach().clone()) for n, p in own.named_parameters() if adapted and "lora_B" in n]
     network.to(models.policy.null_text.device)
-    if adapted:
-        models.pipe.unet.disable_adapters()
+    for p, _ in off:
+        p.data.zero_()
     yield
-    if adapted:
-        models.pipe.unet.enable_adapters()
-    elif network is not own:
+    for p, learned in off:
+        p.data.copy_(learned)
+    if network is not own:
         network.to(models.waiting)
 
 
@@ -809,9 +810,8 @@ def run(config: Config, reward: Callable | None = None, prompts: list[str] | Non
     if long := sum(len(ids) > context for ids in pipe.tokenizer(some).input_ids):
         say(f"warning: {long} of {len(some)} prompts exceed {context} tokens; the ends go unread.")
     seconds = check_on_policy(config, models, prompts[0])
-    images = config.prompts_per_epoch * config.images_per_prompt // processes()
-    epoch = images * baselines.passes(config) * seconds
-    say(report.forecast(seconds, epoch, config.epochs - start + 1))
+    epoch = seconds * baselines.passes(config) * config.prompts_per_epoch * config.images_per_prompt
+    say(report.forecast(seconds, epoch / processes(), config.epochs - start + 1))
     before = draw_samples(config, models, models.reference, prompts)
 
     with reading(f"--resume {out}"):  # all has been compared: load, and only then write

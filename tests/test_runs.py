@@ -609,17 +609,26 @@ def weighted_gradient(models: prdp.Models, zeros: int = 0) -> torch.Tensor:
 )
 def test_memory_and_speed_flags_keep_gradient_and_bits(models, monkeypatch, changes):
     """The gradient to rounding. And an unchanged policy still reproduces its log-probs to the bit;
-    the checkpoint has the network's own names."""
-    # The graphs, not their compilation.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    the checkpoint has the network's own names. Policy and reference share one graph if they share
+    a network: another, of the same numbers, is compiled to other rounding in 16 bits."""
+    graphs = []
+
+    def backend(graph, inputs):  # the graphs, not their compilation
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     plain = weighted_gradient(models(lora_rank=changes.get("lora_rank", 0)))
     loaded = models(**changes)
     tolerance = 1e-5 * plain.abs().max().item()
     torch.testing.assert_close(weighted_gradient(loaded), plain, rtol=1e-4, atol=tolerance)
-    trajectories = draw(loaded)
+    trajectories, compiled = draw(loaded), len(graphs)
+    assert bool(compiled) == ("compile" in changes)
     for policy in (loaded.policy, loaded.reference):
-        scores = prdp.score_trajectories(policy, trajectories)
+        with prdp.in_use(loaded, policy):
+            scores = prdp.score_trajectories(policy, trajectories)
         assert torch.equal(scores, trajectories.log_probs)
+    assert len(graphs) == compiled or loaded.reference.unet is not loaded.policy.unet
     assert next(name for name, _ in loaded.pipe.unet.named_parameters()).startswith("conv_in")
 
 
