@@ -810,8 +810,8 @@ def run(config: Config, reward: Callable | None = None, prompts: list[str] | Non
     if long := sum(len(ids) > context for ids in pipe.tokenizer(some).input_ids):
         say(f"warning: {long} of {len(some)} prompts exceed {context} tokens; the ends go unread.")
     seconds = check_on_policy(config, models, prompts[0])
-    epoch = seconds * baselines.passes(config) * config.prompts_per_epoch * config.images_per_prompt
-    say(report.forecast(seconds, epoch / processes(), config.epochs - start + 1))
+    spent = seconds * baselines.passes(config) * config.prompts_per_epoch * config.images_per_prompt
+    say(report.forecast(seconds, spent / processes(), config.epochs - start + 1))
     before = draw_samples(config, models, models.reference, prompts)
 
     with reading(f"--resume {out}"):  # all has been compared: load, and only then write
