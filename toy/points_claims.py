@@ -196,11 +196,8 @@ def sweep(runner: Runner, names: list[str]) -> tuple[dict[str, Arm], dict]:
 
 BETAS = (3.0, 1.0, 0.3, 0.1)  # of Fig. 10, in reward per nat
 CURVE = [10.0, 3.0, 1.6, 1.0, 0.6, 0.3, 0.17, 0.1]  # and of the exact curve
-AXIS = {  # Fig. 9's rates, 8 seeds at each; half-decades
-    "prdp": range(-8, -4),
-    "ddpo global": range(-8, -4),
-    "ddpo group": range(-8, -4),
-}
+METHODS = ("prdp", "ddpo global", "ddpo group")  # on many prompts
+AXIS = [half_decade(i) for i in range(-8, -4)]  # and their rates in Fig. 9, 8 seeds at each
 ORDER = [2, 5, 7, 1, 3, 6, 4, 9, 8, 11, 10]  # what matters most first
 
 
@@ -208,7 +205,7 @@ def experiments(best: dict[str, Arm]) -> dict[int, dict[str, Arm]]:
     """The arms of each claim. Equal arms of different claims are run once."""
     few, ddpo, glob = best["few/prdp"], best["few/ddpo"], best["few/ddpo global"]
     group = best["few/ddpo group"]
-    many = {m: best[f"many/{m}"] for m in AXIS}
+    many = {m: best[f"many/{m}"] for m in METHODS}
     rate = many["prdp"].lr
     k10, k10_ddpo = best["many K=10/prdp"], best["many K=10/ddpo global"]
     inf, slow = math.inf, dict(decay=True)
@@ -226,9 +223,8 @@ def experiments(best: dict[str, Arm]) -> dict[int, dict[str, Arm]]:
             "base": many_base,
             "ddpo global at prdp's rate": replace(many["ddpo global"], lr=rate),
             "ddpo group at prdp's rate": replace(many["ddpo group"], lr=rate),
-            **{f"{m} {half_decade(i):.1e}": replace(many[m], lr=half_decade(i))
-               for m in AXIS for i in AXIS[m]},
-            **{m: many[m] for m in AXIS},
+            **{f"{m} {x:.1e}": replace(many[m], lr=x) for m in METHODS for x in AXIS},
+            **{m: many[m] for m in METHODS},
         },
         3: {
             "base": few_base, "ddpo": ddpo, "ddpo global": glob,
@@ -276,9 +272,9 @@ def experiments(best: dict[str, Arm]) -> dict[int, dict[str, Arm]]:
             **{n[4:]: best[n] for n in SWEEPS
                if n.startswith("few/") and n not in ("few/prdp", "few/offline")},
             "many base": many_base,
-            **{f"many {m}": many[m] for m in AXIS},
+            **{f"many {m}": many[m] for m in METHODS},
             "many prdp beta 0.005": replace(many["prdp"], beta=0.005),
-            **{f"many {m} decay": replace(many[m], **slow) for m in AXIS},
+            **{f"many {m} decay": replace(many[m], **slow) for m in METHODS},
         },
         11: {
             "base": replace(plane, lr=0.0, E=1, K=1),
@@ -592,9 +588,8 @@ def main() -> None:
 
     official = not args.quick and seeds == list(range(8))
     home = HERE if official else args.out
-    rates = {method: best[f"many/{method}"].lr for method in AXIS}
-    axis = {method: [half_decade(i) for i in AXIS[method]] for method in AXIS}
-    points_figures.figure_training(r, rates, axis, home / "points_training.png")
+    rates = {method: best[f"many/{method}"].lr for method in METHODS}
+    points_figures.figure_training(r, rates, AXIS, home / "points_training.png")
     points_figures.figure_plane(r[7], exact["blind"], home / "points_plane.png")
     points_figures.figure_kl(r, exact["own"], home / "points_kl.png")
     stored = {

@@ -37,7 +37,7 @@ def pretrained(axis, base: dict) -> None:
                   va="bottom", fontsize=8)  # fmt: skip
 
 
-def figure_training(r: dict, rates: dict[str, float], axis_rates: dict, path: Path) -> None:
+def figure_training(r: dict, rates: dict[str, float], axis_rates: list[float], path: Path) -> None:
     """Fig. 9 again, and the whole axis of learning rates. rates: the sweeps' best."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.8), sharey=True)
     many, few = r[2], r[1]
@@ -71,10 +71,10 @@ def figure_training(r: dict, rates: dict[str, float], axis_rates: dict, path: Pa
         ("prdp", "PRDP", BLUE), ("ddpo group", of_group, GREEN),
         ("ddpo global", "DDPO, one mean for all prompts", RED),
     ):  # fmt: skip
-        rows = torch.tensor([many[f"{method} {x:.1e}"]["reward"] for x in axis_rates[method]])
+        rows = torch.tensor([many[f"{method} {x:.1e}"]["reward"] for x in axis_rates])
         middles = rows.median(1).values  # where seeds part ways no seed is at the mean
-        right.plot(axis_rates[method], middles, lw=2.4, color=colour, label=label)
-        right.plot(axis_rates[method], rows, "o", ms=4, alpha=0.5, color=colour)
+        right.plot(axis_rates, middles, lw=2.4, color=colour, label=label)
+        right.plot(axis_rates, rows, "o", ms=4, alpha=0.5, color=colour)
     right.set(title="100,000 prompts: each seed's end, median", xscale="log")
     right.set_xlabel("learning rate")
     for axis, base in ((left, many["base"]), (middle, few["base"]), (right, many["base"])):
