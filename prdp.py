@@ -1,17 +1,13 @@
 """PRDP: Proximal Reward Difference Prediction, for reward finetuning of diffusion models
-(Deng et al., CVPR 2024).
+(Deng et al., CVPR 2024). Read it beside the paper: the sections follow the paper's order.
 
     python prdp.py --preset toy                                  # a small model: no GPU, no network
     python prdp.py --reward hpsv2 --prompts prompts/animals.txt  # SD v1.4, one GPU, Table 4
     python prdp.py --resume runs/toy --epochs 40                 # go on with a run
 
-In reading order: settings, the DDPM policy (Sec. 2), sampling and scoring (Eqs. 1 to 4; the very
-Gaussian is in kernels/log_prob.py), the loss (Secs. 3.1 and 3.3, App. G), its exact gradient in the
-memory of one microbatch, the online loop that calls it (Sec. 3.2, Algorithm 1), then plumbing.
-
 Paper                   Here             Shape (M = N*B images)  Note
 x_t                     latents[:, k]    (M, T+1, C, H, W)       k counts along the way, from x_T
-log pi(x_{t-1}|x_t, c)  log_probs[:, k]  (M, T)                  float64; nats per latent dimension
+log pi(x_{t-1}|x_t, c)  log_probs[:, k]  (M, T)                  float64, nats per latent dimension
 r-hat_t, Eq. 19         log_ratio        (..., B, T)             log_probs - log_probs_ref
 r                       rewards          (..., B)                in the reward's own unit
 beta, Eq. 5             kl_weight                                `betas` is the DDPM noise schedule
@@ -19,77 +15,81 @@ epsilon, Eq. 20         clip_range                               in the unit of 
 the network's epsilon   noise_pred       (2M, C, H, W)           both branches of guidance; or its v
 sigma_t, Eq. 2          sigma            (T,)
 
-Units, said once: log_probs are means over C*H*W and the loss takes a mean over T (App. G), where
-Eqs. 4, 10 and 21 sum. That rescales beta, epsilon and the loss: the beta of Eq. 5 is
-kl_weight / (T*C*H*W). Table 4 is read in these units.
+Units: log_probs are means over C*H*W and the loss takes a mean over T, where Eqs. 4, 10 and 21 sum.
+So the beta of Eq. 5 is kl_weight / (T*C*H*W). Table 4 is read in these units.
 
-Departures from the paper, and choices where it is silent or says two things (README: why):
+Departures from the paper, and choices where it is silent (docs/paper.md says why):
  1. The mean over T (App. G), where Eqs. 3, 10, 21 sum: loss_sum(b) == T**2 * loss_mean(b * T).
- 2. log_prob is a mean over latent dimensions, as in DDPO's code, whose clip range is Table 4's.
- 3. The mean over pairs whose rewards differ (App. G; Alg. 1, line 10: all); 0, not NaN, if none do.
+ 2. log_prob is a mean over latent dimensions, as in DDPO's code, whose clip range Table 4 shares.
+ 3. The mean is over pairs whose rewards differ (App. G; Alg. 1, line 10: all); 0 if none do.
  4. Steps are "leading"-spaced, sigma_t is the posterior's, alpha-bar ends at alphas_cumprod[0].
  5. The gradient runs through both branches of guidance.
  6. With K = 1 (large scale) theta is theta_old at the only update: Eq. 18's clip never acts there.
  7. The number format of the network passes (--dtype); the paper gives none.
- 8. --offline draws fresh images of the pretrained model each epoch (Sec. 4.3: a fixed data set).
+ 8. --offline draws new images of the pretrained model each epoch (Sec. 4.3: a fixed data set).
 """
 
 from __future__ import annotations
 
 import copy
-import dataclasses
+import functools
 import hashlib
 import importlib.util
-import json
 import math
-import os
+import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-import baselines
-import kernels
-import report
-from kernels import gaussian_log_prob, guided_log_prob, guided_sample  # noqa: F401
-from report import Samples, gather, on_rank_0, own_share, processes, say
-from rewards import InputError, Parser, command, load_network, load_reward, option, reading
-from rewards import resolve_reward, reward_files
+from rewards import Reward, load_reward, resolve_reward, reward_files
+from stable_diffusion import StableDiffusion, WithoutAdapters, cast_once, compiled, noise_settings
+from support import report, run_folder
+from support.cli import InputError, command, during, flag
+from support.distributed import end_processes, own_share, processes, say, start_processes
+from support.inputs import as_prompts, load_prompts
+from support.report import Samples, epoch_metrics, phase
+from support.settings import RunSettings, parse_settings, set_precision
+from support.update import fp16_scale, gradient_step, require_finite
 
 # ---- 1. Settings: Table 4 ------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
-PROMPTS = f"{HERE}/prompts/"
+LARGE = dict(epochs=1000, updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8,
+             clip_range=1e-4)  # fmt: skip
+PRESETS = {
+    "small": {},
+    "large": LARGE | dict(kl_weight=3e-6, learning_rate=7e-6,
+                          prompts=(f"{HERE}/prompts/hpdv2_train.json",)),
+    "multi": LARGE | dict(reward=("pickscore=10", "hpsv2=2", "aesthetic=0.05"),
+                          prompts=(f"{HERE}/prompts/pickapic_train.jsonl",)),
+    "toy": dict(model=f"{HERE}/toy/sd", reward=(f"pickscore:{HERE}/toy/pickscore",),
+                prompts=(f"{HERE}/prompts/shapes.txt",), epochs=30, updates_per_epoch=4,
+                prompts_per_epoch=8, images_per_prompt=8, clip_range=1e-3, learning_rate=2e-4,
+                ddpm_steps=10, microbatch=64, sample_every=5),
+}  # fmt: skip
 
 
-def flag(default, text: str, *choices: str, **options):
-    """A Config field that is a command line flag too, with its --help."""
-    options |= {"help": text, **({"choices": choices} if choices else {})}
-    return dataclasses.field(default=default, metadata=options)
+@dataclass
+class Config(RunSettings):
+    """The settings of a run, beside its folder's and its machine's (support/settings.py). The
+    defaults are the small-scale column of Table 4."""
 
-
-@dataclasses.dataclass
-class Config:
-    """Every setting of a run. The defaults are the small-scale column of Table 4."""
-
-    preset: str = flag("small", "a column of Table 4, or toy", "small", "large", "multi", "toy")
-    model: str = flag("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1 or 2, hub id or folder")
-    reward: str = flag("hpsv2", "reward to maximise, see rewards.py")
-    prompts: tuple = flag((PROMPTS + "animals.txt",), "files", nargs="+", type=str, metavar="FILE")
-    loss: str = flag("prdp", "PRDP, or a baseline", "prdp", *baselines.LOSSES)
-    out: str = flag("", "run folder, new or empty (default: runs/PRESET)")
-    resume: str = flag("", "run folder to go on with, under its own settings", metavar="RUN")
+    program: ClassVar = "prdp.py"
+    presets: ClassVar = PRESETS
+    model: str = flag("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1 or 2, hub id or folder",
+                      group="PRDP")  # fmt: skip
+    reward: tuple = flag(("hpsv2",), "what to maximise, see rewards.py", nargs="+", type=str)
+    prompts: tuple = flag((f"{HERE}/prompts/animals.txt",), "files", nargs="+", type=str)
     seed: int = flag(0, "of the prompts drawn and of the noise")
     epochs: int = flag(100, "E, rounds of sampling and learning")
     updates_per_epoch: int = flag(10, "K, gradient updates per epoch")
     prompts_per_epoch: int = flag(32, "N, drawn with replacement")
-    images_per_prompt: int = flag(16, "B, at least 2 where the loss compares images")
+    images_per_prompt: int = flag(16, "B")
     kl_weight: float = flag(3e-5, "beta; unit: reward per nat per latent dimension")
     ddpm_steps: int = flag(50, "T, denoising steps")
     clip_range: float = flag(1e-6, "epsilon of Eq. 20, nats per latent dimension; inf: no clipping")
@@ -97,100 +97,44 @@ class Config:
     learning_rate: float = flag(1e-5, "of AdamW")
     weight_decay: float = flag(1e-4, "of AdamW")
     max_grad_norm: float = flag(1.0, "gradients longer than this are scaled down to it")
-    advantage: str = flag("per-prompt", "DDPO's statistics", "per-prompt", "global", "group")
     offline: bool = flag(False, "learn from images of the pretrained model alone (Sec. 4.3)")
-    microbatch: int = flag(0, "images per network pass; 0: 8, or 16 on a GPU of 120 GB or more")
-    dtype: str = flag("auto", "of network passes; weights are fp32",  # auto: see README
-                      "auto", "fp32", "tf32", "bf16", "fp16")  # fmt: skip
-    lora_rank: int = flag(0, "train adapters of the attention layers alone; 0: the full UNet")
-    gradient_checkpointing: bool = flag(False, "recompute activations, to save memory")
-    offload: str = flag("auto", "idle networks on the CPU; auto: if < 40 GB", "auto", "on", "off")
-    compile: bool = flag(False, "torch.compile the UNet's passes; minutes of start-up")
-    save_every: int = flag(1, "epochs between checkpoints")
-    sample_every: int = flag(10, "epochs between sample grids")
-    log_to: str = flag("none", "also send metrics there", "none", "tensorboard", "wandb")
 
+    def check(self) -> None:
+        """Raises InputError for settings that do not go together."""
+        if self.images_per_prompt < 2:
+            raise InputError("--images-per-prompt 1: PRDP compares images of a prompt; 2 or more.")
 
-GROUPS = {"preset": "run", "epochs": "Table 4", "advantage": "baselines", "microbatch": "machine"}
-UNBOUNDED = ("clip_range", "max_grad_norm")  # inf: neither clips
-# What a run and its continuation may differ in.
-HARMLESS = {"resume", "out", "epochs", "save_every", "sample_every", "log_to", "offload"}
-LARGE = dict(epochs=1000, updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8,
-             clip_range=1e-4)  # fmt: skip
-PRESETS = {
-    "small": {},
-    "large": LARGE | dict(kl_weight=3e-6, learning_rate=7e-6,
-                          prompts=(PROMPTS + "hpdv2_train.json",)),
-    "multi": LARGE | dict(reward="pickscore=10,hpsv2=2,aesthetic=0.05",
-                          prompts=(PROMPTS + "pickapic_train.jsonl",)),
-    "toy": dict(model=f"{HERE}/toy/sd", reward=f'"pickscore:{HERE}/toy/pickscore"',
-                prompts=(PROMPTS + "shapes.txt",), epochs=30, updates_per_epoch=4,
-                prompts_per_epoch=8, images_per_prompt=8, clip_range=1e-3, learning_rate=2e-4,
-                ddpm_steps=10, microbatch=64, sample_every=5),
-}  # fmt: skip
-
-
-def parse_args(argv: list[str]) -> Config:
-    """The command line over the preset; with --resume, over the settings of the run."""
-    if gone := {"--evaluate", "--against", "--samples-per-prompt"} & set(argv):
-        raise InputError(f"{min(gone)}: of another command; see python evaluate.py --help.")
-    presets = [f"  {n}: {' '.join(f'{k}={v}' for k, v in s.items())}" for n, s in PRESETS.items()]
-    about = __doc__.split("\n\nIn reading order")[0]
-    parser = Parser(description=about, epilog="\n".join(["presets:", *presets]), allow_abbrev=False)
-    parser.add_fields(dataclasses.fields(Config), GROUPS)
-    given = vars(parser.parse_args(argv))
-    if "resume" not in given:
-        preset = given.get("preset", "small")
-        settings = PRESETS[preset] | baselines.settings(given.get("loss", "prdp"), preset)
-        return resolved(Config(**settings | given))
-
-    run = Path(given["resume"])
-    if "out" in given:
-        raise InputError(f"--out {given['out']}: not with --resume, which goes on in {run}.")
-    with reading(f"--resume {run}: its config.json"):
-        record = on_rank_0(lambda: json.loads((run / "config.json").read_text()))
-        saved = {f.name: type(f.default)(record[f.name]) for f in dataclasses.fields(Config)}
-    config = resolved(Config(**saved | given))
-    for name in given.keys() - HARMLESS:
-        if getattr(config, name) != saved[name]:
-            raise InputError(f"{option(name)} {given[name]}: the run began with {saved[name]}.")
-    return config
-
-
-def resolved(config: Config) -> Config:
-    """The settings as they act: "auto" decided for this machine, paths absolute, so that --resume
-    finds them from anywhere. Raises InputError for settings that cannot run."""
-    memory = report.gpu_memory()
-    acting = {"reward": resolve_reward(config.reward) if config.reward else ""}
-    acting["prompts"] = tuple(str(Path(path).resolve()) for path in config.prompts)
-    if Path(config.model).exists():
-        acting["model"] = str(Path(config.model).resolve())
-    if config.dtype == "auto":  # README: why
-        on_gpu = "bf16" if config.updates_per_epoch == 1 else "tf32"
-        acting["dtype"] = on_gpu if memory else "fp32"
-    if config.offload == "auto":
-        acting["offload"] = "on" if 0 < memory < 40e9 else "off"
-    images = config.prompts_per_epoch * config.images_per_prompt // processes()
-    acting["out"] = config.resume or config.out or f"runs/{config.preset}"
-    acting["microbatch"] = min(config.microbatch or (16 if memory >= 120e9 else 8), max(images, 1))
-    config = dataclasses.replace(config, **acting)
-
-    for name, value in vars(config).items():
-        may_be_0 = name in ("seed", "guidance_scale", "weight_decay", "lora_rank")
-        if type(value) in (int, float) and not (value > 0 or (may_be_0 and value == 0)):
-            raise InputError(f"{option(name)} {value}: too small.")
-        if type(value) in (int, float) and value >= 2**40 and name not in UNBOUNDED:
-            raise InputError(f"{option(name)} {value}: too large.")
-    if config.prompts_per_epoch % processes():
-        raise InputError(f"--prompts-per-epoch: must be a multiple of the {processes()} processes.")
-    if why := baselines.misfit(config):
-        raise InputError(f"--loss {config.loss}: {why}.")
-    if config.log_to != "none" and not importlib.util.find_spec(config.log_to):
-        raise InputError(f"--log-to {config.log_to}: not installed; pip install {config.log_to}.")
-    return config
+    def passes(self) -> int:
+        """How many an epoch makes of an image: drawn, scored under the reference and before each
+        update but the first, and one with its gradient, which costs three, for each update."""
+        return 1 + self.updates_per_epoch + 3 * self.updates_per_epoch
 
 
 # ---- 2. The policy: DDPM ancestral sampling, a chain of Gaussians (Sec. 2) -----------------------
+
+
+def guided_mean(
+    noise_pred: Tensor, x_t: Tensor, coef_sample: Tensor, coef_noise: Tensor, guidance_scale: float
+) -> Tensor:
+    """mu_theta(x_t, c) of Eq. 2 under classifier-free guidance (Sec. 4.1): (M, C, H, W) float64."""
+    unconditional, conditional = noise_pred.double().chunk(2)
+    guided = unconditional + guidance_scale * (conditional - unconditional)
+    coef_sample, coef_noise = coef_sample.view(-1, 1, 1, 1), coef_noise.view(-1, 1, 1, 1)
+    return coef_sample * x_t.double() + coef_noise * guided
+
+
+def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor | float) -> Tensor:
+    """log N(sample; mean, sigma^2 I) of Eqs. 2 and 4, a mean over latent dimensions: (M,) float64.
+
+    sample, mean (M, ...), sigma (M,) or a number. float64 whatever comes in: at the last step a
+    log-prob is about 2.5, where float32 numbers lie 2.4e-7 apart, a quarter of Table 4's smallest
+    clip_range. (Summed over 4*64*64 dimensions it would be 40,000: far worse.)
+    """
+    sigma = torch.as_tensor(sigma, dtype=torch.float64, device=sample.device)
+    assert sample.shape == mean.shape, (sample.shape, mean.shape)
+    assert sigma.shape in ((), sample.shape[:1]), (sigma.shape, sample.shape)
+    squared = (sample.double() - mean.double()).square().flatten(1).mean(1)
+    return -squared / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
 
 
 class Schedule(NamedTuple):
@@ -201,15 +145,9 @@ class Schedule(NamedTuple):
     coef_noise: Tensor  # float64
     sigma: Tensor  # float64, > 0
 
-
-SD_SCHEDULER = dict(  # what a model's scheduler_config.json leaves open
-    num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-    steps_offset=1, set_alpha_to_one=False, prediction_type="epsilon",
-)  # fmt: skip
-SUPPORTED = dict(
-    beta_schedule=("scaled_linear", "linear"), prediction_type=("epsilon", "v_prediction"),
-    trained_betas=(None,), rescale_betas_zero_snr=(None, False),
-)  # fmt: skip
+    def at(self, steps: Tensor) -> list[Tensor]:
+        """coef_sample, coef_noise and sigma of some steps (M,): each (M,)."""
+        return [column[steps] for column in self[1:]]
 
 
 def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
@@ -220,34 +158,35 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     alphas_cumprod[0], as Stable Diffusion is configured. Raises InputError for another kind of
     schedule, and for sigma == 0, where log-probabilities do not exist.
     """
-    config = {**SD_SCHEDULER, **scheduler_config}
-    for name, values in SUPPORTED.items():
-        if config.get(name) not in values:
-            raise InputError(f"the model's scheduler has {name} {config[name]!r}: not supported.")
+    config = noise_settings(scheduler_config)
     train_steps = config["num_train_timesteps"]
-    power = 2 if config["beta_schedule"] == "scaled_linear" else 1
+    power = {"scaled_linear": 2, "linear": 1}[config["beta_schedule"]]
     start, end = (config[name] ** (1 / power) for name in ("beta_start", "beta_end"))
     betas = torch.linspace(start, end, train_steps, dtype=torch.float64) ** power
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
 
     stride = train_steps // max(num_steps, 1)
     timesteps = torch.arange(num_steps - 1, -1, -1) * stride + config["steps_offset"]
     if stride * num_steps < 0.8 * train_steps or timesteps[0] >= train_steps:
-        raise InputError(f"--ddpm-steps {num_steps}: no whole strides of {train_steps}; 50 may do.")
-    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-    final = 1.0 if config["set_alpha_to_one"] else alphas_cumprod[0].item()
+        most = f"at most {train_steps}, and nearly a divisor of it"
+        raise InputError(f"--ddpm-steps {num_steps}: must be {most}; the paper's is 50.")
+    alpha_bar = alphas_cumprod[timesteps]  # of x_t
+    final = torch.ones(()).double() if config["set_alpha_to_one"] else alphas_cumprod[0]
     previous = timesteps - stride
-    bar = alphas_cumprod[timesteps]  # alpha-bar of x_t; on the next line, of x_{t-1}
-    bar_previous = torch.where(previous >= 0, alphas_cumprod[previous.clamp(min=0)], final)
-    alpha = bar / bar_previous
-    sigma = ((1 - bar_previous) / (1 - bar) * (1 - alpha)).clamp(min=0).sqrt()
+    alpha_bar_previous = torch.where(previous >= 0, alphas_cumprod[previous.clamp(min=0)], final)
+    alpha = alpha_bar / alpha_bar_previous
+
+    variance = (1 - alpha_bar_previous) / (1 - alpha_bar) * (1 - alpha)
+    sigma = variance.clamp(min=0).sqrt()
     if not (sigma > 0).all():
-        mend = "set steps_offset to 1 and set_alpha_to_one to false in its scheduler_config.json"
-        raise InputError(f"the model's scheduler has sigma = 0 at its last step; {mend}.")
+        remedy = "set steps_offset to 1 and set_alpha_to_one to false in its scheduler_config.json"
+        raise InputError(f"the model's scheduler has sigma = 0 at its last step; {remedy}.")
     coef_sample = alpha.rsqrt()
-    coef_noise = -(1 - alpha) / ((1 - bar) * alpha).sqrt()
-    if config["prediction_type"] == "v_prediction":  # epsilon = sqrt(bar) * v + sqrt(1 - bar) * x_t
+    coef_noise = -(1 - alpha) / ((1 - alpha_bar) * alpha).sqrt()
+    if config["prediction_type"] == "v_prediction":
+        # noise = sqrt(alpha_bar) * v + sqrt(1 - alpha_bar) * x_t
         coef_sample = alpha.sqrt()
-        coef_noise = coef_noise * bar.sqrt()
+        coef_noise = coef_noise * alpha_bar.sqrt()
     return Schedule(timesteps, coef_sample, coef_noise, sigma)
 
 
@@ -255,7 +194,7 @@ class Policy(NamedTuple):
     """pi_theta of Eq. 2: a network and how it is run. The reference differs in `unet` alone."""
 
     # (sample (M, C, H, W), timestep (M,), encoder_hidden_states (M, L, D)) -> .sample (M, C, H, W)
-    unet: nn.Module
+    unet: Callable
     schedule: Schedule
     null_text: Tensor  # (L, D), the embedding of the empty prompt
     guidance_scale: float = 5.0
@@ -263,21 +202,71 @@ class Policy(NamedTuple):
     autocast: torch.dtype | None = None  # None: the network runs in its own dtype
 
 
-def predict_noise(
-    policy: Policy, sample: Tensor, text: Tensor, steps: Tensor
-) -> tuple[Tensor, list[Tensor]]:
-    """The network's output for both branches of guidance (Sec. 4.1), unconditional first: (2M, C,
-    H, W), in one pass; and coef_sample, coef_noise, sigma of Eq. 2, each (M,). steps (M,) count
-    from x_T, each row its own."""
-    timesteps, *coefficients = (column[steps] for column in policy.schedule)
+def run_unet(policy: Policy, x_t: Tensor, text: Tensor, steps: Tensor) -> Tensor:
+    """noise_pred of M images, each at its own of the T steps: (2M, C, H, W), in one pass, the
+    unconditional branch of guidance first."""
+    timesteps = policy.schedule.timesteps[steps]
     both = torch.cat([policy.null_text.expand_as(text), text])  # (2M, L, D)
-    with torch.autocast(sample.device.type, policy.autocast, enabled=policy.autocast is not None):
-        inputs = torch.cat([sample, sample]), timesteps.repeat(2)
-        out = policy.unet(*inputs, encoder_hidden_states=both).sample
-    return out, coefficients
+    with torch.autocast(x_t.device.type, policy.autocast, enabled=policy.autocast is not None):
+        inputs = (torch.cat([x_t, x_t]), timesteps.repeat(2))
+        return policy.unet(*inputs, encoder_hidden_states=both).sample
 
 
 # ---- 3. Trajectories: sampling and scoring (Eqs. 1 to 4) -----------------------------------------
+
+
+def or_kernel(function: Callable) -> Callable:
+    """On CUDA tensors the Triton kernel of the same name in kernels/log_prob.py runs in its place,
+    where Triton can: it computes the same (tests/test_kernels.py)."""
+
+    @functools.wraps(function)
+    def chosen(noise_pred: Tensor, x_t: Tensor, *rest) -> Tensor | tuple[Tensor, Tensor]:
+        kernels = load_kernels()[0] if x_t.is_cuda and noise_pred.dtype != torch.float64 else None
+        return getattr(kernels, function.__name__, function)(noise_pred, x_t, *rest)
+
+    return chosen
+
+
+@functools.cache
+def load_kernels() -> tuple[object, str]:
+    """kernels/log_prob.py, or None where it cannot run; and what runs, in words. It is loaded by
+    its path: the name `kernels` is a package of Hugging Face's."""
+    if not torch.cuda.is_available():
+        return None, "eager (no CUDA device)"
+    if importlib.util.find_spec("triton") is None:
+        return None, "eager (triton is not installed)"
+    spec = importlib.util.spec_from_file_location("log_prob", HERE / "kernels" / "log_prob.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, "Triton kernels"
+
+
+@or_kernel
+def guided_log_prob(
+    noise_pred: Tensor,  # (2M, ...), the unconditional branch first; it alone gets a gradient
+    x_t: Tensor,  # (M, ...) float32
+    x_prev: Tensor,  # (M, ...) float32: x_{t-1}
+    coef_sample: Tensor,  # (M,) float64, of Eq. 2, per row: steps may be mixed
+    coef_noise: Tensor,  # (M,) float64
+    sigma: Tensor,  # (M,) float64
+    guidance_scale: float,
+) -> Tensor:
+    """log pi(x_{t-1} | x_t, c) of Eqs. 2 and 4: (M,) float64, nats per latent dimension."""
+    mean = guided_mean(noise_pred, x_t, coef_sample, coef_noise, guidance_scale)
+    return gaussian_log_prob(x_prev, mean, sigma)
+
+
+@or_kernel
+@torch.no_grad()
+def guided_sample(
+    noise_pred: Tensor, x_t: Tensor, noise: Tensor, coef_sample: Tensor, coef_noise: Tensor,
+    sigma: Tensor, guidance_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x_{t-1} ~ N(mean, sigma^2 I) of Eq. 2 from standard normal noise (M, ...), in float32, and
+    the log-prob of that rounded number: what `guided_log_prob` says of it, in every bit."""
+    mean = guided_mean(noise_pred, x_t, coef_sample, coef_noise, guidance_scale)
+    x_prev = (mean + sigma.view(-1, 1, 1, 1) * noise).float()
+    return x_prev, gaussian_log_prob(x_prev, mean, sigma)
 
 
 class Trajectories(NamedTuple):
@@ -304,26 +293,27 @@ def sample_trajectories(
     text (M, L, D), a generator for each image, shape (C, H, W). Latents are rounded to float32
     *before* they are scored: scoring what is stored, under the same weights, gives the same bits.
     """
-    images, num_steps = len(text), len(policy.schedule.timesteps)
-    assert len(generators) == images, (len(generators), text.shape)
-    latents = torch.empty(images, num_steps + 1, *shape, dtype=torch.float32, device=text.device)
-    log_probs = torch.empty(images, num_steps, dtype=torch.float64, device=text.device)
+    num_images, num_steps = len(text), len(policy.schedule.timesteps)
+    assert len(generators) == num_images, (len(generators), text.shape)
+    latents = torch.empty(num_images, num_steps + 1, *shape, device=text.device)
+    log_probs = torch.empty(num_images, num_steps, dtype=torch.float64, device=text.device)
 
-    with report.progress("sample", images * num_steps) as bar:
-        for rows in torch.arange(images).split(policy.microbatch):
+    with phase("sample", num_images * num_steps) as done:
+        for rows in torch.arange(num_images).split(policy.microbatch):
             # x_T and what each step adds, drawn at once: at every step a GPU would wait for it.
             own = [generators[m] for m in rows for _ in range(num_steps + 1)]
-            draws = torch.stack([torch.randn(shape, generator=generator) for generator in own])
-            noise = draws.unflatten(0, (len(rows), -1)).to(text.device)  # (m, T+1, C, H, W)
+            noise = torch.stack([torch.randn(shape, generator=generator) for generator in own])
+            noise = noise.unflatten(0, (len(rows), -1)).to(text.device)  # (m, T+1, C, H, W)
             rows = rows.to(text.device)
             latents[rows, 0] = noise[:, 0]
             for k in range(num_steps):
-                x_t = latents[rows, k]
-                noise_pred, coefs = predict_noise(policy, x_t, text[rows], torch.full_like(rows, k))
+                x_t, steps = latents[rows, k], torch.full_like(rows, k)
+                noise_pred = run_unet(policy, x_t, text[rows], steps)
                 latents[rows, k + 1], log_probs[rows, k] = guided_sample(
-                    noise_pred, x_t, noise[:, k + 1], *coefs, policy.guidance_scale
-                )
-                bar.update(len(rows))
+                    noise_pred, x_t, noise[:, k + 1], *policy.schedule.at(steps),
+                    policy.guidance_scale,
+                )  # fmt: skip
+                done(len(rows))
     return Trajectories(latents, log_probs, text)
 
 
@@ -332,28 +322,28 @@ def score_trajectories(policy: Policy, trajectories: Trajectories, label: str = 
     """log pi(x_{t-1} | x_t, c) of stored trajectories under a policy (Eqs. 2 to 4): (M, T) float64.
 
     Runs in the microbatches, shapes and order of `sample_trajectories`, so that unchanged weights
-    return the very bits of `trajectories.log_probs`. Another batch size alone can move them by more
-    than the clip range.
+    return the bits of `trajectories.log_probs`. Another batch size alone can move them by more than
+    the clip range.
     """
     log_probs = torch.empty_like(trajectories.log_probs)
-    images, num_steps = log_probs.shape
-    with report.progress(label, images * num_steps) as bar:
-        for rows in torch.arange(images, device=log_probs.device).split(policy.microbatch):
+    num_images, num_steps = log_probs.shape
+    with phase(label, num_images * num_steps) as done:
+        for rows in torch.arange(num_images, device=log_probs.device).split(policy.microbatch):
             for k in range(num_steps):
                 steps = torch.full_like(rows, k)
                 log_probs[rows, k] = step_log_prob(policy, trajectories, rows, steps)
-                bar.update(len(rows))
+                done(len(rows))
     return log_probs
 
 
 def step_log_prob(
     policy: Policy, trajectories: Trajectories, rows: Tensor, steps: Tensor
 ) -> Tensor:
-    """log pi_theta(x_{t-1} | x_t, c) of Eq. 2, with gradient, for P images and steps: (P,)."""
-    x_t = trajectories.latents[rows, steps]
-    x_prev = trajectories.latents[rows, steps + 1]
-    noise_pred, coefs = predict_noise(policy, x_t, trajectories.text[rows], steps)
-    return guided_log_prob(noise_pred, x_t, x_prev, *coefs, policy.guidance_scale)
+    """log pi_theta(x_{t-1} | x_t, c) of some images (m,) at some steps (m,), with gradient: (m,)."""
+    x_t, x_prev = trajectories.latents[rows, steps], trajectories.latents[rows, steps + 1]
+    noise_pred = run_unet(policy, x_t, trajectories.text[rows], steps)
+    coefficients = policy.schedule.at(steps)
+    return guided_log_prob(noise_pred, x_t, x_prev, *coefficients, policy.guidance_scale)
 
 
 # ---- 4. The loss: reward difference prediction, proximal updates (Secs. 3.1 and 3.3, App. G) -----
@@ -394,9 +384,7 @@ def prdp_loss(
 # ---- 5. Exact gradients, through T steps and all pairs, in the memory of one microbatch ----------
 
 
-def backward_trajectories(
-    policy: Policy, trajectories: Trajectories, weights: Tensor, headroom: int = 6
-) -> None:
+def backward_trajectories(policy: Policy, trajectories: Trajectories, weights: Tensor) -> None:
     """Add the loss's gradient to each `.grad` (Alg. 1, line 11), given dloss/dlog_probs, (M, T).
 
     The loss squares a mean over T and pairs B images, so plain backpropagation would hold the
@@ -408,359 +396,192 @@ def backward_trajectories(
     and the rest packed densely, steps of different images and times together.
     """
     assert weights.shape == trajectories.log_probs.shape, weights.shape
-    scale = 1.0
-    if policy.autocast == torch.float16 and weights.any():
-        # The gradient of a mean over C*H*W would underflow in fp16. A power of two scales it up
-        # exactly, to 2**-headroom a latent element: what is left is for sums over positions.
-        numel = trajectories.latents[0, 0].numel()
-        scale = 2.0 ** round(math.log2(numel / weights.abs().max().item()) - headroom)
-
-    parameters = [p for p in policy.unet.parameters() if p.requires_grad]
-    for p in parameters:  # without a gradient so far (or at all, if all rewards tie): 0
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad.mul_(scale)
-
-    entries = weights.nonzero()  # (entries, 2): image, step
-    if weights.is_cuda or hasattr(policy.unet, "_orig_mod"):  # a new size takes seconds: fill up
-        padding = -len(entries) % policy.microbatch
-        entries = torch.cat([entries, (weights == 0).nonzero()[:padding]])
-    with report.progress("update", len(entries)) as bar:
-        for chunk in entries.split(policy.microbatch):
+    entries = entries_to_run(policy, weights)
+    with phase("update", len(entries)) as done:
+        for chunk in entries.split(policy.microbatch) if len(entries) else ():
             rows, steps = chunk.unbind(1)
-            if len(chunk):
-                log_prob = step_log_prob(policy, trajectories, rows, steps)
-                (scale * weights[rows, steps] * log_prob).sum().backward()
-            bar.update(len(chunk))
-    for p in parameters:
-        p.grad /= scale
+            log_prob = step_log_prob(policy, trajectories, rows, steps)
+            (weights[rows, steps] * log_prob).sum().backward()
+            done(len(chunk))
 
 
-def average_gradients(unet: nn.Module) -> None:
-    """Over processes, each of which has the mean over its own prompts (Alg. 1, line 10)."""
-    for p in unet.parameters():
-        if p.requires_grad and processes() > 1:
-            dist.all_reduce(p.grad)
-            p.grad /= processes()
+def entries_to_run(policy: Policy, weights: Tensor) -> Tensor:
+    """(image, step) of each weight that is not 0. On a GPU, or compiled, where a new batch size
+    takes seconds to prepare, entries of weight 0 fill up the last microbatch."""
+    entries = weights.nonzero()
+    if weights.is_cuda or hasattr(policy.unet, "_orig_mod"):
+        missing = -len(entries) % policy.microbatch
+        entries = torch.cat([entries, (weights == 0).nonzero()[:missing]])
+    return entries
 
 
 # ---- 6. Online optimisation (Sec. 3.2, Algorithm 1) ----------------------------------------------
 
-LOSSES = {"prdp": prdp_loss, **baselines.LOSSES}
-
 
 def train(
-    config: Config, models: Models, optimizer: torch.optim.Optimizer,
-    statistics: baselines.RewardStatistics, prompts: list[str], start: int,
-) -> Iterator[dict[str, float]]:  # fmt: skip
+    config: Config, models: Models, optimizer: torch.optim.Optimizer, prompts: list[str], start: int
+) -> Iterator[dict[str, float]]:
     """Algorithm 1 from epoch `start` on; yields each epoch's metrics. Line 1: `load_models`."""
-    policy, reference, loss_function = models.policy, models.reference, LOSSES[config.loss]
-    own, per_prompt = own_share(config.prompts_per_epoch), config.images_per_prompt
+    policy, reference = models.policy, models.reference
 
     def by_prompt(x: Tensor) -> Tensor:
-        return x.unflatten(0, (-1, per_prompt))  # (M, ...) -> (N, B, ...)
+        return x.unflatten(0, (-1, config.images_per_prompt))  # (M, ...) -> (N, B, ...)
 
     for epoch in range(start, config.epochs + 1):  # line 2
-        timed, updates = report.Stopwatch(f"epoch {epoch}"), []
+        # Line 3: theta_old is theta as the epoch begins. Sec. 4.3: offline, pi_ref draws instead.
+        sampler = reference if config.offline else policy
+        drawn, trajectories = sample_epoch(config, models, sampler, prompts, epoch)  # lines 4 to 7
+        _, rewards = score_images(models, trajectories, drawn)  # line 8
 
-        # Lines 3 to 7: N prompts, B trajectories of each under theta_old, which theta still is.
-        drawn = draw_prompts(config, prompts, epoch)
-        generators = image_generators(config.seed, epoch, range(len(drawn))[own], per_prompt)
-        with timed("sample"):
-            sampler = reference if config.offline else policy
-            trajectories = sample_prompts(models, sampler, drawn[own], generators)
-        log_probs_old = trajectories.log_probs
-
-        # Eqs. 10 and 19: their log-probs under pi_ref; if that drew them, under theta_old too.
-        with timed("reference"), in_use(models, reference):
+        with models.sd.in_use(reference.unet):  # Eq. 10
             log_probs_ref = score_trajectories(reference, trajectories, "reference")
-        with timed("score"):
-            if config.offline:
-                log_probs_old = score_trajectories(policy, trajectories, "old")
+        log_probs_old = trajectories.log_probs
+        if config.offline:
+            log_probs_old = score_trajectories(policy, trajectories)
 
-        # Line 8: decode, reward.
-        with timed("reward"):
-            images = decode(models, trajectories.latents[:, -1])
-            rewards = models.reward(images, [p for p in drawn[own] for _ in range(per_prompt)])
-        targets = statistics.targets(gather(rewards), drawn)  # the rewards; for DDPO, advantages
-
+        updates = []
         for k in range(config.updates_per_epoch):  # line 9
-            with timed("score"):
-                log_probs = score_trajectories(policy, trajectories) if k else log_probs_old.clone()
+            log_probs = score_trajectories(policy, trajectories) if k else log_probs_old.clone()
             log_probs.requires_grad_()
-            target = baselines.minibatch(config, epoch, k, targets)  # all of them, but for DDPO
-            target = target[own_share(len(targets))].to(rewards.device)
-            loss = loss_function(  # line 10
-                by_prompt(log_probs), by_prompt(log_probs_old), by_prompt(log_probs_ref),
-                by_prompt(target), config.clip_range, config.kl_weight,
-            )  # fmt: skip
+            fixed = [by_prompt(x) for x in (log_probs_old, log_probs_ref, rewards)]
+            settings = config.clip_range, config.kl_weight
+            loss = prdp_loss(by_prompt(log_probs), *fixed, *settings)  # line 10
             (weights,) = torch.autograd.grad(loss, log_probs)
 
-            with timed("update"):  # line 11
-                require_finite("the loss", loss)
-                for headroom in (6, 14):  # should fp16 overflow, once more at a smaller scale
-                    optimizer.zero_grad(set_to_none=True)
-                    backward_trajectories(policy, trajectories, weights, headroom)
-                    average_gradients(policy.unet)
-                    norm = nn.utils.clip_grad_norm_(policy.unet.parameters(), config.max_grad_norm)
-                    if norm.isfinite():
-                        break
-                require_finite("the gradient", norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            matrices = map(by_prompt, (log_probs.detach(), log_probs_old, log_probs_ref, target))
-            updates.append(update_metrics(config, *matrices, weights, norm))
+            backward = functools.partial(backward_trajectories, policy, trajectories)  # line 11
+            scale = fp16_scale(policy.autocast, weights, trajectories.latents[0, 0].numel())
+            norm = gradient_step(optimizer, backward, weights, config.max_grad_norm, scale)
+            matrices = [by_prompt(log_probs.detach()), *fixed]
+            updates.append({**update_metrics(config, *matrices), "skipped_fraction": weights == 0,
+                            "loss": loss, "grad_norm": norm})  # fmt: skip
 
-        distance, parts = log_probs_old - log_probs_ref, models.reward.parts
-        means = {
-            "log_ratio_ref": distance,
-            "kl_nats": distance * trajectories.latents[0, 1:].numel(),
-        }
-        metrics = report.epoch_metrics(epoch, rewards, parts, means, updates, timed.seconds)
-        del trajectories, images  # and their memory, before others are drawn
-        yield metrics
+        ratio = log_probs_old - log_probs_ref
+        kl = ratio * trajectories.latents[0, 1:].numel()
+        others = {"log_ratio_ref": ratio, "kl_nats": kl}
+        del trajectories, backward  # and their memory, before others are drawn
+        yield epoch_metrics(rewards, models.reward.parts, updates, others)
 
 
 def update_metrics(
-    config: Config, log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor,
-    rewards: Tensor, weights: Tensor, norm: Tensor,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Of one update, before it is made; the README defines the fields."""
-    loss_function, others = LOSSES[config.loss], (log_probs_old, log_probs_ref, rewards)
-    unclipped = loss_function(log_probs, *others, math.inf, config.kl_weight)  # Eq. 14
-    of_reference = loss_function(log_probs_ref, *others, math.inf, config.kl_weight)
+    config: Config, log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor, rewards: Tensor
+) -> dict[str, Tensor]:
+    """Of one update, before it is made; docs/running.md defines the fields."""
+    fixed = (log_probs_old, log_probs_ref, rewards, math.inf, config.kl_weight)
+    loss_unclipped = prdp_loss(log_probs, *fixed)  # Eq. 14
     moved = (log_probs - log_probs_old).abs()
     return {
-        "loss": loss_function(log_probs, *others, config.clip_range, config.kl_weight),
-        "loss_unclipped": unclipped,
-        "explained": (1 - unclipped / of_reference) * (1 if config.loss == "prdp" else math.nan),
+        "loss_unclipped": loss_unclipped,
+        "explained": 1 - loss_unclipped / prdp_loss(log_probs_ref, *fixed),
         "clip_fraction": moved > config.clip_range,
-        "skipped_fraction": weights == 0,
         "log_ratio_old": moved,
-        "grad_norm": norm,
     }
 
 
 def draw_prompts(config: Config, prompts: list[str], epoch: int) -> list[str]:
     """N prompts, independent and uniform (Alg. 1, line 4); a function of seed and epoch alone."""
-    (generator,) = image_generators(config.seed, -epoch, range(1), 1)
+    (generator,) = image_generators(config.seed, -epoch, range(1), 1)  # no image has this stream
     drawn = torch.randint(len(prompts), (config.prompts_per_epoch,), generator=generator)
     return [prompts[i] for i in drawn]
+
+
+def sample_epoch(
+    config: Config, models: Models, policy: Policy, prompts: list[str], epoch: int
+) -> tuple[list[str], Trajectories]:
+    """Alg. 1, lines 4 to 7: B trajectories of each of N prompts, and each image's prompt; of N,
+    this process's share."""
+    drawn = draw_prompts(config, prompts, epoch)
+    own = own_share(len(drawn))
+    numbers, images = range(len(drawn))[own], config.images_per_prompt
+    generators = image_generators(config.seed, epoch, numbers, images)
+    trajectories = sample_prompts(models, policy, drawn[own], generators)
+    return [prompt for prompt in drawn[own] for _ in range(images)], trajectories
 
 
 def sample_prompts(
     models: Models, policy: Policy, prompts: list[str], generators: list[torch.Generator]
 ) -> Trajectories:
     """B = len(generators) / len(prompts) trajectories of each prompt (Alg. 1, lines 5 to 7)."""
-    with in_use(models, models.pipe.text_encoder):
-        text = encode(models.pipe, prompts)
-        text = text.repeat_interleave(len(generators) // len(prompts), dim=0)
-    with in_use(models, policy):
-        trajectories = sample_trajectories(policy, text, generators, models.latent_shape)
+    text = models.sd.encode(prompts)
+    text = text.repeat_interleave(len(generators) // len(prompts), dim=0)
+    with models.sd.in_use(policy.unet):
+        trajectories = sample_trajectories(policy, text, generators, models.sd.latent_shape)
     require_finite("a log-prob", trajectories.log_probs)
     return trajectories
 
 
-def require_finite(what: str, values: Tensor) -> None:
-    """Stop before anything is learned from NaN or infinity."""
-    if not values.isfinite().all():
-        mend = "a lower --learning-rate or --guidance-scale, a higher --kl-weight, another --dtype"
-        raise InputError(f"{what} is not finite; try, in a new run, {mend}.")
+def score_images(
+    models: Models, trajectories: Trajectories, prompts: list[str]
+) -> tuple[Tensor, Tensor]:
+    """The M images, uint8 (M, 3, H, W), and their rewards, (M,) (Alg. 1, line 8)."""
+    with phase("reward"):
+        images = models.sd.decode(trajectories.latents[:, -1], models.policy.microbatch)
+        with models.sd.in_use(models.reward):
+            return images, models.reward(images, prompts)
 
 
-# ---- 7. Models -----------------------------------------------------------------------------------
+# ---- 7. Models, a run, main ----------------------------------------------------------------------
 
 
 class Models(NamedTuple):
-    """Everything with weights; `pipe` is the diffusers pipeline around the policy's UNet."""
+    """Everything with weights. Scoring with `reference` is scoring with the pretrained model."""
 
-    pipe: object  # StableDiffusionPipeline
     policy: Policy
     reference: Policy
-    reward: Callable  # a rewards.Reward
-    latent_shape: tuple[int, int, int]
-    waiting: torch.device  # where all but the policy's network are outside `in_use`
+    sd: StableDiffusion  # its `unet` is what learns; text encoder and VAE
+    reward: Reward
 
 
-def load_pipeline(model: str):
-    """The diffusers pipeline of a folder or the hub, in float32, whole; InputError for others."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()  # of loading; downloads keep theirs
-        library.utils.logging.set_verbosity(50)  # `reading` says it
-    if (Path(model) / "metrics.jsonl").is_file():
-        raise InputError(f"--model {model}: is a run; its model is {Path(model) / 'pipeline'}.")
-    if Path(model).is_file():
-        raise InputError(f"--model {model}: no Stable Diffusion folder; see from_single_file.")
-    local, pipeline = Path(model).exists(), diffusers.StableDiffusionPipeline
-    with reading(f"--model {model}: {'no Stable Diffusion folder' if local else 'no such folder'}"):
-        kind = pipeline.load_config(model)["_class_name"]
-        if kind != "StableDiffusionPipeline":
-            raise InputError(f"--model {model}: a {kind}; only Stable Diffusion 1.x and 2.x work.")
-        folder = model if local else pipeline.download(model)
-        parts = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL,
-                 "text_encoder": transformers.CLIPTextModel}  # fmt: skip
-        for name in (*parts, "tokenizer", "scheduler"):
-            if not Path(folder, name).is_dir():
-                raise ValueError(f"has no {name}")
-        for name, part in parts.items():
-            with reading(what := f"--model {model}: its {name}"):
-                parts[name] = load_network(what, part, folder, subfolder=name)
-        parts |= dict(safety_checker=None, requires_safety_checker=False)
-        return pipeline.from_pretrained(folder, **parts)
+def load_policy(config: Config, device: torch.device) -> tuple[StableDiffusion, Policy]:
+    """A pretrained model, and its UNet as the policy."""
+    autocast = set_precision(config.dtype)
+    idle = torch.device("cpu") if config.offload == "on" else device
+    sd = StableDiffusion(config.model, device, idle, autocast)
+    schedule = ddpm_schedule(sd.noise_settings, config.ddpm_steps)
+    schedule = Schedule(*(column.to(device) for column in schedule))
+    null_text = sd.encode([""])[0]
+    if config.gradient_checkpointing:
+        sd.unet.enable_gradient_checkpointing()
+    if config.lora_rank:
+        sd.add_adapters(config.lora_rank, config.seed)
+    unet = compiled(sd.unet) if config.compile else sd.unet
+    how = (config.guidance_scale, config.microbatch, autocast)
+    return sd, Policy(unet, schedule, null_text, *how)
 
 
 def load_models(config: Config, device: torch.device, reward: Callable | None = None) -> Models:
-    """The pipeline, the policy, and the frozen reference it starts from (Alg. 1, line 1)."""
-    from diffusers import DDIMScheduler
-
-    waiting = torch.device("cpu") if config.offload == "on" else device
-    reward = load_reward(reward or config.reward, device, waiting)
-    pipe = load_pipeline(config.model)
-    unet, vae, text_encoder = pipe.unet, pipe.vae, pipe.text_encoder
-    channels, expected = unet.config.in_channels, vae.config.latent_channels
-    if channels != expected:
-        raise InputError(f"--model {config.model}: UNet of {channels} channels, VAE of {expected}.")
-    size = unet.config.sample_size
-    latent_shape = (channels, *(size if isinstance(size, (list, tuple)) else (size, size)))
-    vae.requires_grad_(False)
-    text_encoder.requires_grad_(False)
-    unet.requires_grad_(True).eval()  # eval: with dropout every pass would be another policy
-
-    tf32 = config.dtype != "fp32"  # it rounds like fp16
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.dtype)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    """The policy, and the frozen reference it starts from (Alg. 1, line 1)."""
+    sd, policy = load_policy(config, device)
+    images = config.prompts_per_epoch * config.images_per_prompt // processes()
+    policy = policy._replace(microbatch=min(policy.microbatch, max(images, 1)))
     if config.lora_rank:
-        add_adapters(unet, config)
-        reference = unet  # without them, see `in_use`
+        reference = WithoutAdapters(policy.unet, sd.unet)
     else:
-        reference = copy.deepcopy(unet).requires_grad_(False)
-        for layer in reference.modules() if autocast and not config.compile else ():
-            # Autocast casts these at every pass; once is the same bits, unless compiled, in half.
-            if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                layer.to(autocast)
-
-    reference.to(waiting)
-    vae.to(waiting)
-    unet.to(device)
-    text_encoder.to(device)
-    with reading(f"--model {config.model}: its tokenizer"):
-        null_text = encode(pipe, [""])[0]  # on `device`: the same bits wherever networks wait
-    text_encoder.to(waiting)
-    if config.compile:  # dynamic=False: a graph a shape, so that no pass changes another's bits
-        importlib.import_module("torch._inductor.config").deterministic = True  # nor a process
-        compiled = {network: torch.compile(network, dynamic=False) for network in (unet, reference)}
-        unet, reference = compiled[unet], compiled[reference]
-    schedule = ddpm_schedule(pipe.scheduler.config, config.ddpm_steps)
-    schedule = Schedule(*(column.to(device) for column in schedule))
-    settings = {**SD_SCHEDULER, **pipe.scheduler.config, "timestep_spacing": "leading"}
-    pipe.scheduler = DDIMScheduler.from_config(settings | {"clip_sample": False})  # ours: eta = 1
-    policy = Policy(unet, schedule, null_text, config.guidance_scale, config.microbatch, autocast)
-    return Models(pipe, policy, policy._replace(unet=reference), reward, latent_shape, waiting)
-
-
-def add_adapters(unet: nn.Module, config: Config) -> None:
-    """The attention layers learn W + B A alone, where B begins at 0 (Hu et al. 2021)."""
-    from peft import LoraConfig
-
-    unet.requires_grad_(False)
-    torch.manual_seed(config.seed)  # A begins at random, the same in every process
-    rank, layers = config.lora_rank, ["to_q", "to_k", "to_v", "to_out.0"]
-    start = {"lora_alpha": rank, "init_lora_weights": "gaussian"}
-    unet.add_adapter(LoraConfig(r=rank, target_modules=layers, **start))
-
-
-@contextmanager
-def in_use(models: Models, part: Policy | nn.Module) -> Iterator[None]:
-    """Have a policy's network, or another, on the policy's device within this block: --offload lets
-    all but the policy's own wait on the CPU, as they are needed in passes of their own."""
-    network, own = getattr(part, "unet", part), models.policy.unet
-    adapted = part is models.reference and network is own  # pi_ref: B = 0, in the very same graph
-    off = [(p, p.detach().clone()) for n, p in own.named_parameters() if adapted and "lora_B" in n]
-    network.to(models.policy.null_text.device)
-    for p, _ in off:
-        p.data.zero_()
-    yield
-    for p, learned in off:
-        p.data.copy_(learned)
-    if network is not own:
-        network.to(models.waiting)
-
-
-@torch.no_grad()
-def encode(pipe, prompts: list[str]) -> Tensor:
-    """Text embeddings (len(prompts), L, D), as the pipeline itself makes them."""
-    return pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, False)[0]
-
-
-@torch.no_grad()
-def decode(models: Models, latents: Tensor) -> Tensor:
-    """x_0 (M, C, H, W) -> uint8 images (M, 3, 8H, 8W), rounded once, as a PNG file would be."""
-    vae, images = models.pipe.vae, []
-    device, autocast = latents.device.type, models.policy.autocast
-    with in_use(models, vae), torch.autocast(device, autocast, enabled=autocast is not None):
-        for rows in latents.split(models.policy.microbatch):
-            decoded = vae.decode(rows / vae.config.scaling_factor).sample.float()
-            require_finite("a picture from the VAE", decoded)
-            images.append(((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
-    return torch.cat(images)
-
-
-# ---- 8. Processes, files, main -------------------------------------------------------------------
-
-
-def load_prompts(path: str | Path) -> list[str]:
-    """Prompts of a .txt (a line each; blank and # lines skipped), .json or .jsonl file (strings, or
-    objects with a "prompt" or "caption"), in order, repeats dropped; InputError if it is none."""
-    what, kind = f"--prompts {path}", Path(path).suffix.lower()
-    if str(path).startswith(PROMPTS):
-        what += " (the README tells how to get the large sets)"
-    with reading(what):
-        text = Path(path).read_text(encoding="utf-8-sig")
-        lines = text.split("\n")  # not splitlines(): JSON strings may hold other separators
-        if kind == ".json":
-            records = json.loads(text)
-        elif kind == ".jsonl":
-            records = [json.loads(line) for line in lines if line.strip()]
-        else:
-            records = [line for line in lines if not line.lstrip().startswith("#")]
-        if kind not in (".txt", ".json", ".jsonl", "") or not isinstance(records, list):
-            raise ValueError("must be .txt, .json or .jsonl, and hold a list of prompts")
-        return as_prompts(records)
-
-
-def as_prompts(records: list) -> list[str]:
-    """The text of each, stripped, blanks and repeats dropped; ValueError for what is no prompt."""
-    texts = [r.get("prompt") or r.get("caption") if isinstance(r, dict) else r for r in records]
-    for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"entry {number + 1} is neither a string nor has a prompt")
-    "".join(texts).encode()  # refuses half a surrogate pair, which no tokenizer takes
-    prompts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
-    if not prompts:
-        raise ValueError("holds no prompt")
-    return prompts
+        reference = copy.deepcopy(sd.unet).requires_grad_(False)  # line 1
+        reference.to(sd.idle)
+        if config.compile:
+            reference = compiled(reference)
+        elif policy.autocast:
+            cast_once(reference, policy.autocast)
+    reward = load_reward(config.reward if reward is None else reward, sd.idle)
+    return Models(policy, policy._replace(unet=reference), sd, reward)
 
 
 def check_on_policy(config: Config, models: Models, prompt: str) -> float:
-    """Score a fresh microbatch again, under policy and reference: both must return the same bits,
-    for Eq. 20 compares two passes to within clip_range, 1e-6 to 1e-4 in Table 4, and would clip
-    noise. Returns the seconds that a pass through T steps takes an image."""
+    """Score a new microbatch again, under policy and reference: both must return the same bits, for
+    Eq. 20 compares two passes to within clip_range, 1e-6 to 1e-4 in Table 4, and would clip noise.
+    Returns the seconds that a pass through T steps takes an image."""
+    microbatch = models.policy.microbatch
     for deterministic in (False, True):
         torch.backends.cudnn.deterministic = deterministic
-        generators, gap = image_generators(config.seed, 0, range(1), config.microbatch), 0.0
+        generators, gap = image_generators(config.seed, 0, range(1), microbatch), 0.0
         trajectories = sample_prompts(models, models.reference, [prompt], generators)
         for policy in (models.policy, models.reference):
-            with in_use(models, policy):
-                started = time.perf_counter()
+            with models.sd.in_use(policy.unet), report.timing() as seconds:
                 scores = score_trajectories(policy, trajectories)
-                gap += (scores - trajectories.log_probs).abs().max().item()  # NaN stays NaN
-                seconds = time.perf_counter() - started  # the last is warm, and compiled
+            gap += (scores - trajectories.log_probs).abs().max().item()  # NaN stays NaN
         say(f"on-policy gap{', with deterministic cuDNN' * deterministic}: {gap:.1e}")
         if gap == 0:
-            return seconds / config.microbatch
+            return seconds["score"] / microbatch  # of the last pass: warm, and compiled
     raise InputError(f"on-policy gap: {gap:.1e}, so the clip would act on noise; try --dtype fp32.")
 
 
@@ -770,80 +591,72 @@ def draw_samples(config: Config, models: Models, policy: Policy, prompts: list[s
     shown = [prompts[n * len(prompts) // count] for n in range(count)]
     generators = image_generators(config.seed, 0, range(count), images)
     trajectories = sample_prompts(models, policy, shown, generators)
-    pictures = decode(models, trajectories.latents[:, -1])
-    rewards = models.reward(pictures, [prompt for prompt in shown for _ in range(images)])
+    captions = [prompt for prompt in shown for _ in range(images)]
+    pictures, rewards = score_images(models, trajectories, captions)
     return Samples(shown, pictures.cpu(), rewards.cpu())
 
 
-def run(config: Config, reward: Callable | None = None, prompts: list[str] | None = None) -> None:
+def run(
+    config: Config, reward: Callable | None = None, prompts: list[str] | None = None, *,
+    train: Callable = train, state: object = None,
+) -> None:  # fmt: skip
     """Train from the first epoch or the last checkpoint, then show what changed.
 
     reward, (uint8 images (M, 3, H, W), M prompts) -> M numbers, and prompts are taken in place of
-    those that config names. Raises InputError for what cannot run.
+    those that config names. Another `train` yields an epoch's metrics as this one does; `state`,
+    what it keeps between epochs, has state_dict and load_state_dict. InputError: cannot run.
     """
-    device, state = report.start_processes(), {"epoch": 0}
-    given = ({"reward": ""} if reward else {}) | ({"prompts": ()} if prompts else {})
-    config = resolved(dataclasses.replace(config, **given))
-    out, files = Path(config.out), config.prompts
-    with reading("prompts"):
-        prompts = as_prompts(prompts or [text for file in files for text in load_prompts(file)])
-    if config.resume:
-        with reading(f"--resume {out}"):
-            state = report.load_state(out, HARMLESS)
-        if state["epoch"] > config.epochs:
-            raise InputError(f"--epochs {config.epochs}: the run has done {state['epoch']}.")
-    elif on_rank_0(lambda: report.is_used(out)):
-        raise InputError(f"--out {out}: in use; choose another, or go on with --resume {out}.")
+    device = start_processes()
+    given = {name: () for name, x in (("reward", reward), ("prompts", prompts)) if x is not None}
+    config = replace(config, **given).resolved()
+    if prompts is None:
+        prompts = [text for file in config.prompts for text in load_prompts(file)]
+    prompts = as_prompts(prompts)
+    saved = run_folder.open_run(config)
+    start = saved["epoch"] + 1
 
     models = load_models(config, device, reward)
-    pipe, unet, start = models.pipe, models.pipe.unet, state["epoch"] + 1
-    record = report.make_record(vars(config), prompts, reward_files(config.reward), pipe)
-    if config.resume:
-        with reading(f"--resume {out}"):
-            report.require_same(state["record"], record, HARMLESS)
-    learned = {name: p for name, p in unet.named_parameters() if p.requires_grad}
+    learned = {n: p for n, p in models.sd.unet.named_parameters() if p.requires_grad}
     options = {"weight_decay": config.weight_decay, "fused": device.type == "cuda"}
     optimizer = torch.optim.AdamW(learned.values(), config.learning_rate, **options)
-    statistics = baselines.RewardStatistics(config.advantage if "ddpo" in config.loss else "none")
-    report.introduce(vars(config), learned.values(), kernels.path(device), len(prompts))
-    context, some = pipe.tokenizer.model_max_length, prompts[:1000]
-    if long := sum(len(ids) > context for ids in pipe.tokenizer(some).input_ids):
-        say(f"warning: {long} of {len(some)} prompts exceed {context} tokens; the ends go unread.")
-    seconds = check_on_policy(config, models, prompts[0])
-    spent = seconds * baselines.passes(config) * config.prompts_per_epoch * config.images_per_prompt
-    say(report.forecast(seconds, spent / processes(), config.epochs - start + 1))
+    report.introduce(config, learned, load_kernels()[1], prompts, models.sd.pipe.tokenizer)
+    report.forecast(config, check_on_policy(config, models, prompts[0]), start)
     before = draw_samples(config, models, models.reference, prompts)
 
-    with reading(f"--resume {out}"):  # all has been compared: load, and only then write
-        statistics.latest = report.restore(state, learned, optimizer)
-    del state  # and its memory
-    report.start_run(out, record, start, before)
-    for metrics in train(config, models, optimizer, statistics, prompts, start):
-        epoch = metrics["epoch"]
-        report.log_epoch(out, metrics, (epoch - start) % 20 == 0, config.log_to)
+    record = run_folder.make_record(config, prompts, reward_files(config.reward), models.sd.pipe)
+    rows = run_folder.begin(config, record, saved, (learned, optimizer, state))
+    del saved  # and its memory
+    report.save_grid(config, 0, before)
+    epochs = train(config, models, optimizer, prompts, start)
+    for epoch in range(start, config.epochs + 1):
+        with report.timing() as seconds, during(f"epoch {epoch}"):
+            rows.append(report.as_row(epoch, next(epochs), seconds))
+        run_folder.end_epoch(config, record, rows, (learned, optimizer, state))
         if epoch % config.sample_every == 0 and epoch < config.epochs:
-            report.save_grid(out, epoch, draw_samples(config, models, models.policy, prompts))
-        if epoch % config.save_every == 0 or epoch == config.epochs:
-            state = dict(unet=learned, optimizer=optimizer.state_dict(), latest=statistics.latest)
-            report.save_state(out, record, epoch, state)
+            report.save_grid(config, epoch, draw_samples(config, models, models.policy, prompts))
+        report.show_epoch(config, rows, start)
 
     after = draw_samples(config, models, models.policy, prompts)
-    report.save_grid(out, config.epochs, after)
-    report.save_pipeline(out, pipe)
-    report.compare(out, before, after)
+    report.save_grid(config, config.epochs, after)
+    models.sd.save(Path(config.out))
+    report.compare(config, rows, before, after)
 
 
-def main(argv: list[str] | None = None) -> None:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    with command("prdp.py"):
-        report.start_processes()
-        config = parse_args(sys.argv[1:] if argv is None else argv)
+def parse_args(argv: list[str], kind: type[Config] = Config) -> Config:
+    """A command line, over the preset or the settings of the run that --resume names."""
+    return parse_settings(kind, sys.modules[kind.__module__].__doc__.split("\n\nPaper ")[0], argv)
+
+
+def main(argv: list[str] | None = None, kind: type[Config] = Config, run: Callable = run) -> None:
+    with command(kind.program):
+        config = parse_args(sys.argv[1:] if argv is None else argv, kind)
         try:
             run(config)
         except KeyboardInterrupt:
-            say(f"stopped; once epochs have begun: python prdp.py --resume {config.out}")
+            again = f"python {kind.program} --resume {shlex.quote(config.out)}"
+            say(f"stopped; once epochs have begun, go on with: {again}")
             raise
-        report.end_processes()
+        end_processes()
 
 
 if __name__ == "__main__":

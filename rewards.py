@@ -1,46 +1,42 @@
 """Black-box rewards behind one callable: (uint8 images (M, 3, H, W), M prompts) -> float32 (M,).
 
-    load_reward("hpsv2", device)                                # official weights, from the hub
-    load_reward("hpsv2:/path/HPS_v2_compressed.pt", device)     # or from a file or folder
-    load_reward("pickscore=10,hpsv2=2,aesthetic=0.05", device)  # a weighted sum
-    load_reward("mine.py:redness", device)                      # your (images, prompts) -> numbers
-    load_reward(redness, device)                                # the same, already imported
+    load_reward("hpsv2", device)                              # official weights, from the hub
+    load_reward("hpsv2:/path/HPS_v2_compressed.pt", device)   # or from a file or folder
+    load_reward(["pickscore=10", "hpsv2=2"], device)          # a weighted sum
+    load_reward("mine.py:redness", device)                    # your (images, prompts) -> numbers
+    load_reward(redness, device)                              # the same, already imported
 
     python rewards.py --reward hpsv2 --images picture.png --prompt "a cat"    # score by hand
 
-A spec is NAME, NAME:PATH or FILE.py:FUNCTION, each with an optional =WEIGHT, joined by commas. A
-path is one on this machine, never a name on the hub. What holds a comma, an = or a double quote
-stands in double quotes, those within doubled: '"/data/v=2, big/my.py:redness"=0.5,hpsv2'. A file of
-your own can import the modules beside it, but for those whose name Python already knows.
+A word is NAME, NAME:PATH or FILE.py:FUNCTION, with an optional =WEIGHT: what follows the last = if
+that is a number. A path is one on this machine, never a name on the hub. A file of your own can
+import the modules beside it, but for those whose name Python already knows.
 
-Raw units: cosines are not scaled. Each scorer gives what its authors' code gives, without that code
-(see the README).
+Raw units: cosines are not scaled. Each scorer gives what its authors' code gives, without that
+code (docs/running.md).
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import html
 import importlib.util
 import io
 import itertools
 import math
 import os
-import pickle
 import re
 import sys
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from support.cli import InputError, Parser, command, on_one_line, reading
+from support.inputs import load_images, load_network, load_tensors, load_tokenizer, quiet
 
 Scorer = Callable[[Tensor, list[str]], Tensor]
 
@@ -49,164 +45,42 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # of HPSv2 and PickScore
 
 
-# ---- Errors, as every command says them --------------------------------------------------------
-
-
-class InputError(Exception):
-    """Something the user gave cannot be used; the message names it and says what to do."""
-
-
-class Parser(argparse.ArgumentParser):
-    """One whose errors are InputErrors, and whose descriptions keep their lines."""
-
-    def __init__(self, **options) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def error(self, message: str) -> None:
-        raise InputError(f"{message}; see --help.")
-
-    def add_fields(self, fields: Iterable[dataclasses.Field], groups: dict[str, str]) -> None:
-        """A flag for each dataclass field; its metadata are argparse's options. A field that
-        `groups` names begins a group of --help."""
-        group = self
-        for f in fields:
-            if f.name in groups:
-                group = self.add_argument_group(groups[f.name])
-            options = {"type": type(f.default), **f.metadata}
-            if f.default is False:
-                options = {"action": "store_true", **f.metadata}
-            elif f.default != "":
-                options["help"] += f" (default: {f.default})"
-            group.add_argument(option(f.name), default=argparse.SUPPRESS, **options)
-
-
-def option(name: str) -> str:
-    """The flag of a dataclass field."""
-    return "--" + name.replace("_", "-")
-
-
-@contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Turn whatever a damaged or foreign file raises within this block into an InputError."""
-    try:
-        yield
-    except (InputError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise InputError(f"{what}: {in_brief(error)}.") from error
-
-
-# What libraries say in many words, or only of their insides.
-BRIEFLY = {
-    "GLOBAL": "holds code beside weights, and is not opened (a .safetensors file cannot)",
-    "central directory": "a file of weights is damaged or cut short",
-    "deserializing header": "a file of weights is damaged or cut short",
-    "Unable to load weights": "a file of weights is damaged or cut short",
-    "size mismatch": "has weights of other shapes",
-    "expected shape": "has weights of other shapes",
-    "ignore_mismatched_sizes": "has weights of other shapes",
-    "couldn't connect": "not cached, and the hub is out of reach",
-    "were passed": "model_index.json lacks a part",
-    "surrogates not allowed": "holds half a surrogate pair, which is no character",
-}
-
-
-def in_brief(error: BaseException) -> str:
-    """Why a file cannot be used, in the words of a sentence."""
-    chain = [error]
-    while chain[-1].__context__ is not None:
-        chain.append(chain[-1].__context__)
-    text = " ".join(str(link) for link in chain)
-    for words, brief in BRIEFLY.items():
-        if words in text:
-            return brief
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    if isinstance(error, KeyError):
-        reason = f"lacks {reason}"
-    elif not isinstance(error, (OSError, ValueError)):
-        reason = f"is of another form ({type(error).__name__}: {reason})"
-    return reason.removeprefix("Error ").rstrip(".")
-
-
-@contextmanager
-def command(name: str) -> Iterator[None]:
-    """A command's whole work: a foreseen error ends it in one sentence and exit code 2, Ctrl-C in
-    130. A mistake of ours keeps its traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names that an ASCII terminal lacks
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except (
-        BrokenPipeError
-    ):  # of `| head`: nobody reads on, and the interpreter's last flush must not
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # complain of it again
-        raise SystemExit(2) from None
-    except Exception as error:
-        sentence = in_words(error)
-        if sentence is None:
-            raise
-        process = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
-        print(f"{name}{process}: {sentence}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-
-
-def in_words(error: Exception) -> str | None:
-    """A foreseen error as one sentence with its mend, else None."""
-    text = " ".join(str(error).split())
-    if isinstance(error, InputError):
-        return ": ".join([*getattr(error, "__notes__", ()), text])
-    if isinstance(error, torch.OutOfMemoryError):
-        smaller = "--gradient-checkpointing, --lora-rank 8 or a smaller --microbatch"
-        return f"out of GPU memory: try --offload on, or in a new run {smaller}."
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        return "out of memory: try a smaller --microbatch or --prompts-per-epoch."
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'output'}: {error.strerror}; what was saved before is intact."
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        cause = " ".join(str(error).split("\n\n")[0].split())
-        return f"--compile: failed ({cause}); begin a new run without it."
-    return None
-
-
-# ---- The callable ------------------------------------------------------------------------------
+# ---- The callable --------------------------------------------------------------------------------
 
 
 class Reward:
     """A weighted sum of scorers, by label. After a call `parts` holds the scores of each, (M,).
 
-    The networks that a scorer lists in its attribute `networks` are on `device` while it scores,
-    then on `waiting`.
+    `to` moves the networks that scorers list in their attribute `networks`.
     """
 
-    def __init__(
-        self,
-        components: dict[str, tuple[float, Scorer]],
-        device: torch.device,
-        waiting: torch.device,
-    ) -> None:
-        self.components, self.device, self.waiting = components, device, waiting
+    def __init__(self, components: dict[str, tuple[float, Scorer]]) -> None:
+        self.components = components
         self.parts: dict[str, Tensor] = {}
+        self.networks: list[nn.Module] = []
         for label, (_, scorer) in components.items():
             networks = getattr(scorer, "networks", ())
             if not isinstance(networks, (list, tuple)) or not all(
-                hasattr(n, "to") for n in networks
+                hasattr(network, "to") for network in networks
             ):
                 raise InputError(
                     f"reward {label}: its attribute `networks` must be a list of torch modules."
                 )
+            self.networks += networks
+
+    def to(self, device: torch.device) -> Reward:
+        for network in self.networks:
+            network.to(device)
+        return self
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         assert images.dtype == torch.uint8 and images.ndim == 4, (images.dtype, images.shape)
         assert len(images) == len(prompts), (images.shape, len(prompts))
-        self.parts = {}
-        for label, (_, scorer) in self.components.items():
-            for network in getattr(scorer, "networks", ()):
-                network.to(self.device)
-            self.parts[label] = checked(label, scorer, images, prompts)
-            for network in getattr(scorer, "networks", ()):
-                network.to(self.waiting)
+        self.parts = {
+            label: checked(label, scorer, images, prompts)
+            for label, (_, scorer) in self.components.items()
+        }
         return sum(weight * self.parts[label] for label, (weight, _) in self.components.items())
 
 
@@ -237,18 +111,11 @@ def checked(label: str, scorer: Scorer, images: Tensor, prompts: list[str]) -> T
     return scores
 
 
-def on_one_line(error: BaseException) -> str:
-    """What failed and where, on one line."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    what = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"{what} ({Path(where.filename).name}, line {where.lineno})"
-
-
-# ---- Specs -------------------------------------------------------------------------------------
+# ---- Words of --reward ---------------------------------------------------------------------------
 
 
 class Component(NamedTuple):
-    """One term of a reward spec."""
+    """One term of a reward."""
 
     label: str  # of its scores in the log: NAME or FUNCTION, and NAME-2 where that is taken
     weight: float
@@ -256,104 +123,85 @@ class Component(NamedTuple):
     detail: str  # the absolute path of its weights, "" for the official ones; or the FUNCTION
 
 
-UNQUOTED = r'(?=(?:[^"]*"[^"]*")*[^"]*$)'  # what an even number of quotes follows
-QUOTED = re.compile(r'"((?:[^"]|"")*)"')
-
-
-def parse_reward(spec: str) -> list[Component]:
-    """The components of a spec, paths made absolute; InputError for one that cannot be loaded."""
+def parse_reward(words: str | tuple | list) -> list[Component]:
+    """The components that words name, paths made absolute; InputError for what cannot be loaded."""
     components, labels = [], Counter()
-    for part in re.split("," + UNQUOTED, spec):
-        body, *numbers = re.split("=" + UNQUOTED, part)
-        weight = parse_weight(spec, numbers)
-        body = QUOTED.sub(lambda quoted: quoted[1].replace('""', '"'), body.strip())
+    for word in [words] if isinstance(words, str) else words:
+        body, equals, number = word.strip().rpartition("=")
+        weight = as_number(number)
+        if not equals or weight is None:  # an = inside of a path
+            body, weight = word.strip(), 1.0
+        if not math.isfinite(weight):
+            raise InputError(f"--reward {word}: {number} is no weight.")
 
         file, _, function = body.rpartition(":")  # the last colon: C:\me\my.py:f
         name, _, path = body.partition(":")  # the first: hpsv2:C:\me\weights.pt
         if file.endswith(".py") and function:
-            label, source, detail = function, absolute(spec, file), function
+            label, source, detail = function, absolute(word, file), function
         elif name in LOADERS and path and name.endswith("compressibility"):
-            raise InputError(f"--reward {spec}: {name} takes no path.")
+            raise InputError(f"--reward {word}: {name} takes no path.")
         elif name in LOADERS:
-            label, source, detail = name, name, path and absolute(spec, path)
+            label, source, detail = name, name, path and absolute(word, path)
         else:
-            known = ", ".join(LOADERS)
-            raise InputError(
-                f"--reward {spec}: no reward {name!r}; choose from {known}, FILE.py:FUNCTION."
-            )
+            known = f"choose from {', '.join(LOADERS)}, FILE.py:FUNCTION"
+            if "," in word:
+                known = f"several are words of their own: --reward {' '.join(word.split(','))}"
+            raise InputError(f"--reward {word}: no reward {body!r}; {known}.")
         if (source, detail) in [(c.source, c.detail) for c in components]:
-            raise InputError(f"--reward {spec}: names {body} twice.")
+            raise InputError(f"--reward {word}: is named twice.")
         labels[label] += 1
         if labels[label] > 1:
             label = f"{label}-{labels[label]}"
         components.append(Component(label, weight, source, detail))
+    if not components:
+        raise InputError("--reward: names no reward.")
     return components
 
 
-def parse_weight(spec: str, numbers: list[str]) -> float:
-    """The number after the = of a component; 1 where there is none."""
-    text = "=".join(numbers or ["1"])
+def as_number(text: str) -> float | None:
     try:
-        weight = float(text)
+        return float(text)
     except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise InputError(
-            f"--reward {spec}: {text!r} is no weight (what holds an = stands in double quotes)."
-        )
-    return weight
+        return None
 
 
-def absolute(spec: str, path: str) -> str:
+def absolute(word: str, path: str) -> str:
     """The path as seen from any folder. Links stay: the hub's cache has files beside them."""
     path = os.path.abspath(os.path.expanduser(path))
     if not os.path.exists(path):
-        raise InputError(f"--reward {spec}: no such file or folder: {path}.")
+        raise InputError(f"--reward {word}: no such file or folder: {path}.")
     return path
 
 
-def resolve_reward(spec: str) -> str:
-    """The same spec with absolute paths, which means the same in another folder."""
-    parts = []
-    for component in parse_reward(spec):
-        part = component.source
-        if component.detail:
-            part += f":{component.detail}"
-        if re.search(r'[,="]|^\s|\s$', part):
-            part = '"' + part.replace('"', '""') + '"'
-        if component.weight != 1:
-            part += f"={component.weight}"
-        parts.append(part)
-    return ",".join(parts)
+def resolve_reward(words: str | tuple | list) -> tuple[str, ...]:
+    """The same words with absolute paths, which mean the same in another folder."""
+    resolved = []
+    for component in parse_reward(words):
+        word = component.source + (component.detail and f":{component.detail}")
+        if component.weight != 1 or "=" in word:
+            word += f"={component.weight}"
+        resolved.append(word)
+    return tuple(resolved)
 
 
-def reward_files(spec: str) -> list[Path]:
-    """The Python files that a spec, if any, names, each once: code that a result depends on."""
-    components = parse_reward(spec) if spec else []
-    files = (c.source for c in components if c.source not in LOADERS)
+def reward_files(words: tuple) -> list[Path]:
+    """The Python files that words name, each once: code that a result depends on."""
+    files = (c.source for c in (parse_reward(words) if words else ()) if c.source not in LOADERS)
     return [Path(file) for file in dict.fromkeys(files)]
 
 
-def load_reward(
-    spec: str | Scorer, device: torch.device | str, waiting: torch.device | str | None = None
-) -> Reward:
-    """The reward that `spec` names, or is, its models loaded once.
-
-    They score on `device`, and wait there or on `waiting`.
-    """
-    device = torch.device(device)
-    waiting = torch.device(waiting or device)
-    if callable(spec):
-        label = getattr(spec, "__name__", type(spec).__name__)
-        return Reward({label: (1.0, spec)}, device, waiting)
+@quiet()
+def load_reward(reward: str | tuple | list | Scorer, device: torch.device | str) -> Reward:
+    """The reward that words name, or that is given, with its models on `device`."""
+    if callable(reward):
+        label = getattr(reward, "__name__", type(reward).__name__)
+        return Reward({label: (1.0, reward)})
     components = {}
-    for label, weight, source, detail in parse_reward(spec):
-        if source in LOADERS:
-            scorer = LOADERS[source](detail, waiting)
-        else:
-            scorer = load_function(source, detail)
-        components[label] = (weight, scorer)
-    return Reward(components, device, waiting)
+    for label, weight, source, detail in parse_reward(reward):
+        load = LOADERS.get(source, load_function)
+        arguments = (detail,) if source in LOADERS else (source, detail)
+        components[label] = (weight, load(*arguments))
+    return Reward(components).to(torch.device(device))
 
 
 def load_function(file: str, function: str) -> Scorer:
@@ -464,7 +312,7 @@ def clean_text(prompt: str) -> str:
     return re.sub(r"\s+", " ", text).strip().lower()
 
 
-# ---- CLIP scorers ------------------------------------------------------------------------------
+# ---- CLIP scorers --------------------------------------------------------------------------------
 
 
 def cosine_scorer(
@@ -473,15 +321,11 @@ def cosine_scorer(
     """Cosine of image and prompt in a transformers CLIPModel, in float32, unscaled."""
     size = model.config.vision_config.image_size
     context = model.config.text_config.max_position_embeddings
+    options = {"padding": "max_length", "truncation": True, "max_length": context}
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
-        tokens = tokenizer(
-            [clean(p) for p in prompts],
-            padding="max_length",
-            truncation=True,
-            max_length=context,
-            return_tensors="pt",
-        ).input_ids.to(model.device)
+        texts = [clean(prompt) for prompt in prompts]
+        tokens = tokenizer(texts, **options, return_tensors="pt").input_ids.to(model.device)
         scores = []
         for part, ids in zip(images.split(32), tokens.split(32), strict=True):
             pixels = preprocess(part, size).to(model.device)
@@ -494,92 +338,39 @@ def cosine_scorer(
     return score
 
 
-def from_hub(what: str, load: Callable, name: str, **options):
-    """load(name, **options); InputError where neither the hub, the cache nor the folder has it."""
-    from safetensors import SafetensorError
+def fetch(reward: str, repository: str, file: str) -> str:
+    """The path of a file of the hub, from the cache if it is there."""
+    from huggingface_hub import hf_hub_download
 
-    try:
-        return load(name, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        why = "not cached, and the hub is out of reach"
-        if Path(name).exists():
-            why = "damaged or incomplete"
-        raise InputError(f"--reward {what}: cannot load {name}: {why}.") from error
+    with reading(f"--reward {reward}: {file} of {repository}"):
+        return hf_hub_download(repository, file)
 
 
-def load_network(what: str, kind: type, folder: str, **options):
-    """A diffusers or transformers network, in float32 whatever the file's; InputError if the file
-    lacks any of its weights, or holds one that is no number."""
-    try:
-        network, found = kind.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, **options
-        )
-    except OSError as error:
-        if not any(Path(folder, options.get("subfolder", "")).glob("*.fp16.*")):
-            raise
-        mend = "from_pretrained it with variant='fp16', then save_pretrained it"
-        raise InputError(f"{what}: is there as its fp16 variant alone; {mend}.") from error
-    missing = {*found["missing_keys"], *found["mismatched_keys"]}
-    weights = network.named_parameters()
-    missing |= {name for name, p in weights if p.is_meta or not p.isfinite().all()}
-    if missing:
-        raise InputError(
-            f"{what}: {len(missing)} weights are missing, misshapen or not finite ({min(missing)})."
-        )
-    return network
-
-
-def load_clip(what: str, kind: type, name: str, device: torch.device):
-    """A transformers model of the hub or a folder, frozen."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # of loading from disk; downloads keep theirs
-    load = partial(load_network, f"--reward {what}: {name}", kind)
-    return from_hub(what, load, name).to(device).eval().requires_grad_(False)
-
-
-def load_torch(what: str, path: str) -> dict[str, Tensor]:
-    """A checkpoint file's tensors, by the safe loader; InputError for a damaged or unsafe file."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise InputError(f"--reward {what}: {path} is no intact checkpoint of tensors.") from error
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
-        raise InputError(f"--reward {what}: {path} is no checkpoint of tensors.")
-    return state
-
-
-def load_pickscore(path: str, device: torch.device) -> Scorer:
+def load_pickscore(path: str) -> Scorer:
     """PickScore (Kirstain et al. 2023): cosine in a CLIP ViT-H/14, about 0.2.
 
     `path`: any CLIPModel folder, tokenizer included.
     """
-    from transformers import CLIPModel, CLIPTokenizer
+    from transformers import CLIPModel
 
-    model = load_clip("pickscore", CLIPModel, path or "yuvalkirstain/PickScore_v1", device)
-    tokenizer = from_hub("pickscore", CLIPTokenizer.from_pretrained, path or TOKENIZER)
+    folder = path or "yuvalkirstain/PickScore_v1"
+    model = load_network(f"--reward pickscore: {folder}", CLIPModel, folder)
+    tokenizer = load_tokenizer("--reward pickscore", path or TOKENIZER)
     return cosine_scorer(model, tokenizer, preprocess_clip, clean=str)
 
 
-def load_hpsv2(version: str, file: str) -> Callable[[str, torch.device], Scorer]:
+def load_hpsv2(version: str, file: str) -> Callable[[str], Scorer]:
     """HPSv2 (Wu et al. 2023): cosine in a finetuned open_clip ViT-H/14, about 0.27.
 
     `path`: the official .pt file; the tokenizer beside it is used if there is one.
     """
 
-    def load(path: str, device: torch.device) -> Scorer:
-        from huggingface_hub import hf_hub_download
-        from transformers import CLIPTokenizer
-
-        path = path or from_hub(version, lambda repo: hf_hub_download(repo, file), "xswu/HPSv2")
-        model = hpsv2_model(version, load_torch(version, path))
+    def load(path: str) -> Scorer:
+        path = path or fetch(version, "xswu/HPSv2", file)
+        model = hpsv2_model(version, load_tensors(f"--reward {version}", path))
         beside = Path(path).parent
-        if not (beside / "tokenizer_config.json").is_file():
-            beside = TOKENIZER
-        tokenizer = from_hub(version, CLIPTokenizer.from_pretrained, str(beside))
-        model = model.to(device).eval().requires_grad_(False)
+        named = str(beside) if (beside / "tokenizer_config.json").is_file() else TOKENIZER
+        tokenizer = load_tokenizer(f"--reward {version}", named)
         return cosine_scorer(model, tokenizer, preprocess_hpsv2, clean_text)
 
     return load
@@ -619,7 +410,7 @@ def hpsv2_model(what: str, state_dict: dict[str, Tensor], config=None):
     for embeddings in (model.text_model.embeddings, model.vision_model.embeddings):
         count = embeddings.position_embedding.num_embeddings
         embeddings.position_ids = torch.arange(count)[None]  # not in a checkpoint
-    return model
+    return model.eval().requires_grad_(False)
 
 
 def open_clip_to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -668,21 +459,17 @@ def open_clip_to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor
     return mapped
 
 
-def load_aesthetic(path: str, device: torch.device) -> Scorer:
+def load_aesthetic(path: str) -> Scorer:
     """LAION aesthetic predictor v2 on CLIP ViT-L/14, about 5; ignores the prompt.
 
     `path`: the official .pth file of its head.
     """
-    from huggingface_hub import hf_hub_download
     from transformers import CLIPVisionModelWithProjection
 
-    def download(repository: str) -> str:
-        return hf_hub_download(repository, "aesthetic-model.pth")
-
-    path = path or from_hub("aesthetic", download, "trl-lib/ddpo-aesthetic-predictor")
-    head = aesthetic_head(load_torch("aesthetic", path)).to(device)
+    path = path or fetch("aesthetic", "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
+    head = aesthetic_head(load_tensors("--reward aesthetic", path))
     clip = "openai/clip-vit-large-patch14"
-    model = load_clip("aesthetic", CLIPVisionModelWithProjection, clip, device)
+    model = load_network(f"--reward aesthetic: {clip}", CLIPVisionModelWithProjection, clip)
 
     def score(images: Tensor, prompts: list[str]) -> Tensor:
         scores = []
@@ -696,11 +483,11 @@ def load_aesthetic(path: str, device: torch.device) -> Scorer:
     return score
 
 
-def aesthetic_head(state_dict: dict[str, Tensor]) -> torch.nn.Sequential:
+def aesthetic_head(state_dict: dict[str, Tensor]) -> nn.Sequential:
     """The head 768-1024-128-64-16-1, in float32: its dropout is off, and it has no activations."""
     sizes = (768, 1024, 128, 64, 16, 1)
     places = (0, 2, 4, 6, 7)  # among the official layers
-    head = torch.nn.Sequential(*(torch.nn.Linear(a, b) for a, b in itertools.pairwise(sizes)))
+    head = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(sizes)))
     try:
         for layer, place in zip(head, places, strict=True):
             names = {p: f"layers.{place}.{p}" for p in ("weight", "bias")}
@@ -712,66 +499,34 @@ def aesthetic_head(state_dict: dict[str, Tensor]) -> torch.nn.Sequential:
     return head.eval().requires_grad_(False)
 
 
-LOADERS: dict[str, Callable[[str, torch.device], Scorer]] = {
+LOADERS: dict[str, Callable[[str], Scorer]] = {
     "hpsv2": load_hpsv2("hpsv2", "HPS_v2_compressed.pt"),
     "hpsv2.1": load_hpsv2("hpsv2.1", "HPS_v2.1_compressed.pt"),
     "pickscore": load_pickscore,
     "aesthetic": load_aesthetic,
-    "compressibility": lambda path, device: lambda images, prompts: -jpeg_kilobytes(images),
-    "incompressibility": lambda path, device: lambda images, prompts: jpeg_kilobytes(images),
+    "compressibility": lambda path: lambda images, prompts: -jpeg_kilobytes(images),
+    "incompressibility": lambda path: lambda images, prompts: jpeg_kilobytes(images),
 }
 
 
-# ---- Scores by hand ----------------------------------------------------------------------------
-
-
-def load_images(paths: list[str]) -> dict[str, Tensor]:
-    """RGB pictures of files and folders: path -> (1, 3, H, W) uint8."""
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
-    files = {}  # whether it was named, and not merely found in a folder
-    for path in map(Path, paths):
-        if path.is_dir():
-            files |= dict.fromkeys(sorted(path.iterdir()), False)
-        else:
-            files[path] = True
-    pictures = {}
-    for file, named in files.items():
-        try:
-            pixels = np.array(Image.open(file).convert("RGB"))
-        except (UnidentifiedImageError, IsADirectoryError):
-            if named:
-                raise InputError(f"--images {file}: is no picture.") from None
-        except OSError as error:
-            why = error.strerror or error
-            raise InputError(f"--images {file}: cannot be read ({why}).") from error
-        else:
-            pictures[str(file)] = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    if not pictures:
-        raise InputError(f"--images {' '.join(paths)}: no pictures there.")
-    return pictures
+# ---- Scores by hand ------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description="Score pictures with a reward.")
-    parser.add_argument("--reward", required=True, help="as in prdp.py")
+    parser.add_argument("--reward", required=True, nargs="+", help="as in prdp.py")
     parser.add_argument("--images", required=True, nargs="+", help="picture files, or folders")
     parser.add_argument("--prompt", default="", help="the prompt of all of them")
-    rows = []
     with command("rewards.py"):
         args = parser.parse_args(argv)
         pictures = load_images(args.images)
         reward = load_reward(args.reward, "cuda" if torch.cuda.is_available() else "cpu")
-        for file, picture in pictures.items():
-            total = reward(picture, [args.prompt]).item()
-            rows.append((file, [*(part.item() for part in reward.parts.values()), total]))
-    names = [*reward.parts, "sum"]
-    if len(reward.parts) == 1:
-        names = names[:1]
-    print("".join(f"{name:>18}" for name in names) + "  image")
-    for file, values in rows:
-        print("".join(f"{value:>18.6g}" for value in values[: len(names)]) + f"  {file}")
+        for number, (file, picture) in enumerate(pictures.items()):
+            scores = {"sum": reward(picture, [args.prompt])}
+            scores = reward.parts | (scores if len(reward.parts) > 1 else {})
+            if number == 0:
+                print("".join(f"{name:>18}" for name in scores) + "  image")
+            print("".join(f"{score.item():>18.6g}" for score in scores.values()) + f"  {file}")
 
 
 if __name__ == "__main__":

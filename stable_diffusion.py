@@ -1,0 +1,217 @@
+"""All that knows diffusers: loading Stable Diffusion, text and pictures, adapters, saving."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from support.cli import InputError, reading
+from support.distributed import rank
+from support.inputs import load_network, load_tokenizer, quiet, read_json
+from support.run_folder import writing
+
+SD_SCHEDULER = dict(  # what a model's scheduler_config.json leaves open
+    num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+    steps_offset=1, set_alpha_to_one=False, prediction_type="epsilon",
+)  # fmt: skip
+SUPPORTED = dict(
+    beta_schedule=("scaled_linear", "linear"), prediction_type=("epsilon", "v_prediction"),
+    trained_betas=(None,), rescale_betas_zero_snr=(None, False),
+)  # fmt: skip
+
+
+def noise_settings(scheduler_config: dict) -> dict:
+    """The noise schedule of a diffusers scheduler's config; InputError for another kind."""
+    config = {**SD_SCHEDULER, **scheduler_config}
+    for name, values in SUPPORTED.items():
+        if config.get(name) not in values:
+            raise InputError(f"the model's scheduler has {name} {config[name]!r}: not supported.")
+    return {name: config[name] for name in SD_SCHEDULER}
+
+
+def find_folder(model: str) -> Path:
+    """A pipeline's folder, fetched from the hub if it is an id; InputError unless it is Stable
+    Diffusion's."""
+    from diffusers import StableDiffusionPipeline
+
+    what, folder = f"--model {model}", Path(model)
+    if (folder / "metrics.jsonl").is_file():
+        raise InputError(f"{what}: is a run; its model is {folder / 'pipeline'}.")
+    if folder.is_file():
+        raise InputError(f"{what}: no Stable Diffusion folder; see diffusers' from_single_file.")
+    with reading(what):
+        kind = StableDiffusionPipeline.load_config(model).get("_class_name")
+    if kind != "StableDiffusionPipeline":
+        raise InputError(f"{what}: a {kind}; only Stable Diffusion 1.x and 2.x work.")
+    if not folder.exists():
+        with reading(what):
+            folder = Path(StableDiffusionPipeline.download(model))
+    for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
+        if not (folder / name).is_dir():
+            raise InputError(f"{what}: no Stable Diffusion folder: has no {name}.")
+    return folder
+
+
+class StableDiffusion:
+    """A Stable Diffusion 1.x or 2.x in float32. `unet` learns, text encoder and VAE are frozen:
+    those are on `device` while they work, and else on `idle`.
+
+    `pipe` is the diffusers pipeline around them; its scheduler is DDIM's, which with eta = 1 is the
+    chain that prdp.py samples. `autocast` is what the VAE computes in, None its own float32.
+    """
+
+    @quiet()
+    def __init__(
+        self, model: str, device: torch.device, idle: torch.device, autocast: torch.dtype | None
+    ) -> None:
+        import diffusers
+        import transformers
+
+        self.device, self.idle, self.autocast = device, idle, autocast
+        self.folder = find_folder(model)
+        what, kinds = f"--model {model}", {"unet": diffusers.UNet2DConditionModel}
+        kinds |= {"vae": diffusers.AutoencoderKL, "text_encoder": transformers.CLIPTextModel}
+        parts = {
+            name: load_network(f"{what}: its {name}", kind, self.folder, subfolder=name)
+            for name, kind in kinds.items()
+        }
+        parts["tokenizer"] = load_tokenizer(what, self.folder, subfolder="tokenizer")
+        config = read_json(self.folder / "scheduler" / "scheduler_config.json", what)
+        self.noise_settings = noise_settings(config)
+        scheduler = diffusers.DDIMScheduler(
+            **self.noise_settings, timestep_spacing="leading", clip_sample=False
+        )
+        unused = dict.fromkeys(("safety_checker", "feature_extractor"))
+        pipeline = diffusers.StableDiffusionPipeline
+        self.pipe = pipeline(**parts, **unused, scheduler=scheduler, requires_safety_checker=False)
+
+        self.unet, self.vae = parts["unet"], parts["vae"]
+        channels, expected = self.unet.config.in_channels, self.vae.config.latent_channels
+        if channels != expected:
+            raise InputError(f"{what}: UNet of {channels} channels, VAE of {expected}.")
+        size = self.unet.config.sample_size
+        sizes = size if isinstance(size, (list, tuple)) else (size, size)
+        self.latent_shape = (channels, *sizes)
+        self.unet.requires_grad_(True).to(device)  # in eval(): with dropout passes would differ
+        self.vae.to(idle)
+        self.pipe.text_encoder.to(idle)
+
+    @contextlib.contextmanager
+    def in_use(self, network) -> Iterator[None]:
+        """Have a network on `device` within this block, where what learns always is."""
+        learns = getattr(network, "_orig_mod", network) is self.unet
+        moves = self.idle != self.device and hasattr(network, "to") and not learns
+        if moves:
+            network.to(self.device)
+        yield
+        if moves:
+            network.to(self.idle)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Tensor:
+        """Text embeddings (len(prompts), L, D), as the pipeline itself makes them."""
+        with self.in_use(self.pipe.text_encoder):
+            return self.pipe.encode_prompt(prompts, self.device, 1, False)[0]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, microbatch: int) -> Tensor:
+        """x_0 (M, C, H, W) -> uint8 images (M, 3, 8H, 8W), rounded once, as a PNG file would be."""
+        images, kind = [], self.device.type
+        autocast = torch.autocast(kind, self.autocast, enabled=self.autocast is not None)
+        with self.in_use(self.vae), autocast:
+            for rows in latents.split(microbatch):
+                decoded = self.vae.decode(rows / self.vae.config.scaling_factor).sample.float()
+                images.append(((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
+        return torch.cat(images)
+
+    def add_adapters(self, rank: int, seed: int) -> None:
+        """The attention layers learn W + B A alone, where B begins at 0 (Hu et al. 2021)."""
+        from peft import LoraConfig
+
+        self.unet.requires_grad_(False)
+        torch.manual_seed(seed)  # A begins at random, the same in every process
+        layers = ["to_q", "to_k", "to_v", "to_out.0"]
+        start = {"lora_alpha": rank, "init_lora_weights": "gaussian"}
+        self.unet.add_adapter(LoraConfig(r=rank, target_modules=layers, **start))
+
+    def save(self, run: Path) -> None:
+        """pipeline/, for diffusers' from_pretrained: the learned UNet, the scheduler, and all other
+        parts as they came. Of adapters, which become part of the UNet, lora/ too."""
+        if rank() != 0:
+            return
+        if hasattr(self.unet, "peft_config"):
+            self.save_adapters(run)
+        index, learned = json.loads((self.folder / "model_index.json").read_text()), ("unet", "scheduler")
+        with writing(run / "pipeline") as folder:
+            for name in index.keys() - set(learned):
+                for file in (self.folder / name).rglob("*"):
+                    if file.is_file():
+                        copy = folder / file.relative_to(self.folder)
+                        copy.parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copyfile(file, copy)  # not its permissions: it may be read-only
+            for name in learned:
+                part = getattr(self.pipe, name)
+                part.save_pretrained(folder / name)
+                index[name] = ["diffusers", type(part).__name__]
+            (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+            mode = (folder / "model_index.json").stat().st_mode
+            for file in folder.rglob("*.safetensors"):
+                file.chmod(mode)  # they are for their owner alone
+
+    def save_adapters(self, run: Path) -> None:
+        """lora/, for diffusers' `load_lora_weights`; then they are made part of the UNet."""
+        from diffusers.utils import convert_state_dict_to_diffusers
+        from peft import get_peft_model_state_dict
+
+        adapters = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
+        with writing(run / "lora") as folder:
+            self.pipe.save_lora_weights(folder, unet_lora_layers=adapters)
+        self.unet.fuse_lora()
+        self.unet.unload_lora()
+
+
+# ---- Networks ------------------------------------------------------------------------------------
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    """torch.compile with a graph a shape: no pass changes another's bits, nor does a process."""
+    importlib.import_module("torch._inductor.config").deterministic = True
+    return torch.compile(network, dynamic=False)
+
+
+def cast_once(network: nn.Module, dtype: torch.dtype) -> None:
+    """What autocast does to a frozen network's weights at each pass, for good: the same bits."""
+    for layer in network.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            layer.to(dtype)
+
+
+class WithoutAdapters:
+    """The pretrained network inside a network with adapters: each call runs the policy's own graph
+    with B = 0, so that both give the same bits where B is 0.
+
+    No nn.Module: moving it would move the policy. It writes through `.data`, so that a call between
+    a forward pass and its backward pass does not disturb autograd.
+    """
+
+    def __init__(self, network: Callable, unet: nn.Module) -> None:
+        self.network = network  # `unet`, or what torch.compile made of it
+        self.parameters = [p for name, p in unet.named_parameters() if "lora_B" in name]
+
+    def __call__(self, *inputs, **options):
+        adapters = [p.data for p in self.parameters]
+        learned = [b.clone() for b in adapters]
+        torch._foreach_zero_(adapters)
+        torch.clear_autocast_cache()  # it holds casts of the weights of before
+        try:
+            return self.network(*inputs, **options)
+        finally:
+            torch._foreach_copy_(adapters, learned)
+            torch.clear_autocast_cache()

@@ -1,0 +1,158 @@
+"""What every command shares: flags made from a dataclass, and errors as one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import pickle
+import sys
+from collections.abc import Iterable, Iterator
+
+import torch
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message names it and the remedy."""
+
+
+# ---- Flags ---------------------------------------------------------------------------------------
+
+
+def flag(default, text: str, *choices: str, **options):
+    """A dataclass field that is a command line flag too: its metadata are argparse's options, and
+    `group`, the heading of --help that it begins."""
+    options["help"] = text
+    if choices:
+        options["choices"] = choices
+    return dataclasses.field(default=default, metadata=options)
+
+
+def option(name: str) -> str:
+    """The flag of a dataclass field."""
+    return "--" + name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors are InputErrors, and whose descriptions keep their lines."""
+
+    def __init__(self, **options) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=form, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message}; see --help.")
+
+    def add_fields(self, fields: Iterable[dataclasses.Field]) -> None:
+        """A flag for each field that `flag` made. What is not given stays absent."""
+        group = self
+        for field in fields:
+            options = {"type": type(field.default), **field.metadata}
+            if "group" in options:
+                group = self.add_argument_group(options.pop("group"))
+            if field.default is False:
+                del options["type"]
+                options["action"] = "store_true"
+            elif field.default not in ("", ()):
+                shown = field.default
+                if isinstance(shown, tuple):
+                    shown = " ".join(map(os.path.relpath, shown))
+                options["help"] += f" (default: {shown})"
+            group.add_argument(option(field.name), default=argparse.SUPPRESS, **options)
+
+
+# ---- Errors --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def command(name: str) -> Iterator[None]:
+    """A command's whole work: a foreseen error ends it with one sentence and exit code 2, Ctrl-C
+    with 130. A mistake of ours keeps its traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # of `| head`; else the interpreter's last flush would fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(2) from None
+    except Exception as error:
+        sentence = in_words(error)
+        if sentence is None:
+            raise
+        process = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
+        print(f"{name}{process}: {sentence}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def in_words(error: Exception) -> str | None:
+    """A foreseen error as one sentence with its remedy, else None."""
+    text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return ": ".join([*getattr(error, "__notes__", ()), text])
+    if isinstance(error, torch.OutOfMemoryError):
+        smaller = "a smaller --microbatch, --gradient-checkpointing, --offload on or --lora-rank 8"
+        return f"out of GPU memory: try {smaller}."
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return "out of memory: try a smaller --microbatch or --prompts-per-epoch."
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'output'}: {error.strerror}; what was saved before is intact."
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        cause = " ".join(str(error).split("\n\n")[0].split())
+        return f"--compile: failed ({cause}); begin a new run without it."
+    return None
+
+
+@contextlib.contextmanager
+def during(what: str) -> Iterator[None]:
+    """Errors of this block say where they happened."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(what)
+        raise
+
+
+def is_of_a_file(error: Exception) -> bool:
+    """Can reading a missing, damaged or foreign file raise this? A TypeError is ours."""
+    kinds = (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError)
+    memory = isinstance(error, torch.OutOfMemoryError)
+    return (isinstance(error, kinds) and not memory) or "SafetensorError" in str(type(error))
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turn what a file's reading raises within this block into an InputError."""
+    try:
+        yield
+    except Exception as error:
+        if not is_of_a_file(error):
+            raise
+        raise InputError(f"{what}: {in_brief(error)}.") from error
+
+
+def in_brief(error: BaseException) -> str:
+    """Why a file cannot be used, in the words of a sentence."""
+    chain = [error]
+    while chain[-1].__context__ is not None:
+        chain.append(chain[-1].__context__)
+    kinds = {type(link).__name__ for link in chain}
+    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError"}:
+        return "not cached, and the hub is out of reach"
+    if "UnpicklingError" in kinds:
+        return "is damaged, or holds code beside weights (a .safetensors file cannot)"
+    if kinds & {"SafetensorError", "EOFError"}:
+        return "a file of weights is damaged or cut short"
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return reason.removeprefix("Error ").rstrip(".")
+
+
+def on_one_line(error: BaseException) -> str:
+    """What failed and where, of code that is not ours."""
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"{what} ({os.path.basename(trace.tb_frame.f_code.co_filename)}, line {trace.tb_lineno})"
