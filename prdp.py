@@ -13,7 +13,6 @@ r                       rewards          (..., B)                in the reward's
 beta, Eq. 5             kl_weight                                `betas` is the DDPM noise schedule
 epsilon, Eq. 20         clip_range                               in the unit of log_probs
 the network's epsilon   noise_pred       (2M, C, H, W)           both branches of guidance; or its v
-sigma_t, Eq. 2          sigma            (T,)
 
 Units: log_probs are means over C*H*W and the loss takes a mean over T, where Eqs. 4, 10 and 21 sum.
 So the beta of Eq. 5 is kl_weight / (T*C*H*W). Table 4 is read in these units.
@@ -36,8 +35,6 @@ import functools
 import hashlib
 import importlib.util
 import math
-import shlex
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,15 +43,15 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from rewards import Reward, load_reward, resolve_reward, reward_files
-from stable_diffusion import StableDiffusion, WithoutAdapters, cast_once, compiled, noise_settings
+from rewards import Reward, load_reward, parse_reward, resolve_reward
+from stable_diffusion import StableDiffusion, WithoutAdapters, compiled, noise_settings
 from support import report, run_folder
-from support.cli import InputError, command, during, flag
-from support.distributed import end_processes, own_share, processes, say, start_processes
+from support.cli import InputError, flag
+from support.distributed import gradient_step, own_share, processes, require_finite, say
+from support.distributed import start_processes
 from support.inputs import as_prompts, load_prompts
 from support.report import Samples, epoch_metrics, phase
-from support.settings import RunSettings, parse_settings, set_precision
-from support.update import fp16_scale, gradient_step, require_finite
+from support.settings import RunSettings, parse_settings, run_command, set_precision
 
 # ---- 1. Settings: Table 4 ------------------------------------------------------------------------
 
@@ -76,17 +73,12 @@ PRESETS = {
 
 @dataclass
 class Config(RunSettings):
-    """The settings of a run, beside its folder's and its machine's (support/settings.py). The
-    defaults are the small-scale column of Table 4."""
+    """The small-scale column of Table 4. What any run has is in support/settings.py."""
 
     program: ClassVar = "prdp.py"
     presets: ClassVar = PRESETS
-    model: str = flag("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1 or 2, hub id or folder",
-                      group="PRDP")  # fmt: skip
-    reward: tuple = flag(("hpsv2",), "what to maximise, see rewards.py", nargs="+", type=str)
-    prompts: tuple = flag((f"{HERE}/prompts/animals.txt",), "files", nargs="+", type=str)
-    seed: int = flag(0, "of the prompts drawn and of the noise")
-    epochs: int = flag(100, "E, rounds of sampling and learning")
+    resolve_reward: ClassVar = staticmethod(resolve_reward)
+    epochs: int = flag(100, "E, rounds of sampling and learning", group="Table 4")
     updates_per_epoch: int = flag(10, "K, gradient updates per epoch")
     prompts_per_epoch: int = flag(32, "N, drawn with replacement")
     images_per_prompt: int = flag(16, "B")
@@ -100,13 +92,13 @@ class Config(RunSettings):
     offline: bool = flag(False, "learn from images of the pretrained model alone (Sec. 4.3)")
 
     def check(self) -> None:
-        """Raises InputError for settings that do not go together."""
+        """InputError for settings that do not go together."""
         if self.images_per_prompt < 2:
-            raise InputError("--images-per-prompt 1: PRDP compares images of a prompt; 2 or more.")
+            raise InputError("--images-per-prompt 1: PRDP compares a prompt's images; 2 or more.")
 
     def passes(self) -> int:
         """How many an epoch makes of an image: drawn, scored under the reference and before each
-        update but the first, and one with its gradient, which costs three, for each update."""
+        update but the first; and with its gradient, which costs three, in each update."""
         return 1 + self.updates_per_epoch + 3 * self.updates_per_epoch
 
 
@@ -119,8 +111,7 @@ def guided_mean(
     """mu_theta(x_t, c) of Eq. 2 under classifier-free guidance (Sec. 4.1): (M, C, H, W) float64."""
     unconditional, conditional = noise_pred.double().chunk(2)
     guided = unconditional + guidance_scale * (conditional - unconditional)
-    coef_sample, coef_noise = coef_sample.view(-1, 1, 1, 1), coef_noise.view(-1, 1, 1, 1)
-    return coef_sample * x_t.double() + coef_noise * guided
+    return coef_sample.view(-1, 1, 1, 1) * x_t.double() + coef_noise.view(-1, 1, 1, 1) * guided
 
 
 def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor | float) -> Tensor:
@@ -131,8 +122,8 @@ def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor | float) -> Te
     clip_range. (Summed over 4*64*64 dimensions it would be 40,000: far worse.)
     """
     sigma = torch.as_tensor(sigma, dtype=torch.float64, device=sample.device)
-    assert sample.shape == mean.shape, (sample.shape, mean.shape)
-    assert sigma.shape in ((), sample.shape[:1]), (sigma.shape, sample.shape)
+    shapes = (sample.shape, mean.shape, sigma.shape)
+    assert sample.shape == mean.shape and sigma.shape in ((), sample.shape[:1]), shapes
     squared = (sample.double() - mean.double()).square().flatten(1).mean(1)
     return -squared / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
 
@@ -145,18 +136,13 @@ class Schedule(NamedTuple):
     coef_noise: Tensor  # float64
     sigma: Tensor  # float64, > 0
 
-    def at(self, steps: Tensor) -> list[Tensor]:
-        """coef_sample, coef_noise and sigma of some steps (M,): each (M,)."""
-        return [column[steps] for column in self[1:]]
-
 
 def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     """The coefficients of Eq. 2 (Ho et al. 2020, Eqs. 6, 7, 11); the chain of DDIM with eta = 1.
 
-    Reads the noise schedule, and whether the network predicts noise or v, from a diffusers
-    scheduler's config. Steps are "leading"-spaced, and alpha-bar after the last one is
-    alphas_cumprod[0], as Stable Diffusion is configured. Raises InputError for another kind of
-    schedule, and for sigma == 0, where log-probabilities do not exist.
+    From a diffusers scheduler's config. Steps are "leading"-spaced, and alpha-bar after the last is
+    alphas_cumprod[0], as Stable Diffusion is configured. InputError for another kind of schedule,
+    and for sigma == 0, where log-probabilities do not exist.
     """
     config = noise_settings(scheduler_config)
     train_steps = config["num_train_timesteps"]
@@ -168,16 +154,15 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     stride = train_steps // max(num_steps, 1)
     timesteps = torch.arange(num_steps - 1, -1, -1) * stride + config["steps_offset"]
     if stride * num_steps < 0.8 * train_steps or timesteps[0] >= train_steps:
-        most = f"at most {train_steps}, and nearly a divisor of it"
-        raise InputError(f"--ddpm-steps {num_steps}: must be {most}; the paper's is 50.")
-    alpha_bar = alphas_cumprod[timesteps]  # of x_t
-    final = torch.ones(()).double() if config["set_alpha_to_one"] else alphas_cumprod[0]
+        raise InputError(f"--ddpm-steps {num_steps}: no whole strides of {train_steps}; 50 has.")
     previous = timesteps - stride
-    alpha_bar_previous = torch.where(previous >= 0, alphas_cumprod[previous.clamp(min=0)], final)
+    alpha_bar = alphas_cumprod[timesteps]  # of x_t
+    alpha_bar_previous = alphas_cumprod[previous.clamp(min=0)]
+    if config["set_alpha_to_one"]:
+        alpha_bar_previous[previous < 0] = 1
     alpha = alpha_bar / alpha_bar_previous
 
-    variance = (1 - alpha_bar_previous) / (1 - alpha_bar) * (1 - alpha)
-    sigma = variance.clamp(min=0).sqrt()
+    sigma = ((1 - alpha_bar_previous) / (1 - alpha_bar) * (1 - alpha)).clamp(min=0).sqrt()
     if not (sigma > 0).all():
         remedy = "set steps_offset to 1 and set_alpha_to_one to false in its scheduler_config.json"
         raise InputError(f"the model's scheduler has sigma = 0 at its last step; {remedy}.")
@@ -201,10 +186,14 @@ class Policy(NamedTuple):
     microbatch: int = 16
     autocast: torch.dtype | None = None  # None: the network runs in its own dtype
 
+    def at(self, steps: Tensor) -> list:
+        """coef_sample, coef_noise and sigma of steps (M,), each (M,); and the guidance scale."""
+        return [*(column[steps] for column in self.schedule[1:]), self.guidance_scale]
+
 
 def run_unet(policy: Policy, x_t: Tensor, text: Tensor, steps: Tensor) -> Tensor:
-    """noise_pred of M images, each at its own of the T steps: (2M, C, H, W), in one pass, the
-    unconditional branch of guidance first."""
+    """noise_pred (2M, C, H, W) of M images, each at its own step, in one pass, the unconditional
+    branch of guidance first."""
     timesteps = policy.schedule.timesteps[steps]
     both = torch.cat([policy.null_text.expand_as(text), text])  # (2M, L, D)
     with torch.autocast(x_t.device.type, policy.autocast, enabled=policy.autocast is not None):
@@ -215,22 +204,10 @@ def run_unet(policy: Policy, x_t: Tensor, text: Tensor, steps: Tensor) -> Tensor
 # ---- 3. Trajectories: sampling and scoring (Eqs. 1 to 4) -----------------------------------------
 
 
-def or_kernel(function: Callable) -> Callable:
-    """On CUDA tensors the Triton kernel of the same name in kernels/log_prob.py runs in its place,
-    where Triton can: it computes the same (tests/test_kernels.py)."""
-
-    @functools.wraps(function)
-    def chosen(noise_pred: Tensor, x_t: Tensor, *rest) -> Tensor | tuple[Tensor, Tensor]:
-        kernels = load_kernels()[0] if x_t.is_cuda and noise_pred.dtype != torch.float64 else None
-        return getattr(kernels, function.__name__, function)(noise_pred, x_t, *rest)
-
-    return chosen
-
-
 @functools.cache
 def load_kernels() -> tuple[object, str]:
-    """kernels/log_prob.py, or None where it cannot run; and what runs, in words. It is loaded by
-    its path: the name `kernels` is a package of Hugging Face's."""
+    """kernels/log_prob.py, or None where Triton cannot run; and what runs, in words. By its path,
+    for `kernels` is also a package of Hugging Face's."""
     if not torch.cuda.is_available():
         return None, "eager (no CUDA device)"
     if importlib.util.find_spec("triton") is None:
@@ -239,6 +216,17 @@ def load_kernels() -> tuple[object, str]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module, "Triton kernels"
+
+
+def or_kernel(function: Callable) -> Callable:
+    """On CUDA tensors the kernel of this name runs, which computes the same."""
+
+    @functools.wraps(function)
+    def chosen(noise_pred: Tensor, x_t: Tensor, *rest):
+        kernels = load_kernels()[0] if x_t.is_cuda and noise_pred.dtype != torch.float64 else None
+        return getattr(kernels, function.__name__, function)(noise_pred, x_t, *rest)
+
+    return chosen
 
 
 @or_kernel
@@ -262,8 +250,8 @@ def guided_sample(
     noise_pred: Tensor, x_t: Tensor, noise: Tensor, coef_sample: Tensor, coef_noise: Tensor,
     sigma: Tensor, guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x_{t-1} ~ N(mean, sigma^2 I) of Eq. 2 from standard normal noise (M, ...), in float32, and
-    the log-prob of that rounded number: what `guided_log_prob` says of it, in every bit."""
+    """x_{t-1} ~ N(mean, sigma^2 I) of Eq. 2 from standard normal noise, rounded to float32, and the
+    log-prob of the rounded: what `guided_log_prob` says of it, in every bit."""
     mean = guided_mean(noise_pred, x_t, coef_sample, coef_noise, guidance_scale)
     x_prev = (mean + sigma.view(-1, 1, 1, 1) * noise).float()
     return x_prev, gaussian_log_prob(x_prev, mean, sigma)
@@ -307,12 +295,11 @@ def sample_trajectories(
             rows = rows.to(text.device)
             latents[rows, 0] = noise[:, 0]
             for k in range(num_steps):
-                x_t, steps = latents[rows, k], torch.full_like(rows, k)
+                steps = torch.full_like(rows, k)
+                x_t = latents[rows, k]
                 noise_pred = run_unet(policy, x_t, text[rows], steps)
-                latents[rows, k + 1], log_probs[rows, k] = guided_sample(
-                    noise_pred, x_t, noise[:, k + 1], *policy.schedule.at(steps),
-                    policy.guidance_scale,
-                )  # fmt: skip
+                drawn = guided_sample(noise_pred, x_t, noise[:, k + 1], *policy.at(steps))
+                latents[rows, k + 1], log_probs[rows, k] = drawn
                 done(len(rows))
     return Trajectories(latents, log_probs, text)
 
@@ -321,9 +308,8 @@ def sample_trajectories(
 def score_trajectories(policy: Policy, trajectories: Trajectories, label: str = "score") -> Tensor:
     """log pi(x_{t-1} | x_t, c) of stored trajectories under a policy (Eqs. 2 to 4): (M, T) float64.
 
-    Runs in the microbatches, shapes and order of `sample_trajectories`, so that unchanged weights
-    return the bits of `trajectories.log_probs`. Another batch size alone can move them by more than
-    the clip range.
+    In the batches and order of `sample_trajectories`, so that unchanged weights return the bits of
+    `trajectories.log_probs`: another batch size alone can move them by more than the clip range.
     """
     log_probs = torch.empty_like(trajectories.log_probs)
     num_images, num_steps = log_probs.shape
@@ -339,11 +325,11 @@ def score_trajectories(policy: Policy, trajectories: Trajectories, label: str = 
 def step_log_prob(
     policy: Policy, trajectories: Trajectories, rows: Tensor, steps: Tensor
 ) -> Tensor:
-    """log pi_theta(x_{t-1} | x_t, c) of some images (m,) at some steps (m,), with gradient: (m,)."""
-    x_t, x_prev = trajectories.latents[rows, steps], trajectories.latents[rows, steps + 1]
+    """log pi_theta(x_{t-1} | x_t, c) of images (m,) at steps (m,), with gradient: (m,)."""
+    x_t = trajectories.latents[rows, steps]
+    x_prev = trajectories.latents[rows, steps + 1]
     noise_pred = run_unet(policy, x_t, trajectories.text[rows], steps)
-    coefficients = policy.schedule.at(steps)
-    return guided_log_prob(noise_pred, x_t, x_prev, *coefficients, policy.guidance_scale)
+    return guided_log_prob(noise_pred, x_t, x_prev, *policy.at(steps))
 
 
 # ---- 4. The loss: reward difference prediction, proximal updates (Secs. 3.1 and 3.3, App. G) -----
@@ -390,10 +376,10 @@ def backward_trajectories(policy: Policy, trajectories: Trajectories, weights: T
     The loss squares a mean over T and pairs B images, so plain backpropagation would hold the
     graphs of all B*T network passes at once. But it sees the network only through the small matrix
     log_probs: by the chain rule its gradient is the sum of weights[m, k] * dlog_probs[m, k]/dtheta,
-    and each microbatch of entries can be run again on its own. This is exact for any microbatches,
-    because only derivatives are taken here and no value is compared with another pass's. So entries
-    of weight 0 are skipped (clipped, in an image whose clipped error wins Eq. 18 in every pair),
-    and the rest packed densely, steps of different images and times together.
+    and each microbatch of entries can be run again on its own. This is exact, because only
+    derivatives are taken and no value is compared with another pass's. So entries of weight 0 are
+    skipped (clipped, in an image whose clipped error wins Eq. 18 in every pair), and the rest
+    packed densely, steps of different images and times together.
     """
     assert weights.shape == trajectories.log_probs.shape, weights.shape
     entries = entries_to_run(policy, weights)
@@ -422,59 +408,55 @@ def train(
     config: Config, models: Models, optimizer: torch.optim.Optimizer, prompts: list[str], start: int
 ) -> Iterator[dict[str, float]]:
     """Algorithm 1 from epoch `start` on; yields each epoch's metrics. Line 1: `load_models`."""
-    policy, reference = models.policy, models.reference
+    policy = models.policy
+    numel = math.prod(models.sd.latent_shape)
 
     def by_prompt(x: Tensor) -> Tensor:
         return x.unflatten(0, (-1, config.images_per_prompt))  # (M, ...) -> (N, B, ...)
 
     for epoch in range(start, config.epochs + 1):  # line 2
         # Line 3: theta_old is theta as the epoch begins. Sec. 4.3: offline, pi_ref draws instead.
-        sampler = reference if config.offline else policy
+        sampler = models.reference if config.offline else policy
         drawn, trajectories = sample_epoch(config, models, sampler, prompts, epoch)  # lines 4 to 7
         _, rewards = score_images(models, trajectories, drawn)  # line 8
 
-        with models.sd.in_use(reference.unet):  # Eq. 10
-            log_probs_ref = score_trajectories(reference, trajectories, "reference")
+        with models.sd.in_use(models.reference.unet):  # Eq. 10
+            log_probs_ref = score_trajectories(models.reference, trajectories, "reference")
         log_probs_old = trajectories.log_probs
         if config.offline:
             log_probs_old = score_trajectories(policy, trajectories)
 
         updates = []
+        backward = functools.partial(backward_trajectories, policy, trajectories)
         for k in range(config.updates_per_epoch):  # line 9
             log_probs = score_trajectories(policy, trajectories) if k else log_probs_old.clone()
             log_probs.requires_grad_()
-            fixed = [by_prompt(x) for x in (log_probs_old, log_probs_ref, rewards)]
-            settings = config.clip_range, config.kl_weight
-            loss = prdp_loss(by_prompt(log_probs), *fixed, *settings)  # line 10
+            matrices = [by_prompt(x) for x in (log_probs, log_probs_old, log_probs_ref, rewards)]
+            loss = prdp_loss(*matrices, config.clip_range, config.kl_weight)  # line 10
             (weights,) = torch.autograd.grad(loss, log_probs)
-
-            backward = functools.partial(backward_trajectories, policy, trajectories)  # line 11
-            scale = fp16_scale(policy.autocast, weights, trajectories.latents[0, 0].numel())
-            norm = gradient_step(optimizer, backward, weights, config.max_grad_norm, scale)
-            matrices = [by_prompt(log_probs.detach()), *fixed]
-            updates.append({**update_metrics(config, *matrices), "skipped_fraction": weights == 0,
-                            "loss": loss, "grad_norm": norm})  # fmt: skip
+            with phase("update"):  # line 11
+                options = (config.max_grad_norm, policy.autocast, numel)
+                norm = gradient_step(optimizer, backward, weights, *options)
+            measured = {"loss": loss, "skipped_fraction": weights == 0, "grad_norm": norm}
+            updates.append(measured | update_metrics(config, *matrices))
 
         ratio = log_probs_old - log_probs_ref
-        kl = ratio * trajectories.latents[0, 1:].numel()
-        others = {"log_ratio_ref": ratio, "kl_nats": kl}
+        others = {"log_ratio_ref": ratio, "kl_nats": ratio * (config.ddpm_steps * numel)}
         del trajectories, backward  # and their memory, before others are drawn
-        yield epoch_metrics(rewards, models.reward.parts, updates, others)
+        yield epoch_metrics(rewards, models.reward.parts, updates, **others)
 
 
+@torch.no_grad()
 def update_metrics(
     config: Config, log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor, rewards: Tensor
 ) -> dict[str, Tensor]:
     """Of one update, before it is made; docs/running.md defines the fields."""
     fixed = (log_probs_old, log_probs_ref, rewards, math.inf, config.kl_weight)
     loss_unclipped = prdp_loss(log_probs, *fixed)  # Eq. 14
+    explained = 1 - loss_unclipped / prdp_loss(log_probs_ref, *fixed)
     moved = (log_probs - log_probs_old).abs()
-    return {
-        "loss_unclipped": loss_unclipped,
-        "explained": 1 - loss_unclipped / prdp_loss(log_probs_ref, *fixed),
-        "clip_fraction": moved > config.clip_range,
-        "log_ratio_old": moved,
-    }
+    metrics = {"loss_unclipped": loss_unclipped, "explained": explained, "log_ratio_old": moved}
+    return metrics | {"clip_fraction": moved > config.clip_range}
 
 
 def draw_prompts(config: Config, prompts: list[str], epoch: int) -> list[str]:
@@ -487,8 +469,7 @@ def draw_prompts(config: Config, prompts: list[str], epoch: int) -> list[str]:
 def sample_epoch(
     config: Config, models: Models, policy: Policy, prompts: list[str], epoch: int
 ) -> tuple[list[str], Trajectories]:
-    """Alg. 1, lines 4 to 7: B trajectories of each of N prompts, and each image's prompt; of N,
-    this process's share."""
+    """Each image's prompt and trajectory (Alg. 1, lines 4 to 7), of this process's share of N."""
     drawn = draw_prompts(config, prompts, epoch)
     own = own_share(len(drawn))
     numbers, images = range(len(drawn))[own], config.images_per_prompt
@@ -531,45 +512,33 @@ class Models(NamedTuple):
     reward: Reward
 
 
-def load_policy(config: Config, device: torch.device) -> tuple[StableDiffusion, Policy]:
-    """A pretrained model, and its UNet as the policy."""
+def load_models(
+    config: Config, device: torch.device, reward: Callable | None = None, learns: bool = True
+) -> Models:
+    """The policy, and the frozen reference it starts from (Alg. 1, line 1), if it learns."""
     autocast = set_precision(config.dtype)
-    idle = torch.device("cpu") if config.offload == "on" else device
-    sd = StableDiffusion(config.model, device, idle, autocast)
+    sd = StableDiffusion(config.model, device, config.offload == "on", autocast)
     schedule = ddpm_schedule(sd.noise_settings, config.ddpm_steps)
     schedule = Schedule(*(column.to(device) for column in schedule))
-    null_text = sd.encode([""])[0]
-    if config.gradient_checkpointing:
-        sd.unet.enable_gradient_checkpointing()
-    if config.lora_rank:
-        sd.add_adapters(config.lora_rank, config.seed)
-    unet = compiled(sd.unet) if config.compile else sd.unet
-    how = (config.guidance_scale, config.microbatch, autocast)
-    return sd, Policy(unet, schedule, null_text, *how)
-
-
-def load_models(config: Config, device: torch.device, reward: Callable | None = None) -> Models:
-    """The policy, and the frozen reference it starts from (Alg. 1, line 1)."""
-    sd, policy = load_policy(config, device)
     images = config.prompts_per_epoch * config.images_per_prompt // processes()
-    policy = policy._replace(microbatch=min(policy.microbatch, max(images, 1)))
-    if config.lora_rank:
-        reference = WithoutAdapters(policy.unet, sd.unet)
-    else:
-        reference = copy.deepcopy(sd.unet).requires_grad_(False)  # line 1
-        reference.to(sd.idle)
-        if config.compile:
-            reference = compiled(reference)
-        elif policy.autocast:
-            cast_once(reference, policy.autocast)
+    how = (config.guidance_scale, min(config.microbatch, images), autocast)
+    policy = Policy(sd.unet, schedule, sd.encode([""])[0], *how)
     reward = load_reward(config.reward if reward is None else reward, sd.idle)
+
+    reference = None
+    if learns and not config.lora_rank:
+        reference = sd.frozen(copy.deepcopy(sd.unet), config.compile)  # line 1
+    sd.unfreeze(config.lora_rank, config.seed, config.gradient_checkpointing)
+    if config.compile:
+        policy = policy._replace(unet=compiled(sd.unet))
+    if learns and config.lora_rank:
+        reference = WithoutAdapters(policy.unet, sd.unet)
     return Models(policy, policy._replace(unet=reference), sd, reward)
 
 
 def check_on_policy(config: Config, models: Models, prompt: str) -> float:
     """Score a new microbatch again, under policy and reference: both must return the same bits, for
-    Eq. 20 compares two passes to within clip_range, 1e-6 to 1e-4 in Table 4, and would clip noise.
-    Returns the seconds that a pass through T steps takes an image."""
+    Eq. 20 compares two passes to within clip_range. Returns a pass's seconds an image."""
     microbatch = models.policy.microbatch
     for deterministic in (False, True):
         torch.backends.cudnn.deterministic = deterministic
@@ -591,26 +560,23 @@ def draw_samples(config: Config, models: Models, policy: Policy, prompts: list[s
     shown = [prompts[n * len(prompts) // count] for n in range(count)]
     generators = image_generators(config.seed, 0, range(count), images)
     trajectories = sample_prompts(models, policy, shown, generators)
-    captions = [prompt for prompt in shown for _ in range(images)]
-    pictures, rewards = score_images(models, trajectories, captions)
-    return Samples(shown, pictures.cpu(), rewards.cpu())
+    of_each = [prompt for prompt in shown for _ in range(images)]
+    return Samples(shown, *(x.cpu() for x in score_images(models, trajectories, of_each)))
 
 
 def run(
     config: Config, reward: Callable | None = None, prompts: list[str] | None = None, *,
     train: Callable = train, state: object = None,
 ) -> None:  # fmt: skip
-    """Train from the first epoch or the last checkpoint, then show what changed.
-
-    reward, (uint8 images (M, 3, H, W), M prompts) -> M numbers, and prompts are taken in place of
-    those that config names. Another `train` yields an epoch's metrics as this one does; `state`,
-    what it keeps between epochs, has state_dict and load_state_dict. InputError: cannot run.
-    """
+    """Train from the first epoch or the last checkpoint, then show what changed; InputError for
+    what cannot run. reward, (uint8 images (M, 3, H, W), M prompts) -> M numbers, and prompts are
+    taken in place of those that config names; another `train` in place of this one, and `state`,
+    with state_dict and load_state_dict, is what it keeps between epochs."""
     device = start_processes()
     given = {name: () for name, x in (("reward", reward), ("prompts", prompts)) if x is not None}
     config = replace(config, **given).resolved()
     if prompts is None:
-        prompts = [text for file in config.prompts for text in load_prompts(file)]
+        prompts = (text for file in config.prompts for text in load_prompts(file))
     prompts = as_prompts(prompts)
     saved = run_folder.open_run(config)
     start = saved["epoch"] + 1
@@ -619,44 +585,38 @@ def run(
     learned = {n: p for n, p in models.sd.unet.named_parameters() if p.requires_grad}
     options = {"weight_decay": config.weight_decay, "fused": device.type == "cuda"}
     optimizer = torch.optim.AdamW(learned.values(), config.learning_rate, **options)
-    report.introduce(config, learned, load_kernels()[1], prompts, models.sd.pipe.tokenizer)
+    report.introduce(config, learned, load_kernels()[1], prompts)
+    models.sd.warn_of_long(prompts)
     report.forecast(config, check_on_policy(config, models, prompts[0]), start)
     before = draw_samples(config, models, models.reference, prompts)
 
-    record = run_folder.make_record(config, prompts, reward_files(config.reward), models.sd.pipe)
-    rows = run_folder.begin(config, record, saved, (learned, optimizer, state))
+    learning = (learned, optimizer, state)
+    digests = run_folder.digests(prompts, parse_reward(config.reward), models.sd.pipe)
+    record, rows = run_folder.begin(config, digests, saved, learning)
     del saved  # and its memory
-    report.save_grid(config, 0, before)
+    report.save_samples(config, 0, before)
     epochs = train(config, models, optimizer, prompts, start)
     for epoch in range(start, config.epochs + 1):
-        with report.timing() as seconds, during(f"epoch {epoch}"):
+        with report.timing() as seconds:
             rows.append(report.as_row(epoch, next(epochs), seconds))
-        run_folder.end_epoch(config, record, rows, (learned, optimizer, state))
+        run_folder.end_epoch(config, record, rows, learning)
         if epoch % config.sample_every == 0 and epoch < config.epochs:
-            report.save_grid(config, epoch, draw_samples(config, models, models.policy, prompts))
+            report.save_samples(config, epoch, draw_samples(config, models, models.policy, prompts))
         report.show_epoch(config, rows, start)
 
     after = draw_samples(config, models, models.policy, prompts)
-    report.save_grid(config, config.epochs, after)
+    report.save_samples(config, config.epochs, after)
     models.sd.save(Path(config.out))
-    report.compare(config, rows, before, after)
+    report.compare(config, before, after)
 
 
 def parse_args(argv: list[str], kind: type[Config] = Config) -> Config:
     """A command line, over the preset or the settings of the run that --resume names."""
-    return parse_settings(kind, sys.modules[kind.__module__].__doc__.split("\n\nPaper ")[0], argv)
+    return parse_settings(kind, argv)
 
 
-def main(argv: list[str] | None = None, kind: type[Config] = Config, run: Callable = run) -> None:
-    with command(kind.program):
-        config = parse_args(sys.argv[1:] if argv is None else argv, kind)
-        try:
-            run(config)
-        except KeyboardInterrupt:
-            again = f"python {kind.program} --resume {shlex.quote(config.out)}"
-            say(f"stopped; once epochs have begun, go on with: {again}")
-            raise
-        end_processes()
+def main(argv: list[str] | None = None) -> None:
+    run_command(Config, run, argv)
 
 
 if __name__ == "__main__":

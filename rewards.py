@@ -18,16 +18,16 @@ code (docs/running.md).
 
 from __future__ import annotations
 
+import contextlib
 import html
-import importlib.util
 import io
 import itertools
 import math
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,13 +35,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.cli import InputError, Parser, command, on_one_line, reading
-from support.inputs import load_images, load_network, load_tensors, load_tokenizer, quiet
+from support.cli import InputError, Parser, command, reading
+from support.inputs import load_function, load_network, load_tensors, load_tokenizer, quiet
+from support.inputs import read_picture, running
 
 Scorer = Callable[[Tensor, list[str]], Tensor]
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of every CLIP-like scorer below
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # of every CLIP below
+CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # of HPSv2 and PickScore
 
 
@@ -49,10 +50,8 @@ TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # of HPSv2 and PickScore
 
 
 class Reward:
-    """A weighted sum of scorers, by label. After a call `parts` holds the scores of each, (M,).
-
-    `to` moves the networks that scorers list in their attribute `networks`.
-    """
+    """A weighted sum of scorers, by label. After a call `parts` holds the scores of each, (M,);
+    `networks` are those that scorers list in an attribute of this name."""
 
     def __init__(self, components: dict[str, tuple[float, Scorer]]) -> None:
         self.components = components
@@ -61,14 +60,12 @@ class Reward:
         for label, (_, scorer) in components.items():
             networks = getattr(scorer, "networks", ())
             if not isinstance(networks, (list, tuple)) or not all(
-                hasattr(network, "to") for network in networks
+                hasattr(n, "to") for n in networks
             ):
-                raise InputError(
-                    f"reward {label}: its attribute `networks` must be a list of torch modules."
-                )
+                raise InputError(f"reward {label}: `networks` must be a list of torch modules.")
             self.networks += networks
 
-    def to(self, device: torch.device) -> Reward:
+    def to(self, device: torch.device | str) -> Reward:
         for network in self.networks:
             network.to(device)
         return self
@@ -77,34 +74,23 @@ class Reward:
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         assert images.dtype == torch.uint8 and images.ndim == 4, (images.dtype, images.shape)
         assert len(images) == len(prompts), (images.shape, len(prompts))
-        self.parts = {
-            label: checked(label, scorer, images, prompts)
-            for label, (_, scorer) in self.components.items()
-        }
+        self.parts = {label: checked(label, scorer, images, prompts)
+                      for label, (_, scorer) in self.components.items()}  # fmt: skip
         return sum(weight * self.parts[label] for label, (weight, _) in self.components.items())
 
 
 def checked(label: str, scorer: Scorer, images: Tensor, prompts: list[str]) -> Tensor:
-    """Scores of one component, float32 (M,) on the images' device; (M, 1) will do.
-
-    InputError unless they are M finite numbers, and for whatever the scorer raises, SystemExit too,
-    which would end the run as if all were well. Running out of memory is no fault of the scorer's.
-    """
-    try:
+    """Scores of one component, float32 (M,) on the images' device; (M, 1) will do. InputError
+    unless they are M finite numbers, and for whatever the scorer raises."""
+    with running(f"reward {label} failed"):
         # A copy: a scorer that changes its images must not change the next one's, or the grids.
         scores = scorer(images.clone(), list(prompts))
         scores = torch.as_tensor(scores, dtype=torch.float32, device=images.device).detach()
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except (Exception, SystemExit) as error:
-        raise InputError(f"reward {label} failed: {on_one_line(error)}.") from error
-    if scores.shape == (len(prompts), 1):
-        scores = scores.squeeze(1)
-    if scores.shape != (len(prompts),):
-        shape = tuple(scores.shape)
-        raise InputError(
-            f"reward {label} returned numbers of shape {shape} for {len(prompts)} images."
-        )
+    count = len(prompts)
+    if scores.shape not in ((count,), (count, 1)):
+        shape = f"numbers of shape {tuple(scores.shape)} for {count} images"
+        raise InputError(f"reward {label} returned {shape}.")
+    scores = scores.view(count)
     if not scores.isfinite().all():
         bad = (~scores.isfinite()).nonzero()[0].item()
         raise InputError(f"reward {label} returned {scores[bad]} for the prompt {prompts[bad]!r}.")
@@ -123,46 +109,44 @@ class Component(NamedTuple):
     detail: str  # the absolute path of its weights, "" for the official ones; or the FUNCTION
 
 
-def parse_reward(words: str | tuple | list) -> list[Component]:
-    """The components that words name, paths made absolute; InputError for what cannot be loaded."""
-    components, labels = [], Counter()
-    for word in [words] if isinstance(words, str) else words:
-        body, equals, number = word.strip().rpartition("=")
-        weight = as_number(number)
-        if not equals or weight is None:  # an = inside of a path
-            body, weight = word.strip(), 1.0
-        if not math.isfinite(weight):
-            raise InputError(f"--reward {word}: {number} is no weight.")
+def parse_word(word: str) -> Component:
+    """What a word names, its path made absolute; InputError for what cannot be loaded."""
+    body, weight = word.strip(), 1.0
+    with contextlib.suppress(ValueError):  # else an = inside of a path
+        head, equals, number = body.rpartition("=")
+        if equals:
+            body, weight = head, float(number)
+    if not math.isfinite(weight):
+        raise InputError(f"--reward {word}: {weight} is no weight.")
 
-        file, _, function = body.rpartition(":")  # the last colon: C:\me\my.py:f
-        name, _, path = body.partition(":")  # the first: hpsv2:C:\me\weights.pt
-        if file.endswith(".py") and function:
-            label, source, detail = function, absolute(word, file), function
-        elif name in LOADERS and path and name.endswith("compressibility"):
-            raise InputError(f"--reward {word}: {name} takes no path.")
-        elif name in LOADERS:
-            label, source, detail = name, name, path and absolute(word, path)
-        else:
-            known = f"choose from {', '.join(LOADERS)}, FILE.py:FUNCTION"
-            if "," in word:
-                known = f"several are words of their own: --reward {' '.join(word.split(','))}"
-            raise InputError(f"--reward {word}: no reward {body!r}; {known}.")
-        if (source, detail) in [(c.source, c.detail) for c in components]:
+    file, _, function = body.rpartition(":")  # the last colon: C:\me\my.py:f
+    name, _, path = body.partition(":")  # the first: hpsv2:C:\me\weights.pt
+    if file.endswith(".py") and function:
+        return Component(function, weight, absolute(word, file), function)
+    if name not in LOADERS:
+        known = f"choose from {', '.join(LOADERS)}, FILE.py:FUNCTION"
+        if "," in word:
+            known = f"several are words of their own: --reward {' '.join(word.split(','))}"
+        raise InputError(f"--reward {word}: no reward {body!r}; {known}.")
+    if path and name.endswith("compressibility"):
+        raise InputError(f"--reward {word}: {name} takes no path.")
+    return Component(name, weight, name, path and absolute(word, path))
+
+
+def parse_reward(words: str | tuple | list) -> list[Component]:
+    """The components that words name, each with its own label; InputError if one is named twice."""
+    components, labels, seen = [], Counter(), set()
+    for word in [words] if isinstance(words, str) else words:
+        component = parse_word(word)
+        if component[2:] in seen:
             raise InputError(f"--reward {word}: is named twice.")
+        seen.add(component[2:])
+        label = component.label
         labels[label] += 1
         if labels[label] > 1:
-            label = f"{label}-{labels[label]}"
-        components.append(Component(label, weight, source, detail))
-    if not components:
-        raise InputError("--reward: names no reward.")
+            component = component._replace(label=f"{label}-{labels[label]}")
+        components.append(component)
     return components
-
-
-def as_number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def absolute(word: str, path: str) -> str:
@@ -184,46 +168,24 @@ def resolve_reward(words: str | tuple | list) -> tuple[str, ...]:
     return tuple(resolved)
 
 
-def reward_files(words: tuple) -> list[Path]:
-    """The Python files that words name, each once: code that a result depends on."""
-    files = (c.source for c in (parse_reward(words) if words else ()) if c.source not in LOADERS)
-    return [Path(file) for file in dict.fromkeys(files)]
-
-
 @quiet()
 def load_reward(reward: str | tuple | list | Scorer, device: torch.device | str) -> Reward:
     """The reward that words name, or that is given, with its models on `device`."""
+    if isinstance(reward, Reward):
+        return reward
     if callable(reward):
         label = getattr(reward, "__name__", type(reward).__name__)
         return Reward({label: (1.0, reward)})
     components = {}
     for label, weight, source, detail in parse_reward(reward):
-        load = LOADERS.get(source, load_function)
-        arguments = (detail,) if source in LOADERS else (source, detail)
-        components[label] = (weight, load(*arguments))
-    return Reward(components).to(torch.device(device))
-
-
-def load_function(file: str, function: str) -> Scorer:
-    """Your own reward: `function` of the Python file `file`."""
-    # Last in the search path: the file finds the modules beside it, now and when it is called, and
-    # none of them hides Python's own, an installed one or ours.
-    folder = os.path.dirname(file)
-    if folder not in sys.path:
-        sys.path.append(folder)
-    spec = importlib.util.spec_from_file_location(f"reward_file {file}", file)  # nobody's name
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except (Exception, SystemExit) as error:
-        what = on_one_line(error)
-        raise InputError(f"--reward {file}:{function}: cannot be imported: {what}.") from error
-    scorer = getattr(module, function, None)
-    if not callable(scorer):
-        raise InputError(f"--reward {file}:{function}: the file has no function {function!r}.")
-    return scorer
+        if source in LOADERS:
+            scorer = LOADERS[source](detail)
+        else:
+            scorer = load_function(f"--reward {source}:{detail}", source, detail)
+        components[label] = (weight, scorer)
+    if not components:
+        raise InputError("--reward: names no reward.")
+    return Reward(components).to(device)
 
 
 # ---- JPEG size (DDPO, Sec. 5) ------------------------------------------------------------------
@@ -233,13 +195,11 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
     """Size of each image as a JPEG of quality 95, in 1,000 bytes: (M, 3, H, W) uint8 -> (M,)."""
     from PIL import Image
 
-    def size(pixels) -> int:
+    sizes = []
+    for pixels in images.permute(0, 2, 3, 1).cpu().numpy():
         Image.fromarray(pixels).save(buffer := io.BytesIO(), "JPEG", quality=95)
-        return buffer.tell()
-
-    return torch.tensor(
-        [size(pixels) / 1000 for pixels in images.permute(0, 2, 3, 1).cpu().numpy()]
-    )
+        sizes.append(buffer.tell() / 1000)
+    return torch.tensor(sizes)
 
 
 # ---- Preprocessing -----------------------------------------------------------------------------
@@ -247,9 +207,7 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
 
 def normalise(pixels: Tensor) -> Tensor:
     """(M, 3, H, W) floats in [0, 1], with the mean and deviation CLIP was trained with."""
-    mean = torch.tensor(CLIP_MEAN, device=pixels.device).view(3, 1, 1)
-    std = torch.tensor(CLIP_STD, device=pixels.device).view(3, 1, 1)
-    return (pixels - mean) / std
+    return (pixels - CLIP_MEAN.to(pixels.device)) / CLIP_STD.to(pixels.device)
 
 
 def preprocess_clip(images: Tensor, size: int = 224) -> Tensor:
@@ -274,19 +232,18 @@ def preprocess_clip(images: Tensor, size: int = 224) -> Tensor:
     return normalise(pixels.permute(0, 3, 1, 2).to(images.device).float() / 255)
 
 
-def preprocess_hpsv2(images: Tensor, size: int = 224, antialias: bool = True) -> Tensor:
+def preprocess_hpsv2(images: Tensor, size: int = 224) -> Tensor:
     """HPSv2's own: longest edge to `size`, zero padding to a square, normalise.
 
     (M, 3, H, W) uint8 -> (M, 3, size, size) float32. Bicubic on floats, neither clamped nor
-    rounded, padded *before* normalising: borders are not zero. antialias=False is what its code did
-    under torchvision < 0.17.
+    rounded, padded *before* normalising: borders are not zero.
     """
     height, width = images.shape[-2:]
     scale = size / max(height, width)
     pixels = images.float() / 255
     if scale != 1:
         shape = (round(height * scale), round(width * scale))
-        pixels = F.interpolate(pixels, shape, mode="bicubic", antialias=antialias)
+        pixels = F.interpolate(pixels, shape, mode="bicubic", antialias=True)
     rows, columns = size - pixels.shape[-2], size - pixels.shape[-1]
     pixels = F.pad(pixels, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
     return normalise(pixels)
@@ -359,21 +316,17 @@ def load_pickscore(path: str) -> Scorer:
     return cosine_scorer(model, tokenizer, preprocess_clip, clean=str)
 
 
-def load_hpsv2(version: str, file: str) -> Callable[[str], Scorer]:
+def load_hpsv2(version: str, file: str, path: str) -> Scorer:
     """HPSv2 (Wu et al. 2023): cosine in a finetuned open_clip ViT-H/14, about 0.27.
 
     `path`: the official .pt file; the tokenizer beside it is used if there is one.
     """
-
-    def load(path: str) -> Scorer:
-        path = path or fetch(version, "xswu/HPSv2", file)
-        model = hpsv2_model(version, load_tensors(f"--reward {version}", path))
-        beside = Path(path).parent
-        named = str(beside) if (beside / "tokenizer_config.json").is_file() else TOKENIZER
-        tokenizer = load_tokenizer(f"--reward {version}", named)
-        return cosine_scorer(model, tokenizer, preprocess_hpsv2, clean_text)
-
-    return load
+    path = path or fetch(version, "xswu/HPSv2", file)
+    model = hpsv2_model(version, load_tensors(f"--reward {version}", path))
+    beside = Path(path).parent
+    named = str(beside) if (beside / "tokenizer_config.json").is_file() else TOKENIZER
+    tokenizer = load_tokenizer(f"--reward {version}", named)
+    return cosine_scorer(model, tokenizer, preprocess_hpsv2, clean_text)
 
 
 def vit_h_14_config():
@@ -399,63 +352,54 @@ def hpsv2_model(what: str, state_dict: dict[str, Tensor], config=None):
 
     with torch.device("meta"):
         model = CLIPModel(config or vit_h_14_config())
-    try:
-        weights = open_clip_to_transformers(state_dict)
-        weights = {name: value.float() for name, value in weights.items()}
-        model.load_state_dict(weights, strict=True, assign=True)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"--reward {what}: its checkpoint is no open_clip ViT-H-14 (other weights)."
-        ) from error
+    weights = {n: x.float() for n, x in open_clip_to_transformers(state_dict).items()}
+    load_strictly(f"--reward {what}: an open_clip ViT-H-14", model, weights, assign=True)
     for embeddings in (model.text_model.embeddings, model.vision_model.embeddings):
         count = embeddings.position_embedding.num_embeddings
         embeddings.position_ids = torch.arange(count)[None]  # not in a checkpoint
     return model.eval().requires_grad_(False)
 
 
-def open_clip_to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An open_clip CLIP's weights under a CLIPModel's names; KeyError for a name not CLIP's."""
-    whole = {
-        "logit_scale": "logit_scale",
-        "positional_embedding": "text_model.embeddings.position_embedding.weight",
-        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-        "visual.class_embedding": "vision_model.embeddings.class_embedding",
-        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    }
-    for p in ("weight", "bias"):
-        whole[f"ln_final.{p}"] = f"text_model.final_layer_norm.{p}"
-        whole[f"visual.ln_pre.{p}"] = f"vision_model.pre_layrnorm.{p}"  # (sic)
-        whole[f"visual.ln_post.{p}"] = f"vision_model.post_layernorm.{p}"
-    transposed = {
-        "visual.proj": "visual_projection.weight",
-        "text_projection": "text_projection.weight",
-    }
-    parts = {
-        "attn.out_proj": "self_attn.out_proj",
-        "ln_1": "layer_norm1",
-        "ln_2": "layer_norm2",
-        "mlp.c_fc": "mlp.fc1",
-        "mlp.c_proj": "mlp.fc2",
-    }
-    block = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
+def load_strictly(what: str, network: nn.Module, weights: dict[str, Tensor], **options) -> None:
+    try:
+        network.load_state_dict(weights, **options)
+    except RuntimeError as error:
+        raise InputError(f"{what}: its checkpoint has other weights.") from error
 
+
+RENAMED = [  # open_clip's names, in this order, and a CLIPModel's
+    (r"^visual\.transformer\.resblocks", "vision_model.encoder.layers"),
+    (r"^transformer\.resblocks", "text_model.encoder.layers"),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.c_fc\.", ".fc1."),
+    (r"\.c_proj\.", ".fc2."),
+    (r"^visual\.ln_pre", "vision_model.pre_layrnorm"),  # (sic)
+    (r"^visual\.ln_post", "vision_model.post_layernorm"),
+    (r"^visual\.class_embedding", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.conv1", "vision_model.embeddings.patch_embedding"),
+    (r"^visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"^token_embedding", "text_model.embeddings.token_embedding"),
+    (r"^positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    (r"^ln_final", "text_model.final_layer_norm"),
+]
+
+
+def open_clip_to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An open_clip CLIP's weights under a CLIPModel's names."""
     mapped = {}
     for name, value in state_dict.items():
-        if name == "attn_mask":  # some exports carry it; transformers makes its own
-            continue
-        if name in transposed:  # x @ projection there, projection(x) here
-            mapped[transposed[name]] = value.T.contiguous()
-        elif match := block.fullmatch(name):
-            visual, index, part, kind = match.groups()
-            layer = f"{'vision' if visual else 'text'}_model.encoder.layers.{index}"
-            if part == "attn.in_proj":  # query, key and value, stacked in this order
-                for projection, rows in zip("qkv", value.chunk(3), strict=True):
-                    mapped[f"{layer}.self_attn.{projection}_proj.{kind}"] = rows
-            else:
-                mapped[f"{layer}.{parts[part]}.{kind}"] = value
-        else:
-            mapped[whole[name]] = value
+        for theirs, ours in RENAMED:
+            name = re.sub(theirs, ours, name)
+        if ".in_proj_" in name:  # query, key and value, stacked in this order
+            for projection, rows in zip("qkv", value.chunk(3), strict=True):
+                mapped[name.replace("in_proj_", f"{projection}_proj.")] = rows
+        elif name.endswith("projection.weight"):  # x @ projection there, projection(x) here
+            mapped[name] = value.T.contiguous()
+        elif name != "attn_mask":  # some exports carry it; transformers makes its own
+            mapped[name] = value
     return mapped
 
 
@@ -485,23 +429,19 @@ def load_aesthetic(path: str) -> Scorer:
 
 def aesthetic_head(state_dict: dict[str, Tensor]) -> nn.Sequential:
     """The head 768-1024-128-64-16-1, in float32: its dropout is off, and it has no activations."""
-    sizes = (768, 1024, 128, 64, 16, 1)
-    places = (0, 2, 4, 6, 7)  # among the official layers
-    head = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(sizes)))
-    try:
-        for layer, place in zip(head, places, strict=True):
-            names = {p: f"layers.{place}.{p}" for p in ("weight", "bias")}
-            layer.load_state_dict({p: state_dict[name] for p, name in names.items()})
-    except (KeyError, RuntimeError) as error:
-        raise InputError(
-            "--reward aesthetic: its checkpoint is not the head sac+logos+ava1-l14-linearMSE."
-        ) from error
-    return head.eval().requires_grad_(False)
+    sizes, layers = (768, 1024, 128, 64, 16, 1), []
+    for fan_in, fan_out in itertools.pairwise(sizes):
+        layers.append(nn.Linear(fan_in, fan_out))
+        if fan_out > 16:
+            layers.append(nn.Dropout())
+    head = nn.ModuleDict({"layers": nn.Sequential(*layers)})
+    load_strictly("--reward aesthetic: the head sac+logos+ava1-l14-linearMSE", head, state_dict)
+    return head["layers"].eval().requires_grad_(False)
 
 
 LOADERS: dict[str, Callable[[str], Scorer]] = {
-    "hpsv2": load_hpsv2("hpsv2", "HPS_v2_compressed.pt"),
-    "hpsv2.1": load_hpsv2("hpsv2.1", "HPS_v2.1_compressed.pt"),
+    "hpsv2": partial(load_hpsv2, "hpsv2", "HPS_v2_compressed.pt"),
+    "hpsv2.1": partial(load_hpsv2, "hpsv2.1", "HPS_v2.1_compressed.pt"),
     "pickscore": load_pickscore,
     "aesthetic": load_aesthetic,
     "compressibility": lambda path: lambda images, prompts: -jpeg_kilobytes(images),
@@ -515,16 +455,16 @@ LOADERS: dict[str, Callable[[str], Scorer]] = {
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description="Score pictures with a reward.")
     parser.add_argument("--reward", required=True, nargs="+", help="as in prdp.py")
-    parser.add_argument("--images", required=True, nargs="+", help="picture files, or folders")
+    parser.add_argument("--images", required=True, nargs="+", metavar="FILE")
     parser.add_argument("--prompt", default="", help="the prompt of all of them")
     with command("rewards.py"):
         args = parser.parse_args(argv)
-        pictures = load_images(args.images)
+        pictures = [read_picture(file, "--images")[None] for file in args.images]
         reward = load_reward(args.reward, "cuda" if torch.cuda.is_available() else "cpu")
-        for number, (file, picture) in enumerate(pictures.items()):
-            scores = {"sum": reward(picture, [args.prompt])}
-            scores = reward.parts | (scores if len(reward.parts) > 1 else {})
-            if number == 0:
+        for file, picture in zip(args.images, pictures, strict=True):
+            total = reward(picture, [args.prompt])
+            scores = reward.parts | ({"sum": total} if len(reward.parts) > 1 else {})
+            if picture is pictures[0]:
                 print("".join(f"{name:>18}" for name in scores) + "  image")
             print("".join(f"{score.item():>18.6g}" for score in scores.values()) + f"  {file}")
 

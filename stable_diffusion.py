@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from support.cli import InputError, reading
-from support.distributed import rank
-from support.inputs import load_network, load_tokenizer, quiet, read_json
-from support.run_folder import writing
+from support.distributed import rank, say
+from support.inputs import load_network, load_tokenizer, quiet
+from support.run_folder import read_json, writing
 
 SD_SCHEDULER = dict(  # what a model's scheduler_config.json leaves open
     num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
@@ -69,12 +69,13 @@ class StableDiffusion:
 
     @quiet()
     def __init__(
-        self, model: str, device: torch.device, idle: torch.device, autocast: torch.dtype | None
+        self, model: str, device: torch.device, offload: bool, autocast: torch.dtype | None
     ) -> None:
         import diffusers
         import transformers
 
-        self.device, self.idle, self.autocast = device, idle, autocast
+        self.device, self.autocast = device, autocast
+        self.idle = torch.device("cpu") if offload else device
         self.folder = find_folder(model)
         what, kinds = f"--model {model}", {"unet": diffusers.UNet2DConditionModel}
         kinds |= {"vae": diffusers.AutoencoderKL, "text_encoder": transformers.CLIPTextModel}
@@ -99,9 +100,9 @@ class StableDiffusion:
         size = self.unet.config.sample_size
         sizes = size if isinstance(size, (list, tuple)) else (size, size)
         self.latent_shape = (channels, *sizes)
-        self.unet.requires_grad_(True).to(device)  # in eval(): with dropout passes would differ
-        self.vae.to(idle)
-        self.pipe.text_encoder.to(idle)
+        self.unet.to(device)  # in eval(): with dropout passes would differ
+        self.vae.to(self.idle)
+        self.pipe.text_encoder.to(self.idle)
 
     @contextlib.contextmanager
     def in_use(self, network) -> Iterator[None]:
@@ -120,6 +121,12 @@ class StableDiffusion:
         with self.in_use(self.pipe.text_encoder):
             return self.pipe.encode_prompt(prompts, self.device, 1, False)[0]
 
+    def warn_of_long(self, prompts: list[str]) -> None:
+        """Say how many of the first 1,000 prompts the text encoder does not read to their ends."""
+        context, some = self.pipe.tokenizer.model_max_length, prompts[:1000]
+        if long := sum(len(ids) > context for ids in self.pipe.tokenizer(some).input_ids):
+            say(f"warning: {long} of {len(some)} prompts exceed {context} tokens; cut there.")
+
     @torch.no_grad()
     def decode(self, latents: Tensor, microbatch: int) -> Tensor:
         """x_0 (M, C, H, W) -> uint8 images (M, 3, 8H, 8W), rounded once, as a PNG file would be."""
@@ -131,15 +138,28 @@ class StableDiffusion:
                 images.append(((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
         return torch.cat(images)
 
-    def add_adapters(self, rank: int, seed: int) -> None:
-        """The attention layers learn W + B A alone, where B begins at 0 (Hu et al. 2021)."""
-        from peft import LoraConfig
+    def unfreeze(self, lora_rank: int, seed: int, checkpointing: bool) -> None:
+        """Let the UNet learn; with a rank, adapters of its attention layers alone: W + B A, where B
+        begins at 0 (Hu et al. 2021)."""
+        self.unet.requires_grad_(lora_rank == 0)
+        if lora_rank:
+            from peft import LoraConfig
 
-        self.unet.requires_grad_(False)
-        torch.manual_seed(seed)  # A begins at random, the same in every process
-        layers = ["to_q", "to_k", "to_v", "to_out.0"]
-        start = {"lora_alpha": rank, "init_lora_weights": "gaussian"}
-        self.unet.add_adapter(LoraConfig(r=rank, target_modules=layers, **start))
+            torch.manual_seed(seed)  # A begins at random, the same in every process
+            layers = ["to_q", "to_k", "to_v", "to_out.0"]
+            start = {"lora_alpha": lora_rank, "init_lora_weights": "gaussian"}
+            self.unet.add_adapter(LoraConfig(r=lora_rank, target_modules=layers, **start))
+        if checkpointing:
+            self.unet.enable_gradient_checkpointing()
+
+    def frozen(self, network: nn.Module, compile: bool) -> nn.Module:
+        """A copy of the UNet as the reference, on `idle`. What autocast would cast at each pass is
+        cast for good, which gives the same bits; not if compiled, in 16 bits."""
+        network.requires_grad_(False).to(self.idle)
+        for layer in network.modules() if self.autocast and not compile else ():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                layer.to(self.autocast)
+        return compiled(network) if compile else network
 
     def save(self, run: Path) -> None:
         """pipeline/, for diffusers' from_pretrained: the learned UNet, the scheduler, and all other
@@ -148,7 +168,10 @@ class StableDiffusion:
             return
         if hasattr(self.unet, "peft_config"):
             self.save_adapters(run)
-        index, learned = json.loads((self.folder / "model_index.json").read_text()), ("unet", "scheduler")
+        index, learned = (
+            json.loads((self.folder / "model_index.json").read_text()),
+            ("unet", "scheduler"),
+        )
         with writing(run / "pipeline") as folder:
             for name in index.keys() - set(learned):
                 for file in (self.folder / name).rglob("*"):
@@ -184,13 +207,6 @@ def compiled(network: nn.Module) -> nn.Module:
     """torch.compile with a graph a shape: no pass changes another's bits, nor does a process."""
     importlib.import_module("torch._inductor.config").deterministic = True
     return torch.compile(network, dynamic=False)
-
-
-def cast_once(network: nn.Module, dtype: torch.dtype) -> None:
-    """What autocast does to a frozen network's weights at each pass, for good: the same bits."""
-    for layer in network.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            layer.to(dtype)
 
 
 class WithoutAdapters:

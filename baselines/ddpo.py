@@ -1,4 +1,4 @@
-"""DDPO: denoising diffusion policy optimization (Black et al., ICLR 2024), as PRDP is compared with.
+"""DDPO: denoising diffusion policy optimization (Black et al., ICLR 2024).
 
     python baselines/ddpo.py --preset toy --out runs/toy-ddpo
     python baselines/ddpo.py --reward hpsv2 --prompts prompts/animals.txt --out runs/hps-ddpo
@@ -16,6 +16,7 @@ ratio of Eq. 4's importance sampling, clipped as PPO's   ratio, clip_range
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import prdp
 from support.cli import InputError, flag
-from support.distributed import gather, own_share
-from support.report import epoch_metrics
-from support.update import fp16_scale, gradient_step
+from support.distributed import gather, gradient_step, own_share
+from support.report import epoch_metrics, phase
+from support.settings import run_command
 
 MINIBATCHES = dict(updates_per_epoch=4, clip_range=1e-4)
 MANY = dict(prompts_per_epoch=512, images_per_prompt=1, learning_rate=1e-5)
@@ -137,7 +138,7 @@ def train(
     start: int, statistics: RewardStatistics,
 ) -> Iterator[dict[str, float]]:  # fmt: skip
     """DDPO from epoch `start` on; yields each epoch's metrics."""
-    policy, reference = models.policy, models.reference
+    policy, reference, numel = models.policy, models.reference, math.prod(models.sd.latent_shape)
     for epoch in range(start, config.epochs + 1):
         drawn, trajectories = prdp.sample_epoch(config, models, policy, prompts, epoch)
         _, rewards = prdp.score_images(models, trajectories, drawn)
@@ -149,7 +150,9 @@ def train(
 
         updates = []
         for k in range(config.updates_per_epoch):
-            log_probs = prdp.score_trajectories(policy, trajectories) if k else log_probs_old.clone()
+            log_probs = (
+                prdp.score_trajectories(policy, trajectories) if k else log_probs_old.clone()
+            )
             log_probs.requires_grad_()
             part = minibatch(config, epoch, k, advantages)
             part = part[own_share(len(part))].to(rewards.device)
@@ -159,8 +162,9 @@ def train(
             (weights,) = torch.autograd.grad(loss, log_probs)
 
             backward = functools.partial(prdp.backward_trajectories, policy, trajectories)
-            scale = fp16_scale(policy.autocast, weights, trajectories.latents[0, 0].numel())
-            norm = gradient_step(optimizer, backward, weights, config.max_grad_norm, scale)
+            with phase("update"):
+                options = (config.max_grad_norm, policy.autocast, numel)
+                norm = gradient_step(optimizer, backward, weights, *options)
             moved = (log_probs.detach() - log_probs_old).abs()
             updates.append({
                 "loss": loss.detach(), "clip_fraction": moved > config.clip_range,
@@ -168,9 +172,9 @@ def train(
             })  # fmt: skip
 
         ratio = log_probs_old - log_probs_ref
-        others = {"log_ratio_ref": ratio, "kl_nats": ratio * trajectories.latents[0, 1:].numel()}
+        others = {"log_ratio_ref": ratio, "kl_nats": ratio * (config.ddpm_steps * numel)}
         del trajectories, backward  # and their memory, before others are drawn
-        yield epoch_metrics(rewards, models.reward.parts, updates, others)
+        yield epoch_metrics(rewards, models.reward.parts, updates, **others)
 
 
 def run(config: Config) -> None:
@@ -179,4 +183,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    prdp.main(kind=Config, run=run)
+    run_command(Config, run)

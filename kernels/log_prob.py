@@ -4,14 +4,11 @@ guided_log_prob   the log-prob of a stored x_{t-1}, and its gradient: prdp.py's 
 guided_sample     x_{t-1} and its log-prob, from noise: prdp.py's sampling
 guided_log_ratio  the first with Eq. 20's clip in the same pass: for other trainers
 
-They take CUDA tensors, or any under TRITON_INTERPRET=1, and compute what prdp.py's functions of the
-same names say in plain torch, in the same order of operations.
-
-M rows, each one image at one step; D = C*H*W. Arithmetic is float64 in registers: log-probs are
-compared to within clip_range = 1e-6, and at the last step (sigma = 0.02, log-prob 2.5) a float32
-residual alone errs by 4e-8. It costs no time where memory is the limit, as on A100, H100 and H200;
-consumer GPUs, with 1/64 of the float32 rate in float64, are limited by the arithmetic instead, at a
-time still small beside the network's.
+They take CUDA tensors (any under TRITON_INTERPRET=1), and compute what prdp.py's functions of these
+names say in plain torch, in the same order of operations. M rows, each one image at one step; D =
+C*H*W. Arithmetic is float64 in registers: log-probs are compared to within clip_range = 1e-6, and
+at the last step (sigma = 0.02, log-prob 2.5) a float32 residual alone errs by 4e-8. It costs no
+time where memory is the limit, as on A100, H100 and H200.
 """
 
 from __future__ import annotations
@@ -140,18 +137,13 @@ def backward_kernel(
 
 # ---- Launchers -----------------------------------------------------------------------------------
 #
-# One program a row, with no second stage to join partial sums: a training microbatch of 16 rows
-# fills 16 of an H200's 132 processors, but the four rounds of loads and arithmetic of a row take an
-# estimated 8 microseconds, and a second stage would add a launch. In 64 registers, two programs of
-# 16 warps share a processor: one loads while one computes.
-#
-# enable_fp_fusion=False: no multiply and add is fused, so that each operation rounds as in the
-# plain form.
+# One program a row, without a second stage to join partial sums, which would cost a launch. In 64
+# registers two programs of 16 warps share a processor: one loads while one computes. No multiply
+# and add is fused (enable_fp_fusion=False), so that each operation rounds as in plain torch.
 
 
 def packed(x: Tensor) -> Tensor:
-    """Contiguous, and at an address Triton vectorises: one binary, and one order of sums, whatever
-    the caller sliced."""
+    """Contiguous, and at an address Triton vectorises: one binary, whatever the caller sliced."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
@@ -173,10 +165,8 @@ def prepare(noise_pred: Tensor, x_t: Tensor, x_other: Tensor, *rows: Tensor) -> 
 def launch_forward(
     noise_pred, x_t, x_prev, coefs, guidance_scale, noise=None, clipping=None
 ) -> tuple[Tensor, ...]:
-    """log_prob, log_ratio, clipped_log_ratio; reads x_prev, or writes it where `noise` is given.
-
-    The ratios only with clipping = (log_prob_ref, log_prob_old, clip_range).
-    """
+    """log_prob; with clipping = (log_prob_ref, log_prob_old, clip_range) also log_ratio and
+    clipped_log_ratio. Reads x_prev, or writes it where `noise` is given."""
     count = 3 if clipping else 1
     out = torch.empty(count, len(x_t), dtype=torch.float64, device=x_t.device).expand(3, -1)
     log_prob_ref, log_prob_old, clip_range = clipping or (out[0], out[0], math.inf)  # not read
@@ -245,41 +235,29 @@ def guided_log_prob(
 ) -> Tensor:
     """log pi(x_prev | x_t): (M,) float64, nats per latent dimension. Only noise_pred gets a
     gradient."""
-    noise_pred, x_t, x_prev, coefs = prepare(
-        noise_pred, x_t, x_prev, coef_sample, coef_noise, sigma
-    )
-    return GuidedLogProb.apply(noise_pred, x_t, x_prev, coefs, guidance_scale, None)
+    step = prepare(noise_pred, x_t, x_prev, coef_sample, coef_noise, sigma)
+    return GuidedLogProb.apply(*step, guidance_scale, None)
 
 
 @torch.no_grad()
 def guided_sample(
-    noise_pred: Tensor,
-    x_t: Tensor,
-    noise: Tensor,  # (M, ...) float32, standard normal
-    coef_sample: Tensor,
-    coef_noise: Tensor,
-    sigma: Tensor,
-    guidance_scale: float,
-) -> tuple[Tensor, Tensor]:
-    """x_{t-1} drawn from the policy, (M, ...) float32, and its log-prob, (M,) float64: that of the
-    rounded x_{t-1}, in the bits that `guided_log_prob` gives it."""
+    noise_pred: Tensor, x_t: Tensor, noise: Tensor, coef_sample: Tensor, coef_noise: Tensor,
+    sigma: Tensor, guidance_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x_{t-1} drawn with standard normal noise (M, ...), in float32, and its log-prob, (M,)
+    float64: that of the rounded x_{t-1}, in the bits that `guided_log_prob` gives it."""
     noise_pred, x_t, noise, coefs = prepare(noise_pred, x_t, noise, coef_sample, coef_noise, sigma)
     x_prev = torch.empty_like(noise)
     return x_prev, launch_forward(noise_pred, x_t, x_prev, coefs, guidance_scale, noise)[0]
 
 
 def guided_log_ratio(
-    noise_pred: Tensor,
-    x_t: Tensor,
-    x_prev: Tensor,
-    coef_sample: Tensor,
-    coef_noise: Tensor,
-    sigma: Tensor,
-    guidance_scale: float,
+    noise_pred: Tensor, x_t: Tensor, x_prev: Tensor, coef_sample: Tensor, coef_noise: Tensor,
+    sigma: Tensor, guidance_scale: float,
     log_prob_ref: Tensor,  # (M,), under pi_ref
     log_prob_old: Tensor,  # (M,), under pi_theta_old
     clip_range: float,  # epsilon of Eq. 20, in the unit of log_prob; inf: no clipping
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """For trainers whose loss splits by steps, as PPO's does, and that so never store log-probs:
     log_prob, r-hat of Eq. 19 and its clipped form of Eq. 20, each (M,) float64, in one kernel.
 

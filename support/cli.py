@@ -1,7 +1,5 @@
 """What every command shares: flags made from a dataclass, and errors as one sentence."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -12,20 +10,12 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-
-class InputError(Exception):
-    """Something the user gave cannot be used; the message names it and the remedy."""
-
-
 # ---- Flags ---------------------------------------------------------------------------------------
 
 
 def flag(default, text: str, *choices: str, **options):
-    """A dataclass field that is a command line flag too: its metadata are argparse's options, and
-    `group`, the heading of --help that it begins."""
-    options["help"] = text
-    if choices:
-        options["choices"] = choices
+    """A dataclass field that is a flag too; options are argparse's, `group` begins a heading."""
+    options |= {"help": text, "choices": choices or None}
     return dataclasses.field(default=default, metadata=options)
 
 
@@ -52,17 +42,17 @@ class Parser(argparse.ArgumentParser):
             if "group" in options:
                 group = self.add_argument_group(options.pop("group"))
             if field.default is False:
-                del options["type"]
-                options["action"] = "store_true"
+                options = {"action": "store_true", "help": options["help"]}
             elif field.default not in ("", ()):
-                shown = field.default
-                if isinstance(shown, tuple):
-                    shown = " ".join(map(os.path.relpath, shown))
-                options["help"] += f" (default: {shown})"
+                options["help"] += f" (default: {field.default})"
             group.add_argument(option(field.name), default=argparse.SUPPRESS, **options)
 
 
 # ---- Errors --------------------------------------------------------------------------------------
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message names it and the remedy."""
 
 
 @contextlib.contextmanager
@@ -91,7 +81,7 @@ def in_words(error: Exception) -> str | None:
     """A foreseen error as one sentence with its remedy, else None."""
     text = " ".join(str(error).split())
     if isinstance(error, InputError):
-        return ": ".join([*getattr(error, "__notes__", ()), text])
+        return text
     if isinstance(error, torch.OutOfMemoryError):
         smaller = "a smaller --microbatch, --gradient-checkpointing, --offload on or --lora-rank 8"
         return f"out of GPU memory: try {smaller}."
@@ -106,31 +96,21 @@ def in_words(error: Exception) -> str | None:
 
 
 @contextlib.contextmanager
-def during(what: str) -> Iterator[None]:
-    """Errors of this block say where they happened."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(what)
-        raise
-
-
-def is_of_a_file(error: Exception) -> bool:
-    """Can reading a missing, damaged or foreign file raise this? A TypeError is ours."""
-    kinds = (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError)
-    memory = isinstance(error, torch.OutOfMemoryError)
-    return (isinstance(error, kinds) and not memory) or "SafetensorError" in str(type(error))
-
-
-@contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turn what a file's reading raises within this block into an InputError."""
+    """Turn what a missing, damaged or foreign file, or a full disk, raises into an InputError. Of
+    no other kind: a TypeError is ours."""
     try:
         yield
     except Exception as error:
-        if not is_of_a_file(error):
+        kinds = (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError)
+        of_a_file = isinstance(error, kinds) or is_safetensors(error)
+        if not of_a_file or isinstance(error, torch.OutOfMemoryError):
             raise
         raise InputError(f"{what}: {in_brief(error)}.") from error
+
+
+def is_safetensors(error: BaseException) -> bool:
+    return type(error).__name__ == "SafetensorError"  # not imported: torch alone is needed here
 
 
 def in_brief(error: BaseException) -> str:
@@ -147,12 +127,3 @@ def in_brief(error: BaseException) -> str:
         return "a file of weights is damaged or cut short"
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     return reason.removeprefix("Error ").rstrip(".")
-
-
-def on_one_line(error: BaseException) -> str:
-    """What failed and where, of code that is not ours."""
-    trace = error.__traceback__
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    what = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"{what} ({os.path.basename(trace.tb_frame.f_code.co_filename)}, line {trace.tb_lineno})"

@@ -1,23 +1,23 @@
-"""One process or several: who this is, and what they tell each other."""
+"""One process or several: who this is, what they tell each other, the steps they take together."""
 
-from __future__ import annotations
-
+import math
 import os
 from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import Tensor, nn
 
-TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+from support.cli import InputError
+
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def start_processes() -> torch.device:
     """Join the others where torchrun started this process; the device of this one."""
     cuda = torch.cuda.is_available()
-    if TORCHRUN <= os.environ.keys() and not dist.is_initialized():
+    if all(name in os.environ for name in TORCHRUN) and not dist.is_initialized():
         if cuda:  # a launcher may show each process one GPU alone
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         # NCCL's ten minutes are shorter than one process may lag behind another.
@@ -54,51 +54,58 @@ def own_share(count: int) -> slice:
     return slice(size * rank(), size * (rank() + 1))
 
 
-def average(x: Tensor) -> None:
-    """Replace x by its mean over processes."""
+def gather_objects(content: object) -> list:
+    """Each process's, in their order."""
+    parts = [content] * processes()
     if processes() > 1:
-        dist.all_reduce(x)
-        x /= processes()
+        dist.all_gather_object(parts, content)
+    return parts
 
 
 def gather(x: Tensor) -> Tensor:
     """(M, ...) tensors of all processes as one, in their order."""
-    if processes() == 1:
-        return x
-    x = x.to("cuda" if dist.get_backend() == "nccl" else "cpu").contiguous()
-    parts = [torch.empty_like(x) for _ in range(processes())]
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
-
-
-def merge(content: dict) -> dict:
-    """The dicts of all processes as one."""
-    parts = [content]
-    if processes() > 1:
-        parts = [None] * processes()
-        dist.all_gather_object(parts, content)
-    return {key: value for part in parts for key, value in part.items()}
+    return torch.cat([part.to(x.device) for part in gather_objects(x.cpu())])
 
 
 def on_rank_0(read: Callable):
-    """What `read` returns on rank 0, in every process: only there need its files be."""
-    box = [read() if rank() == 0 else None]
-    if processes() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
+    """What `read` returns on rank 0, in every process."""
+    return gather_objects(read() if rank() == 0 else None)[0]
 
 
-def share_state(state: dict | None) -> dict:
-    """Rank 0's nested dict in every process, its tensors one by one: all at once may not fit."""
-    if processes() == 1:
-        return state
-    leaves, structure = tree_flatten(state)
-    likes = [x.to("meta") if torch.is_tensor(x) else x for x in leaves]
-    likes, structure = on_rank_0(lambda: (likes, structure))
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    for i, like in enumerate(likes):
-        if torch.is_tensor(like):
-            sent = leaves[i].to(device) if rank() == 0 else torch.empty_like(like, device=device)
-            dist.broadcast(sent, 0)
-            likes[i] = sent.cpu()
-    return tree_unflatten(likes, structure)
+def gradient_step(
+    optimizer: torch.optim.Optimizer, backward: Callable[[Tensor], None], weights: Tensor,
+    max_grad_norm: float, autocast: torch.dtype | None, numel: int,
+) -> Tensor:  # fmt: skip
+    """Take a step along the gradient that backward(weights) adds to each `.grad`, averaged over
+    processes, and scaled down to max_grad_norm where it is longer; returns its norm before that.
+
+    weights are of means over `numel` numbers. In fp16 a power of two brings what would underflow to
+    at most 2**-6 a number, and leaves the rest for sums; should they overflow, 2**-14.
+    """
+    parameters, scale = optimizer.param_groups[0]["params"], 1.0
+    if autocast == torch.float16 and weights.any():
+        scale = 2.0 ** round(math.log2(numel / weights.abs().max().item()) - 6)
+    for factor in (scale, scale / 256):
+        optimizer.zero_grad(set_to_none=True)
+        backward(factor * weights)
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.div_(factor)
+            if processes() > 1:
+                dist.all_reduce(p.grad)
+                p.grad /= processes()
+        norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        if norm.isfinite():
+            break
+    require_finite("the gradient", norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def require_finite(what: str, values: Tensor) -> None:
+    """Stop before anything is learned from NaN or infinity."""
+    if not values.isfinite().all():
+        remedy = (
+            "a lower --learning-rate or --guidance-scale, a higher --kl-weight, another --dtype"
+        )
+        raise InputError(f"{what} is not finite; try, in a new run, {remedy}.")

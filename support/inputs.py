@@ -1,11 +1,11 @@
-"""Reading what users and the hub give: prompts, networks, tokenizers, checkpoints of tensors."""
-
-from __future__ import annotations
+"""What users and the hub give: prompts, pictures, networks, tokenizers, code."""
 
 import contextlib
-import importlib
+import importlib.util
 import json
-from collections.abc import Iterable, Iterator
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,8 +17,8 @@ from support.cli import InputError, reading
 def load_prompts(path: str | Path) -> list[str]:
     """Prompts of a .txt (a line each; blank and # lines skipped), .json or .jsonl file (strings, or
     objects with a "prompt" or "caption"), in order, repeats dropped; InputError if it is none."""
-    kind = Path(path).suffix.lower()
-    with reading(f"--prompts {path}"):
+    what, kind = f"--prompts {path}", Path(path).suffix.lower()
+    with reading(what):
         text = Path(path).read_text(encoding="utf-8-sig")
         lines = text.split("\n")  # not splitlines(): JSON strings may hold other separators
         if kind == ".json":
@@ -28,8 +28,8 @@ def load_prompts(path: str | Path) -> list[str]:
         else:
             records = [line for line in lines if not line.lstrip().startswith("#")]
     if kind not in (".txt", ".json", ".jsonl", "") or not isinstance(records, list):
-        raise InputError(f"--prompts {path}: must be .txt, .json or .jsonl, a list of prompts.")
-    return as_prompts(records, f"--prompts {path}")
+        raise InputError(f"{what}: must be .txt, .json or .jsonl, a list of prompts.")
+    return as_prompts(records, what)
 
 
 def as_prompts(records: Iterable, what: str = "prompts") -> list[str]:
@@ -39,14 +39,24 @@ def as_prompts(records: Iterable, what: str = "prompts") -> list[str]:
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
             raise InputError(f"{what}: entry {number} is neither a string nor has a prompt.")
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:  # which no tokenizer takes
-        raise InputError(f"{what}: holds half a surrogate pair, which is no character.") from error
+    with reading(what):
+        "".join(texts).encode()  # half a surrogate pair is no character
     prompts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
     if not prompts:
         raise InputError(f"{what}: holds no prompt.")
     return prompts
+
+
+def read_picture(path: str | Path, what: str) -> Tensor:
+    """A picture file's pixels, (3, H, W) uint8, RGB; InputError where it is none."""
+    import numpy as np
+    from PIL import Image
+
+    with reading(f"{what} {path}"):
+        return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+
+
+# ---- Networks ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -55,7 +65,7 @@ def quiet() -> Iterator[None]:
     Downloads keep their bars."""
     from huggingface_hub.utils import enable_progress_bars
 
-    logs = [importlib.import_module(f"{name}.utils.logging") for name in ("transformers", "diffusers")]
+    logs = [importlib.import_module(f"{n}.utils.logging") for n in ("transformers", "diffusers")]
     before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
     for log in logs:
         log.set_verbosity(log.CRITICAL)
@@ -84,9 +94,8 @@ def load_network(what: str, kind: type, folder: str, **options) -> torch.nn.Modu
     weights = network.named_parameters()
     bad |= {name for name, p in weights if p.is_meta or not p.isfinite().all()}
     if bad:
-        raise InputError(
-            f"{what}: {len(bad)} weights are missing, misshapen or not finite ({min(bad)})."
-        )
+        why = f"{len(bad)} weights are missing, misshapen or not finite ({min(bad)})"
+        raise InputError(f"{what}: {why}.")
     return network.eval().requires_grad_(False)
 
 
@@ -97,10 +106,8 @@ def load_tokenizer(what: str, name: str, **options):
     with reading(f"{what}: its tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(name, **options)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise InputError(
-            f"{what}: the tokenizer of {name} has no vocabulary here; fetch it by "
-            f"`hf download {name}`, or put tokenizer.json beside the weights."
-        )
+        remedy = f"fetch it by `hf download {name}`, or put its files beside the weights"
+        raise InputError(f"{what}: the tokenizer of {name} has no vocabulary here; {remedy}.")
     return tokenizer
 
 
@@ -108,43 +115,41 @@ def load_tensors(what: str, path: str) -> dict[str, Tensor]:
     """A checkpoint file's tensors, by the safe loader; InputError for a damaged or unsafe file."""
     with reading(f"{what}: {path}"):
         state = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if state is None or not all(torch.is_tensor(value) for value in state.values()):
         raise InputError(f"{what}: {path} is no checkpoint of tensors.")
     return state
 
 
-def read_json(path: Path, what: str) -> dict:
-    """An object of a JSON file; InputError for anything else."""
-    with reading(what):
-        content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise InputError(f"{what}: is no JSON object.")
-    return content
+# ---- Code of users -------------------------------------------------------------------------------
 
 
-def load_images(paths: list[str]) -> dict[str, Tensor]:
-    """RGB pictures of files and folders: path -> (1, 3, H, W) uint8."""
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
+def load_function(what: str, file: str, function: str) -> Callable:
+    """`function` of a Python file, which can import the modules beside it."""
+    if os.path.dirname(file) not in sys.path:
+        sys.path.append(os.path.dirname(file))  # last: none of them hides another module
+    spec = importlib.util.spec_from_file_location(f"reward_file {file}", file)  # nobody's name
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    with running(f"{what}: cannot be imported"):
+        spec.loader.exec_module(module)
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise InputError(f"{what}: the file has no function {function!r}.")
+    return found
 
-    files = {}  # whether it was named, and not merely found in a folder
-    for path in map(Path, paths):
-        found = sorted(path.iterdir()) if path.is_dir() else [path]
-        files |= dict.fromkeys(found, not path.is_dir())
-    pictures = {}
-    for file, named in files.items():
-        try:
-            pixels = np.array(Image.open(file).convert("RGB"))
-        except (UnidentifiedImageError, IsADirectoryError):
-            if named:
-                raise InputError(f"--images {file}: is no picture.") from None
-        except OSError as error:
-            why = error.strerror or error
-            raise InputError(f"--images {file}: cannot be read ({why}).") from error
-        else:
-            pictures[str(file)] = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    if not pictures:
-        raise InputError(f"--images {' '.join(paths)}: no pictures there.")
-    return pictures
+
+@contextlib.contextmanager
+def running(what: str) -> Iterator[None]:
+    """Run a user's code: whatever it raises is an InputError that says where, SystemExit too, which
+    would end the run as if all were well. Running out of memory is no fault of that code."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        trace = error.__traceback__
+        while trace.tb_next is not None:
+            trace = trace.tb_next
+        where = f"{os.path.basename(trace.tb_frame.f_code.co_filename)}, line {trace.tb_lineno}"
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{what}: {told} ({where}).") from error

@@ -1,7 +1,5 @@
 """A run's folder: what is written there whole or not at all, and what a run goes on from."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import dataclasses
@@ -16,16 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from support.cli import InputError, in_brief, is_of_a_file, reading
-from support.distributed import on_rank_0, rank, share_state
-from support.inputs import read_json
+from support.cli import InputError, is_safetensors, reading
+from support.distributed import on_rank_0, rank
 
 # What a run and its continuation may differ in.
 MAY_DIFFER = {"resume", "out", "epochs", "save_every", "sample_every", "log_to", "offload"}
 VERSION = 4  # of the checkpoint's layout; 3 had "latest", DDPO's rewards, for "program"
-OURS = {"config.json", "metrics.jsonl", "checkpoint", "samples", "reward.png", "before_after.png"}
-OURS |= {"pipeline", "lora"}
-LOSSES = {"prdp": "prdp.py", "ddpo": "baselines/ddpo.py", "ddpo-sf": "baselines/ddpo.py"}
+OF_LOSS = {"prdp": "prdp.py", "ddpo": "baselines/ddpo.py", "ddpo-sf": "baselines/ddpo.py"}
+STARTED = {"config.json", "metrics.jsonl", "checkpoint", "samples"}  # by a start that failed, too
+OURS = STARTED | {"reward.png", "before_after.png", "pipeline", "lora"}
 
 
 # ---- Files ---------------------------------------------------------------------------------------
@@ -35,7 +32,7 @@ LOSSES = {"prdp": "prdp.py", "ddpo": "baselines/ddpo.py", "ddpo-sf": "baselines/
 def writing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, for a file or folder that replaces it when it is whole.
 
-    After a crash there is the old one or the new one; of a folder, for a moment neither. What
+    When killed there is the old one or the new one; of a folder, for a moment neither. What
     cannot be written leaves nothing behind, and is an InputError that names `path`.
     """
     temporary = path.with_name(path.name + ".tmp")
@@ -43,19 +40,14 @@ def writing(path: Path) -> Iterator[Path]:
         remove(temporary)  # of a run that was killed
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        if temporary.is_file():
-            with contextlib.suppress(OSError), open(temporary, "rb+") as file:
-                os.fsync(file.fileno())  # where a disk can: no crash leaves an empty file
-        elif path.is_dir():
+        if path.is_dir():
             remove(path)
         os.replace(temporary, path)
     except BaseException as error:
         remove(temporary)
-        if not is_of_a_file(error):
+        if not isinstance(error, (OSError, RuntimeError)) and not is_safetensors(error):
             raise
-        reason = in_brief(error)  # torch, Pillow and safetensors do not say that a disk is full
-        if path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20:
-            reason = os.strerror(28)
+        reason = getattr(error, "strerror", None) or "cannot be written; is the disk full?"
         raise InputError(f"{path}: {reason}; what was saved before is intact.") from error
 
 
@@ -67,10 +59,23 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: object) -> None:
+def write_text(path: Path, text: str) -> None:
     if rank() == 0:
         with writing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, allow_nan=False))
+            temporary.write_text(text)
+
+
+def write_json(path: Path, content: object) -> None:
+    write_text(path, json.dumps(content, indent=1, allow_nan=False))
+
+
+def read_json(path: Path, what: str) -> dict:
+    """An object of a JSON file; InputError for anything else."""
+    with reading(what):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise InputError(f"{what}: is no JSON object.")
+    return content
 
 
 def digest(parts: Iterable[bytes]) -> str:
@@ -86,31 +91,26 @@ def weights_digest(networks: Iterable[nn.Module]) -> str:
     return digest(w[:: max(1, len(w) // 64)].float().cpu().numpy().tobytes() for w in weights)
 
 
-# ---- config.json ---------------------------------------------------------------------------------
+# ---- config.json: program, settings, digests of what a result depends on beside them -------------
 
 
-def make_record(config, prompts: list[str], files: list[Path], pipe) -> dict:
-    """What config.json holds, as JSON gives it back: the program, its settings, and digests of what
-    a result depends on beside them."""
-    settings = {
-        name: "inf" if value == math.inf else value  # which JSON has no number for
-        for name, value in vars(config).items()
-    }
-    digests = {
+def digests(prompts: list[str], reward: list, pipe) -> dict[str, str]:
+    """Of prompts as read, the Python files of the reward's components, pretrained weights."""
+    files = dict.fromkeys(c.source for c in reward if c.source.endswith(".py"))
+    return {
         "prompts_digest": digest(prompt.encode() for prompt in prompts),
-        "reward_digest": digest(file.read_bytes() for file in files),
+        "reward_digest": digest(Path(file).read_bytes() for file in files),
         "model_digest": weights_digest([pipe.unet, pipe.vae, pipe.text_encoder]),
     }
-    return json.loads(json.dumps({"program": config.program, **settings, **digests}))
 
 
 def as_today(record: dict) -> dict:
-    """A record of any age: a reward was one string, DPO and others losses of prdp.py."""
+    """A record of any age: once a reward was one string, and DDPO a loss of prdp.py."""
     record = dict(record)
     if isinstance(record.get("reward"), str):
         record["reward"] = next(csv.reader([record["reward"]], skipinitialspace=True))
     loss = record.get("loss", "prdp")
-    record.setdefault("program", LOSSES.get(loss, f"--loss {loss}"))
+    record.setdefault("program", OF_LOSS.get(loss, f"--loss {loss}"))
     return record
 
 
@@ -119,9 +119,10 @@ def read_settings(run: Path, kind: type) -> dict:
     what = f"--resume {run}: its config.json"
     record = as_today(read_json(run / "config.json", what))
     if record["program"] != kind.program:
-        began = record["program"]
-        remedy = f"python {began} --resume {run}" if began.endswith(".py") else "a new --out"
-        raise InputError(f"--resume {run}: began with {began}; go on with {remedy}.")
+        remedy = "a new --out"
+        if record["program"].endswith(".py"):
+            remedy = f"python {record['program']} --resume {run}"
+        raise InputError(f"--resume {run}: began with {record['program']}; go on with {remedy}.")
     fields = [field for field in dataclasses.fields(kind) if field.name in record]
     with reading(what):
         return {field.name: type(field.default)(record[field.name]) for field in fields}
@@ -138,45 +139,45 @@ def require_same(then: dict, now: dict, what: str) -> None:
             raise InputError(f"{what}: {change}; restore that, or choose a new --out.")
 
 
-# ---- Checkpoints ---------------------------------------------------------------------------------
-
-
-def is_used(run: Path) -> bool:
-    """Does a folder hold a run that has done an epoch, or anything of ours that no run explains?
-    Files of other names do not matter."""
-    if not run.is_dir():
-        return run.exists()
-    ours = {path.name for path in run.iterdir()} & OURS
-    if "config.json" not in ours or read_metrics(run):
-        return bool(ours)
-    try:
-        done = (run / "checkpoint" / "state.pt").exists() and read_state(run)["epoch"] > 0
-    except InputError:
-        return True  # perhaps of use to somebody
-    return done or bool(ours - {"config.json", "samples", "checkpoint", "metrics.jsonl"})
+# ---- A run's epochs ------------------------------------------------------------------------------
 
 
 def open_run(config) -> dict:
-    """The last checkpoint of a run that goes on, of a new one epoch 0; InputError where --out is in
-    use or --resume cannot be read."""
-    out = Path(config.out)
+    """The last checkpoint of a run that goes on, epoch 0 of a new one; InputError where --out is in
+    use, or the checkpoint is not this run's."""
+    out, what = Path(config.out), f"--resume {config.out}"
     if not config.resume:
         if on_rank_0(lambda: is_used(out)):
-            remedy = f"choose another, or go on with --resume {out}"
-            raise InputError(f"--out {out}: in use; {remedy}.")
+            raise InputError(f"--out {out}: in use; choose another, or go on with {what}.")
         return {"epoch": 0}
-    saved = load_state(out)
+    saved = read_state(out)
+    require_same(saved["record"], as_today(read_json(out / "config.json", what)), what)
     if saved["epoch"] > config.epochs:
         raise InputError(f"--epochs {config.epochs}: the run has done {saved['epoch']}.")
     return saved
 
 
-def begin(config, record: dict, saved: dict, learning: tuple) -> list[dict]:
-    """All has been read: compare, load, and only then write; the rows of epochs that stand.
+def is_used(run: Path) -> bool:
+    """Does a folder hold a run that has done an epoch, or what no failed start explains? Files of
+    other names do not matter."""
+    if not run.is_dir():
+        return run.exists()
+    ours = {path.name for path in run.iterdir()} & OURS
+    if "config.json" not in ours or not ours <= STARTED or read_metrics(run):
+        return bool(ours)
+    try:
+        return "checkpoint" in ours and read_state(run)["epoch"] > 0
+    except InputError:
+        return True  # perhaps of use to somebody
 
-    learning: the weights by name, their optimizer, and the program's own state or None.
-    """
+
+def begin(config, digests: dict, saved: dict, learning: tuple) -> tuple[dict, list[dict]]:
+    """All has been read: compare, load, and only then write. Returns what config.json holds, and
+    the rows of metrics.jsonl so far. learning: the weights by name, their optimizer, and the
+    program's own state or None."""
     out, what = Path(config.out), f"--resume {config.out}"
+    settings = {name: "inf" if x == math.inf else x for name, x in vars(config).items()}
+    record = json.loads(json.dumps({"program": config.program, **settings, **digests}))
     if config.resume:
         require_same(saved["record"], record, what)
     if saved["epoch"]:
@@ -186,7 +187,7 @@ def begin(config, record: dict, saved: dict, learning: tuple) -> list[dict]:
     if not saved["epoch"]:  # a folder with metrics always has a checkpoint
         save_state(out, record, 0, {})
     write_metrics(out, rows)
-    return rows
+    return record, rows
 
 
 def end_epoch(config, record: dict, rows: list[dict], learning: tuple) -> None:
@@ -207,36 +208,21 @@ def save_state(run: Path, record: dict, epoch: int, state: dict) -> None:
             torch.save({"version": VERSION, "record": record, "epoch": epoch, **state}, temporary)
 
 
-def load_state(run: Path) -> dict:
-    """What `save_state` saved, on the CPU, in every process; InputError unless it fits the run's
-    config.json. Only rank 0 needs the folder."""
-
-    def read() -> dict:
-        state, what = read_state(run), f"--resume {run}"
-        record = read_json(run / "config.json", what)
-        require_same(state["record"], as_today(record), what)
-        return state
-
-    return share_state(read() if rank() == 0 else None)
-
-
 def read_state(run: Path) -> dict:
     """state.pt, whole, on the CPU; InputError for none, a damaged or a foreign one."""
-    path = run / "checkpoint" / "state.pt"
+    path, what = run / "checkpoint" / "state.pt", f"--resume {run}"
     if not path.is_file():
-        raise InputError(f"--resume {run}: has no checkpoint to go on from.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        raise InputError(f"{what}: has no checkpoint to go on from.")
+    try:  # mapped, where weights are copied to a GPU: several processes share the memory
+        options = {"weights_only": True, "mmap": torch.cuda.is_available()}
+        state = torch.load(path, map_location="cpu", **options)
     except Exception as error:  # of many kinds
-        raise InputError(f"--resume {run}: {path} is damaged or cannot be read.") from error
-    layout = {"version": int, "record": dict, "epoch": int}
-    if isinstance(state, dict) and state.get("epoch") != 0:
-        layout |= {"unet": dict, "optimizer": dict}
-    if not isinstance(state, dict) or any(type(state.get(n)) is not k for n, k in layout.items()):
-        raise InputError(f"--resume {run}: {path} is no checkpoint of a run.")
+        raise InputError(f"{what}: {path} is damaged or cannot be read.") from error
+    if not isinstance(state, dict) or not {"version", "record", "epoch"} <= state.keys():
+        raise InputError(f"{what}: {path} is no checkpoint of a run.")
     if state["version"] not in (3, VERSION):
         version = f"of version {state['version']}, and this is {VERSION}"
-        raise InputError(f"--resume {run}: its checkpoint is {version}.")
+        raise InputError(f"{what}: its checkpoint is {version}.")
     return state
 
 
@@ -244,9 +230,9 @@ def restore(state: dict, weights: dict[str, Tensor], optimizer, program, what: s
     """Put a state's weights, moments and the program's own state in place; InputError unless there
     is one for each weight, of its shape."""
     shapes = {name: weight.shape for name, weight in weights.items()}
-    moments = [moment["exp_avg"].shape for moment in state["optimizer"]["state"].values()]
-    saved = {name: weight.shape for name, weight in state["unet"].items()}
-    if saved != shapes or moments != list(shapes.values()):
+    saved = {name: weight.shape for name, weight in state.get("unet", {}).items()}
+    moments = state.get("optimizer", {}).get("state", {}).values()
+    if saved != shapes or [x["exp_avg"].shape for x in moments] != list(shapes.values()):
         raise InputError(f"{what}: its checkpoint is of a network with other weights.")
     optimizer.load_state_dict(state["optimizer"])
     with torch.no_grad():
@@ -256,26 +242,19 @@ def restore(state: dict, weights: dict[str, Tensor], optimizer, program, what: s
         program.load_state_dict(state.get("program", {"latest": state.get("latest", {})}))
 
 
-# ---- metrics.jsonl -------------------------------------------------------------------------------
-
-
 def read_metrics(run: Path) -> list[dict]:
     """The rows of metrics.jsonl, epochs rising, without lines that are none (torn or foreign)."""
     path, rows = run / "metrics.jsonl", []
     lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
     for line in lines:
-        try:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             row = json.loads(line)
-            numbers = [row[name] + 0.0 for name in ("epoch", "reward_mean")]
-        except (ValueError, TypeError, KeyError):
-            continue
-        if numbers[0] > (rows[-1]["epoch"] if rows else 0):
-            rows.append(row)
+            last = rows[-1]["epoch"] if rows else 0
+            if row["epoch"] > last and isinstance(row["reward_mean"], (int, float)):
+                rows.append(row)
     return rows
 
 
 def write_metrics(run: Path, rows: list[dict]) -> None:
-    """metrics.jsonl, whole, a row a line; strict JSON."""
-    if rank() == 0:
-        with writing(run / "metrics.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+    """metrics.jsonl, a row a line; strict JSON."""
+    write_text(run / "metrics.jsonl", "".join(json.dumps(r, allow_nan=False) + "\n" for r in rows))

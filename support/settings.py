@@ -1,31 +1,40 @@
-"""The settings that any such program has: its folder, its machine; and settings from flags."""
-
-from __future__ import annotations
+"""The settings that any such program has, of its folder and its machine; settings from flags."""
 
 import dataclasses
 import importlib.util
+import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 
 from support import run_folder
-from support.cli import InputError, Parser, flag, option
-from support.distributed import on_rank_0, processes, start_processes
+from support.cli import InputError, Parser, command, flag, option
+from support.distributed import end_processes, processes, say, start_processes
 
+ROOT = Path(__file__).resolve().parents[1]
 UNBOUNDED = ("clip_range", "max_grad_norm")  # inf: neither clips
-MAY_BE_0 = ("seed", "weight_decay", "microbatch", "lora_rank")
+LEAST = dict.fromkeys(("seed", "weight_decay", "microbatch", "lora_rank"), 0)  # others: above 0
+LEAST["guidance_scale"] = 1  # no guidance; what is less is 1 to diffusers' pipelines
 
 
 @dataclasses.dataclass
 class RunSettings:
-    """Where a run goes and how it uses the machine. What it computes is a subclass's."""
+    """What goes into a run, where it goes, and how it uses the machine; a subclass has the rest."""
 
     program: ClassVar[str]  # its command, from the folder of the project
     presets: ClassVar[dict[str, dict]]  # name -> settings that differ from the defaults
     unused: ClassVar[tuple[str, ...]] = ()  # fields of a base class that mean nothing here
+    resolve_reward: ClassVar[Callable]  # the same words, with absolute paths
 
-    out: str = flag("", "run folder, new or empty (default: runs/PRESET)", group="run")
+    model: str = flag("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1 or 2, hub id or folder",
+                      group="run")  # fmt: skip
+    reward: tuple = flag(("hpsv2",), "what to maximise, see rewards.py", nargs="+", type=str)
+    prompts: tuple = flag((f"{ROOT}/prompts/animals.txt",), "files", nargs="+", type=str)
+    seed: int = flag(0, "of the prompts drawn and of the noise")
+    out: str = flag("", "run folder, new or empty (default: runs/PRESET)")
     resume: str = flag("", "run folder to go on with, under its own settings", metavar="RUN")
     save_every: int = flag(1, "epochs between checkpoints")
     sample_every: int = flag(10, "epochs between sample grids")
@@ -38,13 +47,18 @@ class RunSettings:
     offload: str = flag("auto", "idle networks on the CPU; auto: if < 40 GB", "auto", "on", "off")
     compile: bool = flag(False, "torch.compile the UNet's passes; minutes of start-up")
 
-    def resolved(self) -> RunSettings:
+    def resolved(self):
         """The settings as they act: "auto" decided for this machine, paths absolute. InputError for
         settings that cannot run."""
-        memory = gpu_memory()
+        self.check()
+        memory = 0.0
+        if torch.cuda.is_available():
+            memory = float(torch.cuda.get_device_properties(0).total_memory)
         acting = {"out": str(Path(self.resume or self.out or "runs/run").absolute())}
-        if self.resume:
-            acting["resume"] = acting["out"]
+        acting["reward"] = self.resolve_reward(self.reward)
+        acting["prompts"] = tuple(str(Path(file).absolute()) for file in self.prompts)
+        if Path(self.model).exists():
+            acting["model"] = str(Path(self.model).absolute())
         if self.dtype == "auto":
             on_gpu = "bf16" if self.updates_per_epoch == 1 else "tf32"
             acting["dtype"] = on_gpu if memory else "fp32"
@@ -52,28 +66,22 @@ class RunSettings:
             acting["offload"] = "on" if 0 < memory < 40e9 else "off"
         if self.microbatch == 0:
             acting["microbatch"] = 16 if memory >= 120e9 else 8
-        config = dataclasses.replace(self, **acting)
-        config.check_numbers()
-        if config.log_to != "none" and importlib.util.find_spec(config.log_to) is None:
-            remedy = f"not installed; pip install {config.log_to}"
-            raise InputError(f"--log-to {config.log_to}: {remedy}.")
-        return config
+        self.check_numbers()
+        if self.log_to != "none" and importlib.util.find_spec(self.log_to) is None:
+            raise InputError(f"--log-to {self.log_to}: not installed; pip install {self.log_to}.")
+        return dataclasses.replace(self, **acting)
 
     def check_numbers(self) -> None:
         for name, value in vars(self).items():
             if type(value) not in (int, float):
                 continue
-            if not (value > 0 or (value == 0 and name in MAY_BE_0)):
-                raise InputError(f"{option(name)} {value}: too small.")
+            if not value >= LEAST.get(name, 0) or (value == 0 and name not in LEAST):
+                least = f"at least {LEAST[name]}" if name in LEAST else "above 0"
+                raise InputError(f"{option(name)} {value}: must be {least}.")
             if value >= 2**40 and name not in UNBOUNDED:
                 raise InputError(f"{option(name)} {value}: too large.")
-
-
-def gpu_memory() -> float:
-    """Bytes of this process's GPU; 0 without one."""
-    if not torch.cuda.is_available():
-        return 0.0
-    return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+        if self.prompts_per_epoch % processes():
+            raise InputError(f"--prompts-per-epoch: must be a multiple of {processes()} processes.")
 
 
 def set_precision(dtype: str) -> torch.dtype | None:
@@ -82,15 +90,12 @@ def set_precision(dtype: str) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(dtype)
 
 
-def parse_settings(kind: type[RunSettings], about: str, argv: list[str]) -> RunSettings:
+def parse_settings(kind: type[RunSettings], argv: list[str]) -> RunSettings:
     """A command line over the preset; with --resume, over the settings of the run."""
-    presets = [
-        f"  {name}: {' '.join(f'{k}={v}' for k, v in settings.items())}"
-        for name, settings in kind.presets.items()
-    ]
-    parser = Parser(description=about, epilog="\n".join(["presets:", *presets]))
-    options = {"choices": kind.presets, "help": "settings to begin with (default: small)"}
-    parser.add_argument("--preset", **options)
+    about = sys.modules[kind.__module__].__doc__.split("\n\nPaper ")[0]
+    parser = Parser(description=about)
+    choices = {"choices": kind.presets, "help": "settings to begin with (default: small)"}
+    parser.add_argument("--preset", **choices)
     parser.add_fields(f for f in dataclasses.fields(kind) if f.name not in kind.unused)
     given = vars(parser.parse_args(argv))
     start_processes()
@@ -102,10 +107,23 @@ def parse_settings(kind: type[RunSettings], about: str, argv: list[str]) -> RunS
     run = Path(given["resume"])
     if preset or "out" in given:
         raise InputError(f"--resume {run}: not with --preset or --out; the run has its own.")
-    saved = kind(**on_rank_0(lambda: run_folder.read_settings(run, kind)))
+    saved = kind(**run_folder.read_settings(run, kind))
     config = dataclasses.replace(saved, **given).resolved()
     for name in given.keys() - run_folder.MAY_DIFFER:
         if getattr(config, name) != getattr(saved, name):
             began = f"the run began with {getattr(saved, name)}"
             raise InputError(f"{option(name)} {given[name]}: {began}.")
     return config
+
+
+def run_command(kind: type[RunSettings], run: Callable, argv: list[str] | None = None) -> None:
+    """A program's `main`: its command line, and what it does with it."""
+    with command(kind.program):
+        config = parse_settings(kind, sys.argv[1:] if argv is None else argv)
+        try:
+            run(config)
+        except KeyboardInterrupt:
+            again = f"python {kind.program} --resume {shlex.quote(config.out)}"
+            say(f"stopped; once epochs have begun, go on with: {again}")
+            raise
+        end_processes()
