@@ -222,9 +222,9 @@ def or_kernel(function: Callable) -> Callable:
     """On CUDA tensors the kernel of this name runs, which computes the same."""
 
     @functools.wraps(function)
-    def chosen(noise_pred: Tensor, x_t: Tensor, *rest):
+    def chosen(noise_pred: Tensor, x_t: Tensor, *rest, **named):
         kernels = load_kernels()[0] if x_t.is_cuda and noise_pred.dtype != torch.float64 else None
-        return getattr(kernels, function.__name__, function)(noise_pred, x_t, *rest)
+        return getattr(kernels, function.__name__, function)(noise_pred, x_t, *rest, **named)
 
     return chosen
 

@@ -1,10 +1,7 @@
-"""The fused kernels and their eager references, against float64 autograd and plain numbers.
+"""The Triton kernels, against prdp.py's functions of the same names, float64 autograd and plain
+numbers. On a machine without a GPU Triton's interpreter runs them."""
 
-On a machine without a GPU Triton's interpreter runs the kernels.
-"""
-
-from __future__ import annotations
-
+import importlib.util
 import math
 import subprocess
 import sys
@@ -14,10 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
 import prdp
-from tests.conftest import ROOT, SD14_SCHEDULER, needs_gpu, script
+from conftest import ROOT, SD14_SCHEDULER, needs_gpu
 
+pytest.importorskip("triton", reason="no triton for this system: prdp.py's own functions run")
+spec = importlib.util.spec_from_file_location("log_prob", ROOT / "kernels" / "log_prob.py")
+kernels = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernels)
+pytestmark = pytest.mark.gpu  # without one they run too, but `-m gpu` selects them
+
+plain_log_prob, plain_sample = prdp.guided_log_prob.__wrapped__, prdp.guided_sample.__wrapped__
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAST = 49  # the step of smallest sigma, 0.0206, and of the largest log-prob, about 2.5
@@ -27,20 +30,6 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 each_shape = pytest.mark.parametrize(  # B = 1; odd and less than a block; several blocks a row
     "shape", [(1, 4, 8, 8), (3, 3, 5, 7), (2, 4, 64, 64)]
 )
-
-
-@pytest.fixture
-def fused(monkeypatch) -> None:
-    """kernels' public functions run Triton: on the GPU, or on the CPU in Triton's interpreter."""
-    pytest.importorskip("triton", reason="no triton for this system: only the references run")
-    monkeypatch.setattr("kernels.log_prob.path", lambda device: kernels.log_prob.TRITON)
-
-
-@pytest.fixture(params=["eager", "fused"])
-def either_path(request, monkeypatch) -> None:
-    monkeypatch.setattr("kernels.log_prob.path", lambda device: "eager")  # on a GPU too
-    if request.param == "fused":
-        request.getfixturevalue("fused")
 
 
 def denoising_step(shape: tuple[int, ...], dtype: torch.dtype, steps: list[int] | None = None):
@@ -53,7 +42,7 @@ def denoising_step(shape: tuple[int, ...], dtype: torch.dtype, steps: list[int] 
     a, b, sigma = (column[steps] for column in schedule[1:])
     noise_pred = torch.randn(2 * shape[0], *shape[1:]).to(dtype)
     x_t, noise = torch.randn(2, *shape)
-    x_prev, _ = kernels.guided_sample_ref(noise_pred, x_t, noise, a, b, sigma, GUIDANCE)
+    x_prev, _ = plain_sample(noise_pred, x_t, noise, a, b, sigma, GUIDANCE)
     step = {"noise_pred": noise_pred, "x_t": x_t, "x_prev": x_prev}
     step |= {"coef_sample": a, "coef_noise": b, "sigma": sigma}
     return {name: x.to(DEVICE) for name, x in step.items()} | {"guidance_scale": GUIDANCE}
@@ -77,12 +66,12 @@ def value_and_gradient(function, step: dict, upstream: Tensor | float = 1.0, dty
 
 @each_dtype
 @each_shape
-def test_fused_log_prob_and_gradient_equal_float64_autograd(fused, shape, dtype):
+def test_log_prob_and_gradient_equal_float64_autograd(shape, dtype):
     """Values to rounding in float64, gradients to twice PyTorch's own rounding to the dtype."""
     step = denoising_step(shape, dtype)
     upstream = torch.randn(shape[0], dtype=torch.float64, device=DEVICE)
     expected, exact = value_and_gradient(normal_log_prob, step, upstream, torch.float64)
-    theirs, torchs = value_and_gradient(kernels.guided_log_prob_ref, step, upstream)
+    theirs, torchs = value_and_gradient(plain_log_prob, step, upstream)
     values, ours = value_and_gradient(kernels.guided_log_prob, step, upstream)
     torch.testing.assert_close(theirs, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
@@ -96,7 +85,7 @@ def test_fused_log_prob_and_gradient_equal_float64_autograd(fused, shape, dtype)
 
 
 @each_dtype
-def test_fused_log_prob_errs_by_less_than_a_hundredth_of_the_clip_range(fused, dtype):
+def test_log_prob_errs_by_less_than_a_hundredth_of_the_clip_range(dtype):
     """At the last step of SD v1.4, sigma = 0.0206, where float32 residuals alone cost 4e-8."""
     step = denoising_step((2, 4, 64, 64), dtype, [LAST, LAST])
     assert step["sigma"].tolist() == pytest.approx([0.0206, 0.0206], abs=5e-5)
@@ -105,28 +94,24 @@ def test_fused_log_prob_errs_by_less_than_a_hundredth_of_the_clip_range(fused, d
     assert exact.mean().item() == pytest.approx(2.46, abs=0.05)
 
 
-def test_log_prob_takes_two_halves_any_strides_and_leaves_its_inputs(either_path):
-    """The bits of value and gradient are those of one contiguous tensor."""
+def test_log_prob_takes_any_strides_and_leaves_its_inputs():
+    """The bits of value and gradient are those of contiguous tensors."""
     step = denoising_step((3, 3, 5, 7), torch.bfloat16)
     log_prob, gradient = value_and_gradient(kernels.guided_log_prob, step)
-
     strided = {k: step[k].mT.contiguous().mT for k in ("x_t", "x_prev")}
     for k in ("coef_sample", "coef_noise", "sigma"):
         strided[k] = torch.stack([step[k], step[k]], 1)[:, 0]
+    noise_pred = step["noise_pred"].to(memory_format=torch.channels_last, copy=True)
     copies = {k: x.clone() for k, x in strided.items()}
-    halves = [
-        half.to(memory_format=torch.channels_last, copy=True).requires_grad_()
-        for half in step["noise_pred"].chunk(2)
-    ]
-    again = kernels.guided_log_prob(**{**step, **strided, "noise_pred": halves})
-    again.sum().backward()
-    assert torch.equal(again, log_prob)
-    assert torch.equal(torch.cat([half.grad for half in halves]), gradient)
+    again = value_and_gradient(
+        kernels.guided_log_prob, {**step, **strided, "noise_pred": noise_pred}
+    )
+    assert torch.equal(again[0], log_prob) and torch.equal(again[1], gradient)
     assert all(torch.equal(x, copies[k]) for k, x in strided.items())
-    assert torch.equal(torch.cat(halves), step["noise_pred"])
+    assert torch.equal(noise_pred, step["noise_pred"])
 
 
-def test_fused_bits_repeat_and_do_not_depend_on_the_other_rows(fused):
+def test_bits_repeat_and_do_not_depend_on_the_other_rows():
     step = denoising_step((3, 4, 16, 16), torch.bfloat16)
     log_prob, gradient = value_and_gradient(kernels.guided_log_prob, step)
     again = value_and_gradient(kernels.guided_log_prob, step)
@@ -147,8 +132,8 @@ def clip_at(log_prob: Tensor, moved: float | Tensor, clip_range: float) -> dict:
 
 @each_dtype
 @each_shape
-def test_sample_is_the_references_and_scores_again_to_the_bit(either_path, shape, dtype):
-    """x_prev has the reference's bits; its log-prob those of re-scoring, and the oracle's value."""
+def test_sample_is_the_plain_one_and_scores_again_to_the_bit(shape, dtype):
+    """x_prev has the bits of prdp.py's; its log-prob those of re-scoring, and the oracle's value."""
     step = denoising_step(shape, dtype)
     del step["x_prev"]
     noise = torch.randn(shape)
@@ -156,7 +141,7 @@ def test_sample_is_the_references_and_scores_again_to_the_bit(either_path, shape
     assert x_prev.dtype == torch.float32 and log_prob.dtype == torch.float64
     assert not log_prob.requires_grad
     on_cpu = {k: x.cpu() if isinstance(x, Tensor) else x for k, x in step.items()}
-    assert torch.equal(x_prev.cpu(), kernels.guided_sample_ref(**on_cpu, noise=noise)[0])
+    assert torch.equal(x_prev.cpu(), plain_sample(**on_cpu, noise=noise)[0])
 
     step["x_prev"] = x_prev
     assert torch.equal(log_prob, kernels.guided_log_prob(**step))
@@ -167,7 +152,7 @@ def test_sample_is_the_references_and_scores_again_to_the_bit(either_path, shape
 
 
 @pytest.mark.parametrize("clip_range", [2.0**-20, 2.0**-10, math.inf])
-def test_log_ratio_is_clipped_and_its_gradient_passes_at_the_edge(either_path, clip_range):
+def test_log_ratio_is_clipped_and_its_gradient_passes_at_the_edge(clip_range):
     """Rows inside, outside and exactly on either edge: Eqs. 19 and 20 in plain numbers."""
     step = denoising_step((7, 2, 3, 3), torch.float32, [40] * 7)
     edge = min(clip_range, 1.0)
@@ -197,16 +182,15 @@ def test_log_ratio_is_clipped_and_its_gradient_passes_at_the_edge(either_path, c
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-6, atol=1e-12)
 
 
-def test_fused_log_ratio_passes_nan_on_as_the_reference(fused):
+def test_log_ratio_passes_nan_on():
     step = denoising_step((2, 2, 3, 3), torch.float32)
     step["noise_pred"][0, 0, 0, 0] = math.nan
     step |= clip_at(torch.ones(2, dtype=torch.float64, device=DEVICE), 0.0, 1e-6)
-    for function in (kernels.guided_log_ratio, kernels.guided_log_ratio_ref):
-        assert [x.isnan().tolist() for x in function(**step)] == [[True, False]] * 3
+    assert [x.isnan().tolist() for x in kernels.guided_log_ratio(**step)] == [[True, False]] * 3
 
 
-def test_references_are_numpy_loops():
-    """Element by element; and a float64 noise_pred runs the reference on every device."""
+def test_plain_log_prob_is_a_numpy_loop():
+    """Element by element; and a float64 noise_pred runs the plain form on every device."""
     step = denoising_step((2, 2, 3, 3), torch.float64)
     numbers = {k: x.cpu().double().numpy() for k, x in step.items() if isinstance(x, Tensor)}
     expected = np.zeros(2)
@@ -217,9 +201,9 @@ def test_references_are_numpy_loops():
             mean = a * numbers["x_t"][m][i] + b * (u + GUIDANCE * (c - u))
             z = (numbers["x_prev"][m][i] - mean) / sigma
             expected[m] += (-0.5 * z * z - np.log(sigma * np.sqrt(2 * np.pi))) / 18
-    np.testing.assert_allclose(kernels.guided_log_prob(**step).cpu(), expected, rtol=1e-12)
-    leaf = step.pop("noise_pred").requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: kernels.guided_log_prob(noise_pred=x, **step), leaf)
+    np.testing.assert_allclose(prdp.guided_log_prob(**step).cpu(), expected, rtol=1e-12)
+    leaf, rest = step["noise_pred"].requires_grad_(), list(step.values())[1:]
+    assert torch.autograd.gradcheck(lambda x: prdp.guided_log_prob(x, *rest), leaf)
 
 
 @pytest.mark.parametrize(
@@ -249,38 +233,38 @@ def test_wrong_shapes_are_named(name, shape):
         assert str(shape) in str(error.value)
 
 
-def test_without_triton_or_gpu_the_references_run():
-    """Importing kernels needs torch alone and prints nothing; `path` says why references run."""
+def test_kernels_refuse_what_is_not_on_a_gpu(monkeypatch):
+    step = denoising_step((2, 2, 3, 3), torch.float32)
+    cpu = {k: x.cpu() if isinstance(x, Tensor) else x for k, x in step.items()}
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="CUDA"):
+        kernels.guided_log_prob(**cpu)
+
+
+def test_without_triton_the_plain_forms_run():
+    """And `load_kernels` says why."""
     script = """if True:
         import sys; sys.modules['triton'] = None
-        import torch, kernels
-        rows = torch.rand(3, 2).double() + 0.1
-        args = torch.randn(4, 3, 5), *torch.randn(2, 2, 3, 5), *rows, 5.0
-        assert torch.equal(kernels.guided_log_prob(*args), kernels.guided_log_prob_ref(*args))
-        print(*(kernels.path(torch.device(kind)) for kind in ('cpu', 'cuda')), sep='; ')
+        import torch, prdp
+        torch.cuda.is_available = lambda: True
+        print(prdp.load_kernels())
     """
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.strip() == "eager (no CUDA device); eager (triton not installed)"
-
-
-def test_benchmark_quick_prints_its_tables():
-    """On a CPU; the on-policy gap it measures is exactly 0."""
-    flags = ("--quick", "--dtypes", "bf16")
-    code, out, errors = script(ROOT / "kernels" / "benchmark.py", *flags)
-    assert code == 0, errors
-    assert "failed" not in out
-    tables = {part.strip()[:3]: part.split("\n") for part in out.split("\n## ")[1:]}
-    assert tables.keys() >= {"(a)", "(b)", "(c)", "(d)"}
-    for name in ("(b)", "(c)"):
-        rows = [line.strip("|").split("|") for line in tables[name] if line.startswith("|")]
-        gaps = {cells[-1].strip() for cells in rows[2:]}
-        assert gaps - {""} == {"0.0"}
+    assert done.stdout.strip() == "(None, 'eager (triton is not installed)')"
 
 
 @needs_gpu
-def test_fused_passes_never_wait_for_the_gpu(fused):
+def test_prdp_runs_the_kernels_on_a_gpu():
+    step = denoising_step((2, 4, 8, 8), torch.bfloat16)
+    module, words = prdp.load_kernels()
+    assert words == "Triton kernels"
+    assert torch.equal(prdp.guided_log_prob(*step.values()), module.guided_log_prob(**step))
+
+
+@needs_gpu
+def test_passes_never_wait_for_the_gpu():
     step = denoising_step((2, 4, 8, 8), torch.bfloat16)
     value_and_gradient(kernels.guided_log_prob, step)  # compiles
     torch.cuda.set_sync_debug_mode("error")
@@ -291,19 +275,19 @@ def test_fused_passes_never_wait_for_the_gpu(fused):
 
 
 @needs_gpu
-def test_fused_rows_beyond_two_billion_elements(fused):
+def test_rows_beyond_two_billion_elements():
     """Row offsets are int64: the last of 2^17 + 1 rows of 2^14 elements is as row 0, its copy."""
     if torch.cuda.mem_get_info()[0] < 60e9:
         pytest.skip("needs 60 GB of GPU memory")
     rows, step = 2**17 + 1, denoising_step((1, 4, 64, 64), torch.float16, [LAST])
     many = {k: x.expand(rows, *x.shape[1:]).contiguous() for k, x in list(step.items())[1:-1]}
-    u, c = (
-        half[None].expand(rows, -1, -1, -1).contiguous().requires_grad_()
-        for half in step["noise_pred"]
-    )
-    log_prob = kernels.guided_log_prob((u, c), **many, guidance_scale=GUIDANCE)
+    u, c = step["noise_pred"]
+    noise_pred = torch.cat([u.expand(rows, -1, -1, -1), c.expand(rows, -1, -1, -1)])
+    noise_pred.requires_grad_()
+    log_prob = kernels.guided_log_prob(noise_pred, **many, guidance_scale=GUIDANCE)
     log_prob.sum().backward()
     assert (log_prob == log_prob[0]).all()
-    assert torch.equal(c.grad[0], c.grad[-1]) and torch.equal(u.grad[0], u.grad[-1])
+    for half in noise_pred.grad.chunk(2):
+        assert torch.equal(half[0], half[-1])
     expected = normal_log_prob(**step)
     torch.testing.assert_close(log_prob[:1].detach(), expected, rtol=1e-12, atol=1e-12)

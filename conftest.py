@@ -1,6 +1,4 @@
-"""What the tests share: one thread, a tiny Stable Diffusion, and the command line."""
-
-from __future__ import annotations
+"""What the tests share: one thread, no GPU unless asked for, a tiny Stable Diffusion, commands."""
 
 import json
 import os
@@ -9,19 +7,22 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+if "gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:  # `pytest -m gpu` is for one
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from torch import Tensor
 
-# Triton's interpreter runs the kernels on the CPU. It is chosen where they are decorated, so before
-# kernels is imported; the public functions go on running the eager references on CPU tensors, but
-# for tests that use the fixture `fused` of test_kernels.py.
+# Without a GPU Triton's interpreter runs the kernels. It is chosen where they are decorated.
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network
 
 import prdp
+from support.settings import set_precision
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
 SD14_SCHEDULER = {  # scheduler_config.json of Stable Diffusion v1.4
     "num_train_timesteps": 1000,
@@ -48,6 +49,7 @@ def needs_gpu(test: Callable) -> Callable:
 def seed() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # as torchrun does: sums, and so a run's bits, depend on the number
+    set_precision("fp32")
 
 
 @pytest.fixture(scope="session")
@@ -111,12 +113,13 @@ def tiny_config(tiny_sd: str, **changes) -> prdp.Config:
     """3 prompts x 4 images x 5 steps, in microbatches of 6."""
     settings = {
         "model": tiny_sd,
-        "reward": "incompressibility",
+        "reward": ("incompressibility",),
         "prompts_per_epoch": 3,
         "images_per_prompt": 4,
         "ddpm_steps": 5,
         "microbatch": 6,
         "clip_range": 1e-4,
+        "dtype": "fp32",
     }
     return prdp.Config(**{**settings, **changes})
 
@@ -187,7 +190,7 @@ def script(*arguments: object, processes: int = 1, timeout: float = 300) -> tupl
 
 
 def checkpoint(run: Path) -> dict:
-    return torch.load(run / "checkpoint" / "state.pt", weights_only=True)
+    return torch.load(run / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
 
 
 def metrics_of(run: Path) -> list[dict]:
