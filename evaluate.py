@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import prdp
-from rewards import load_reward, parse_reward
+from rewards import load_reward, python_files
 from support import report, run_folder
 from support.cli import InputError, Parser, command
 from support.distributed import end_processes, gather_objects, on_rank_0, processes, rank, say
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
         texts = [prompt for prompts in chosen.values() for _, prompt in prompts]
         for label, folder in folders.items():
             models = prdp.load_models(replace(config, model=folder), device, reward, learns=False)
-            inputs = run_folder.digests(texts, parse_reward(config.reward), models.sd.pipe)
+            inputs = run_folder.digests(models, texts, python_files(config.reward))
             run_folder.require_same(record["inputs"].setdefault(label, inputs), inputs, what)
             for file, prompts in chosen.items():
                 say(f"{label}: {len(prompts)} prompts of {Path(file).name}, {samples} images each")

@@ -43,7 +43,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from rewards import Reward, load_reward, parse_reward, resolve_reward
+from rewards import Reward, load_reward, python_files, resolve_reward
 from stable_diffusion import StableDiffusion, WithoutAdapters, compiled, noise_settings
 from support import report, run_folder
 from support.cli import InputError, flag
@@ -577,37 +577,41 @@ def run(
     config = replace(config, **given).resolved()
     if prompts is None:
         prompts = (text for file in config.prompts for text in load_prompts(file))
-    prompts = as_prompts(prompts)
-    saved = run_folder.open_run(config)
-    start = saved["epoch"] + 1
+    prompts = as_prompts(prompts, "--prompts")
+    with run_folder.only_writer(Path(config.out)):
+        saved = run_folder.open_run(config)
+        models = load_models(config, device, reward)
+        learned = {n: p for n, p in models.sd.unet.named_parameters() if p.requires_grad}
+        options = {"weight_decay": config.weight_decay, "fused": device.type == "cuda"}
+        optimizer = torch.optim.AdamW(learned.values(), config.learning_rate, **options)
+        learning = (learned, optimizer, state)
+        report.introduce(config, learned, load_kernels()[1], prompts, models.sd.pipe.tokenizer)
+        seconds = check_on_policy(config, models, prompts[0])
+        start = saved["epoch"] + 1
+        report.forecast(config, seconds, start)
+        before = draw_samples(config, models, models.reference, prompts)
 
-    models = load_models(config, device, reward)
-    learned = {n: p for n, p in models.sd.unet.named_parameters() if p.requires_grad}
-    options = {"weight_decay": config.weight_decay, "fused": device.type == "cuda"}
-    optimizer = torch.optim.AdamW(learned.values(), config.learning_rate, **options)
-    report.introduce(config, learned, load_kernels()[1], prompts)
-    models.sd.warn_of_long(prompts)
-    report.forecast(config, check_on_policy(config, models, prompts[0]), start)
-    before = draw_samples(config, models, models.reference, prompts)
+        digests = run_folder.digests(models, prompts, python_files(config.reward))
+        record, rows = run_folder.begin(config, digests, saved, learning)
+        del saved  # and its memory
+        track = report.open_tracker(config, record, start)
+        report.save_samples(config, 0, before, track)
+        epochs = train(config, models, optimizer, prompts, start)
+        for epoch in range(start, config.epochs + 1):
+            with report.timing() as seconds:
+                rows.append(report.as_row(epoch, next(epochs), seconds))
+            run_folder.end_epoch(config, record, rows, learning)
+            if config.keep_every and epoch % config.keep_every == 0:
+                models.sd.save(Path(config.out, "epochs", f"{epoch:04d}"), record, epoch, False)
+            report.show_epoch(config, rows, start, track)
+            if epoch % config.sample_every == 0 and epoch < config.epochs:
+                now = draw_samples(config, models, models.policy, prompts)
+                report.save_samples(config, epoch, now, track)
 
-    learning = (learned, optimizer, state)
-    digests = run_folder.digests(prompts, parse_reward(config.reward), models.sd.pipe)
-    record, rows = run_folder.begin(config, digests, saved, learning)
-    del saved  # and its memory
-    report.save_samples(config, 0, before)
-    epochs = train(config, models, optimizer, prompts, start)
-    for epoch in range(start, config.epochs + 1):
-        with report.timing() as seconds:
-            rows.append(report.as_row(epoch, next(epochs), seconds))
-        run_folder.end_epoch(config, record, rows, learning)
-        if epoch % config.sample_every == 0 and epoch < config.epochs:
-            report.save_samples(config, epoch, draw_samples(config, models, models.policy, prompts))
-        report.show_epoch(config, rows, start)
-
-    after = draw_samples(config, models, models.policy, prompts)
-    report.save_samples(config, config.epochs, after)
-    models.sd.save(Path(config.out))
-    report.compare(config, before, after)
+        after = draw_samples(config, models, models.policy, prompts)
+        report.save_samples(config, config.epochs, after, track)
+        report.compare(config, before, after)
+        models.sd.save(Path(config.out), record, config.epochs)
 
 
 def parse_args(argv: list[str], kind: type[Config] = Config) -> Config:

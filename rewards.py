@@ -82,11 +82,14 @@ class Reward:
 def checked(label: str, scorer: Scorer, images: Tensor, prompts: list[str]) -> Tensor:
     """Scores of one component, float32 (M,) on the images' device; (M, 1) will do. InputError
     unless they are M finite numbers, and for whatever the scorer raises."""
+    count = len(prompts)
     with running(f"reward {label} failed"):
         # A copy: a scorer that changes its images must not change the next one's, or the grids.
         scores = scorer(images.clone(), list(prompts))
+        if isinstance(scores, tuple) and len(scores) != count:  # as ddpo-pytorch's: scores, {}
+            raise TypeError("returned a tuple; return the scores alone")
         scores = torch.as_tensor(scores, dtype=torch.float32, device=images.device).detach()
-    count = len(prompts)
+        scores = scores.to_dense()
     if scores.shape not in ((count,), (count, 1)):
         shape = f"numbers of shape {tuple(scores.shape)} for {count} images"
         raise InputError(f"reward {label} returned {shape}.")
@@ -166,6 +169,11 @@ def resolve_reward(words: str | tuple | list) -> tuple[str, ...]:
             word += f"={component.weight}"
         resolved.append(word)
     return tuple(resolved)
+
+
+def python_files(words: tuple) -> list[str]:
+    """Those that words name, each once: code that a result depends on."""
+    return list(dict.fromkeys(c.source for c in parse_reward(words) if c.source.endswith(".py")))
 
 
 @quiet()

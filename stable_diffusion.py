@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from support.cli import InputError, reading
-from support.distributed import rank, say
+from support.distributed import rank
 from support.inputs import load_network, load_tokenizer, quiet
 from support.run_folder import read_json, writing
 
@@ -21,10 +21,32 @@ SD_SCHEDULER = dict(  # what a model's scheduler_config.json leaves open
     num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
     steps_offset=1, set_alpha_to_one=False, prediction_type="epsilon",
 )  # fmt: skip
-SUPPORTED = dict(
+SAMPLERS = (
+    "DDIM DDPM PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete DEISMultistep"
+)
+SAMPLERS += " DPMSolverMultistep DPMSolverSinglestep UniPCMultistep KDPM2Discrete"
+SUPPORTED = dict(  # of such samplers only the noise schedule is read
     beta_schedule=("scaled_linear", "linear"), prediction_type=("epsilon", "v_prediction"),
-    trained_betas=(None,), rescale_betas_zero_snr=(None, False),
+    trained_betas=(None,), rescale_betas_zero_snr=(None, False), use_flow_sigmas=(None, False),
+    _class_name=(None, *(f"{name}Scheduler" for name in SAMPLERS.split())),
 )  # fmt: skip
+# Inputs that a UNet may want beside a latent, a timestep and a text.
+OTHER_INPUTS = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type")
+OTHER_INPUTS += ("encoder_hid_dim", "encoder_hid_dim_type")
+
+
+CARD = """---
+base_model: {model}
+---
+# {name}, finetuned by {program}
+
+To epoch {epoch}, for the reward {rewards}; settings in prdp.json. Before and after:
+
+![](before_after.png)
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(THIS_FOLDER)
+    pipe(PROMPT, num_inference_steps={ddpm_steps}, guidance_scale={guidance_scale}, eta=1.0)
+"""
 
 
 def noise_settings(scheduler_config: dict) -> dict:
@@ -36,9 +58,9 @@ def noise_settings(scheduler_config: dict) -> dict:
     return {name: config[name] for name in SD_SCHEDULER}
 
 
-def find_folder(model: str) -> Path:
-    """A pipeline's folder, fetched from the hub if it is an id; InputError unless it is Stable
-    Diffusion's."""
+def find_folder(model: str) -> tuple[Path, dict]:
+    """A pipeline's folder, fetched from the hub if it is an id, and its model_index.json;
+    InputError unless it is Stable Diffusion's."""
     from diffusers import StableDiffusionPipeline
 
     what, folder = f"--model {model}", Path(model)
@@ -47,16 +69,16 @@ def find_folder(model: str) -> Path:
     if folder.is_file():
         raise InputError(f"{what}: no Stable Diffusion folder; see diffusers' from_single_file.")
     with reading(what):
-        kind = StableDiffusionPipeline.load_config(model).get("_class_name")
+        index = StableDiffusionPipeline.load_config(model)
+        kind = index.get("_class_name")
+        if kind == "StableDiffusionPipeline" and not folder.exists():
+            folder = Path(StableDiffusionPipeline.download(model))
     if kind != "StableDiffusionPipeline":
         raise InputError(f"{what}: a {kind}; only Stable Diffusion 1.x and 2.x work.")
-    if not folder.exists():
-        with reading(what):
-            folder = Path(StableDiffusionPipeline.download(model))
     for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not (folder / name).is_dir():
             raise InputError(f"{what}: no Stable Diffusion folder: has no {name}.")
-    return folder
+    return folder, index
 
 
 class StableDiffusion:
@@ -76,28 +98,39 @@ class StableDiffusion:
 
         self.device, self.autocast = device, autocast
         self.idle = torch.device("cpu") if offload else device
-        self.folder = find_folder(model)
-        what, kinds = f"--model {model}", {"unet": diffusers.UNet2DConditionModel}
-        kinds |= {"vae": diffusers.AutoencoderKL, "text_encoder": transformers.CLIPTextModel}
+        self.folder, self.index = find_folder(model)
+        self.configs, what = {}, f"--model {model}"
+        for name in ("unet", "vae", "text_encoder", "scheduler"):
+            file = "scheduler_config.json" if name == "scheduler" else "config.json"
+            found = read_json(self.folder / name / file, f"{what}: its {name}/{file}")
+            private = ("_name_or_path", "_diffusers_version", "transformers_version")
+            self.configs[name] = {key: x for key, x in found.items() if key not in private}
+        self.noise_settings = noise_settings(self.configs["scheduler"])
+        for name in OTHER_INPUTS:
+            if self.configs["unet"].get(name) is not None:
+                raise InputError(f"{what}: its unet has {name}, another input: not supported.")
+
+        kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+        kinds["text_encoder"] = transformers.CLIPTextModel
         parts = {
             name: load_network(f"{what}: its {name}", kind, self.folder, subfolder=name)
             for name, kind in kinds.items()
         }
         parts["tokenizer"] = load_tokenizer(what, self.folder, subfolder="tokenizer")
-        config = read_json(self.folder / "scheduler" / "scheduler_config.json", what)
-        self.noise_settings = noise_settings(config)
-        scheduler = diffusers.DDIMScheduler(
+        places = parts["text_encoder"].config.max_position_embeddings
+        parts["tokenizer"].model_max_length = min(parts["tokenizer"].model_max_length, places)
+        parts["scheduler"] = diffusers.DDIMScheduler(
             **self.noise_settings, timestep_spacing="leading", clip_sample=False
         )
-        unused = dict.fromkeys(("safety_checker", "feature_extractor"))
-        pipeline = diffusers.StableDiffusionPipeline
-        self.pipe = pipeline(**parts, **unused, scheduler=scheduler, requires_safety_checker=False)
+        parts |= dict.fromkeys(("safety_checker", "feature_extractor"))
+        self.pipe = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
         self.unet, self.vae = parts["unet"], parts["vae"]
-        channels, expected = self.unet.config.in_channels, self.vae.config.latent_channels
-        if channels != expected:
-            raise InputError(f"{what}: UNet of {channels} channels, VAE of {expected}.")
-        size = self.unet.config.sample_size
+        size, channels = self.unet.config.sample_size, self.unet.config.in_channels
+        if size is None or channels != self.vae.config.latent_channels:
+            raise InputError(
+                f"{what}: its unet has no sample_size, or other channels than its vae."
+            )
         sizes = size if isinstance(size, (list, tuple)) else (size, size)
         self.latent_shape = (channels, *sizes)
         self.unet.to(device)  # in eval(): with dropout passes would differ
@@ -120,12 +153,6 @@ class StableDiffusion:
         """Text embeddings (len(prompts), L, D), as the pipeline itself makes them."""
         with self.in_use(self.pipe.text_encoder):
             return self.pipe.encode_prompt(prompts, self.device, 1, False)[0]
-
-    def warn_of_long(self, prompts: list[str]) -> None:
-        """Say how many of the first 1,000 prompts the text encoder does not read to their ends."""
-        context, some = self.pipe.tokenizer.model_max_length, prompts[:1000]
-        if long := sum(len(ids) > context for ids in self.pipe.tokenizer(some).input_ids):
-            say(f"warning: {long} of {len(some)} prompts exceed {context} tokens; cut there.")
 
     @torch.no_grad()
     def decode(self, latents: Tensor, microbatch: int) -> Tensor:
@@ -161,43 +188,60 @@ class StableDiffusion:
                 layer.to(self.autocast)
         return compiled(network) if compile else network
 
-    def save(self, run: Path) -> None:
+    def save(self, run: Path, record: dict, epoch: int, merge: bool = True) -> None:
         """pipeline/, for diffusers' from_pretrained: the learned UNet, the scheduler, and all other
-        parts as they came. Of adapters, which become part of the UNet, lora/ too."""
+        parts as they came, with a model card. Of adapters lora/, for `load_lora_weights`, and with
+        `merge` a pipeline/ too, of whose UNet they become part."""
         if rank() != 0:
             return
         if hasattr(self.unet, "peft_config"):
             self.save_adapters(run)
-        index, learned = (
-            json.loads((self.folder / "model_index.json").read_text()),
-            ("unet", "scheduler"),
-        )
+            if not merge:
+                return
+            self.unet.fuse_lora()
+            self.unet.unload_lora()
+        index, files = dict(self.index), []
         with writing(run / "pipeline") as folder:
-            for name in index.keys() - set(learned):
-                for file in (self.folder / name).rglob("*"):
-                    if file.is_file():
-                        copy = folder / file.relative_to(self.folder)
-                        copy.parent.mkdir(parents=True, exist_ok=True)
-                        shutil.copyfile(file, copy)  # not its permissions: it may be read-only
-            for name in learned:
+            for name, kind in self.index.items():
+                if not isinstance(kind, list) or kind[0] is None:
+                    continue
                 part = getattr(self.pipe, name)
-                part.save_pretrained(folder / name)
-                index[name] = ["diffusers", type(part).__name__]
+                if name not in ("unet", "scheduler") and (self.folder / name).is_dir():
+                    files += (self.folder / name).rglob("*")
+                elif part is None:  # its files have gone since
+                    index[name] = [None, None]
+                else:
+                    part.save_pretrained(folder / name)
+                    index[name] = [kind[0], type(part).__name__]
+            files += [*self.folder.glob("LICEN*"), *self.folder.glob("NOTICE*")]
+            for file in files:
+                if file.is_file():
+                    copy = folder / file.relative_to(self.folder)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, copy)  # not its permissions: it may be read-only
             (folder / "model_index.json").write_text(json.dumps(index, indent=2))
-            mode = (folder / "model_index.json").stat().st_mode
+            (folder / "prdp.json").write_text(json.dumps({"epoch": epoch, **record}, indent=1))
+            card = run / "pipeline" / "README.md"
+            text = card.read_text() if card.is_file() else ""
+            if not text or "prdp.json" in text:  # else a user's own
+                named = {"name": Path(record["model"]).name, "rewards": " ".join(record["reward"])}
+                text = CARD.format(epoch=epoch, **named, **record)
+            (folder / "README.md").write_text(text)
+            if (run / "before_after.png").is_file():
+                shutil.copyfile(run / "before_after.png", folder / "before_after.png")
+            mode = (folder / "README.md").stat().st_mode
             for file in folder.rglob("*.safetensors"):
-                file.chmod(mode)  # they are for their owner alone
+                with contextlib.suppress(OSError):  # of disks without modes
+                    file.chmod(mode)  # they are for their owner alone
 
     def save_adapters(self, run: Path) -> None:
-        """lora/, for diffusers' `load_lora_weights`; then they are made part of the UNet."""
+        """lora/, for diffusers' `load_lora_weights`."""
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft import get_peft_model_state_dict
 
         adapters = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
         with writing(run / "lora") as folder:
             self.pipe.save_lora_weights(folder, unet_lora_layers=adapters)
-        self.unet.fuse_lora()
-        self.unet.unload_lora()
 
 
 # ---- Networks ------------------------------------------------------------------------------------

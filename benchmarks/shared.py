@@ -1,10 +1,6 @@
-"""What both commands share: tables whose cells may fail, the clock, and what runs where."""
-
-from __future__ import annotations
+"""What the commands here share: tables whose cells may fail, the clock, what runs where."""
 
 import gc
-import importlib
-import importlib.util
 import math
 import os
 import signal
@@ -24,19 +20,16 @@ import prdp
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-SETTINGS = ("TORCHINDUCTOR_", "TORCH_CUDNN_", "PYTORCH_")  # environment variables that change speed
+VARIABLES = ("TORCHINDUCTOR_", "TORCH_CUDNN_", "PYTORCH_")  # of the environment, that change speed
 
-show = partial(print, file=sys.stdout, flush=True)  # what runs print goes to stderr
-
-
-# ---- Tables, and cells that may fail -------------------------------------------------------------
+show = partial(print, file=sys.stdout, flush=True)  # what a run prints goes to stderr
 
 
 def table(title: str, *columns: str) -> Callable:
     """Print a heading; the function that prints a row under it, filled up with empty cells."""
 
     def row(*cells) -> None:
-        cells = [f"{c:.4g}" if isinstance(c, float) else str(c) for c in cells]
+        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells]
         show("| " + " | ".join(cells + [""] * (len(columns) - len(cells))) + " |")
 
     show(f"\n## {title}\n")
@@ -50,9 +43,14 @@ class Skipped(Exception):
 
 
 def require(needed: float, there: float, unit: str) -> None:
-    """Skipped where there is less than an estimate of what is needed."""
+    """Skipped where there is less than the estimate of what is needed."""
     if there < needed:
         raise Skipped(f"takes about {needed:.3g} {unit}, and there are {max(there, 0):.3g}")
+
+
+def require_minutes(needed: float, end: float) -> None:
+    """end: on the clock of `time.perf_counter`."""
+    require(needed, (end - time.perf_counter()) / 60, "minutes")
 
 
 def attempt(call: Callable, *args) -> Iterable:
@@ -77,33 +75,8 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-# ---- Time ----------------------------------------------------------------------------------------
-
-
-def milliseconds(call: Callable) -> list[float]:
-    """At the 20th, 50th and 80th percentile; on a GPU the cache is emptied before each call."""
-    if CUDA:
-        from triton.testing import do_bench
-
-        return list(do_bench(call, quantiles=[0.2, 0.5, 0.8]))
-    times = []
-    for _ in range(7):
-        started = time.perf_counter()
-        call()
-        times.append(1e3 * (time.perf_counter() - started))
-    return [sorted(times)[i] for i in (1, 3, 5)]
-
-
-def minutes_until(end: float) -> float:
-    """Of `time.perf_counter`'s clock."""
-    return (end - time.perf_counter()) / 60
-
-
-# ---- A command -----------------------------------------------------------------------------------
-
-
 def interrupt(*_) -> None:
-    """Ctrl-C, once: `timeout` may send it twice, and folders must be removed undisturbed."""
+    """Ctrl-C, once: `timeout` may send it twice, and temporary folders must still be removed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -111,16 +84,15 @@ def interrupt(*_) -> None:
 def print_tables(
     script: str, tables: dict[str, Callable[[float], object]], minutes: float = math.inf
 ) -> None:
-    """Say what runs where, then make each table, given when it should end; one that fails costs no
-    other."""
+    """Say what runs where, then make each table, which is told when to end."""
     signal.signal(signal.SIGINT, interrupt)
     device = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} thread(s)"
-    found = importlib.util.find_spec("triton")
-    triton = importlib.import_module("triton").__version__ if found else "not installed"
     cudnn = torch.backends.cudnn.version()  # which attention there is depends on it
+    kernels = prdp.load_kernels()[1]
+    triton = getattr(sys.modules.get("triton"), "__version__", None)
     show(f"# {device}\n")
-    show(f"torch {torch.__version__}, cuDNN {cudnn}, triton {triton}; {prdp.load_kernels()[1]}\n")
-    given = [f"{name}={x}" for name, x in sorted(os.environ.items()) if name.startswith(SETTINGS)]
+    show(f"torch {torch.__version__}, cuDNN {cudnn}, triton {triton}; log-probs: {kernels}\n")
+    given = [f"{name}={x}" for name, x in sorted(os.environ.items()) if name.startswith(VARIABLES)]
     show(f"`{' '.join([*given, 'python', script, *sys.argv[1:]])}`")
     for name, make in tables.items():
         started = time.perf_counter()

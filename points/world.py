@@ -431,13 +431,18 @@ def train(arm: Arm, seeds: list[int]) -> tuple[Tensor, Tensor]:
                 loss = trajectory_loss(arm, log_probs, *fixed)  # line 10
             (len(seeds) * loss).backward()  # the loss is a mean over seeds too: to each its own
             log_probs = log_probs.detach()  # its graph is used up
-
-            norm = weights.grad.norm(dim=1, keepdim=True)
-            weights.grad *= (1 / (norm + 1e-6)).clamp(max=1)
-            weights.grad[~norm.isfinite().squeeze(1)] = 0  # that run stays where it is
+            clip_gradients(weights)
             optimizer.step()  # line 11
             optimizer.zero_grad()
     return weights.detach(), torch.stack(curve, 1)
+
+
+def clip_gradients(weights: Tensor) -> None:
+    """Each seed's gradient to a norm of at most 1 (Table 4), and to 0 where it is not finite: that
+    run stays where it is."""
+    norm = weights.grad.norm(dim=1, keepdim=True)
+    weights.grad *= (1 / (norm + 1e-6)).clamp(max=1)
+    weights.grad[~norm.isfinite().squeeze(1)] = 0
 
 
 def noise_preference_loss(

@@ -10,6 +10,11 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message names it and the remedy."""
+
+
 # ---- Flags ---------------------------------------------------------------------------------------
 
 
@@ -51,10 +56,6 @@ class Parser(argparse.ArgumentParser):
 # ---- Errors --------------------------------------------------------------------------------------
 
 
-class InputError(Exception):
-    """Something the user gave cannot be used; the message names it and the remedy."""
-
-
 @contextlib.contextmanager
 def command(name: str) -> Iterator[None]:
     """A command's whole work: a foreseen error ends it with one sentence and exit code 2, Ctrl-C
@@ -90,35 +91,45 @@ def in_words(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'output'}: {error.strerror}; what was saved before is intact."
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        cause = " ".join(str(error).split("\n\n")[0].split())
-        return f"--compile: failed ({cause}); begin a new run without it."
+        return f"--compile: failed ({text[:200]}); begin a new run without it."
     return None
 
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turn what a missing, damaged or foreign file, or a full disk, raises into an InputError. Of
-    no other kind: a TypeError is ours."""
+    """Turn what a missing, damaged or foreign file or the hub raises into an InputError. Errors of
+    other kinds, as a TypeError, are ours."""
     try:
         yield
     except Exception as error:
-        kinds = (OSError, ValueError, EOFError, RuntimeError, pickle.UnpicklingError)
-        of_a_file = isinstance(error, kinds) or is_safetensors(error)
-        if not of_a_file or isinstance(error, torch.OutOfMemoryError):
+        kinds = (OSError, ValueError, EOFError, RuntimeError, ImportError, pickle.UnpicklingError)
+        foreign = type(error).__module__.startswith(("safetensors", "http", "huggingface_hub"))
+        memory = isinstance(error, torch.OutOfMemoryError)
+        if memory or not (foreign or isinstance(error, kinds)):
             raise
         raise InputError(f"{what}: {in_brief(error)}.") from error
 
 
-def is_safetensors(error: BaseException) -> bool:
-    return type(error).__name__ == "SafetensorError"  # not imported: torch alone is needed here
+# What the hub answers, by HTTP status.
+ANSWERS = {
+    401: "the hub wants a login (`hf auth login`), or there is no such name",
+    403: "the hub wants its licence accepted, on the page of this name",
+    404: "the hub has nothing of this name",
+    429: "the hub's limit of requests is reached; try later, or log in (`hf auth login`)",
+}
 
 
 def in_brief(error: BaseException) -> str:
-    """Why a file cannot be used, in the words of a sentence."""
+    """Why a file cannot be used, in the words of a sentence: by the kinds and the HTTP status of
+    the errors that led to this one."""
     chain = [error]
-    while chain[-1].__context__ is not None:
-        chain.append(chain[-1].__context__)
+    while chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)
     kinds = {type(link).__name__ for link in chain}
+    for link in reversed(chain):
+        status = getattr(getattr(link, "response", None), "status_code", 0)
+        if status >= 400:
+            return ANSWERS.get(status, f"the hub answered {status}; try later")
     if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError"}:
         return "not cached, and the hub is out of reach"
     if "UnpicklingError" in kinds:

@@ -1,6 +1,8 @@
 """What users and the hub give: prompts, pictures, networks, tokenizers, code."""
 
+import codecs
 import contextlib
+import csv
 import importlib.util
 import json
 import os
@@ -9,26 +11,38 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from support.cli import InputError, reading
 
+# ---- Texts and pictures --------------------------------------------------------------------------
+
 
 def load_prompts(path: str | Path) -> list[str]:
-    """Prompts of a .txt (a line each; blank and # lines skipped), .json or .jsonl file (strings, or
-    objects with a "prompt" or "caption"), in order, repeats dropped; InputError if it is none."""
+    """Prompts of a .txt (a line each; blank and # lines skipped), .csv (its column `prompt` or
+    `caption`), .json or .jsonl file (strings, or objects with one of those), in order, repeats
+    dropped; InputError if it is none."""
     what, kind = f"--prompts {path}", Path(path).suffix.lower()
     with reading(what):
-        text = Path(path).read_text(encoding="utf-8-sig")
+        data = Path(path).read_bytes()
+        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = data.decode("utf-16" if wide else "utf-8-sig")
         lines = text.split("\n")  # not splitlines(): JSON strings may hold other separators
         if kind == ".json":
             records = json.loads(text)
         elif kind == ".jsonl":
             records = [json.loads(line) for line in lines if line.strip()]
+        elif kind == ".csv":
+            records = list(csv.DictReader(text.splitlines()))
         else:
             records = [line for line in lines if not line.lstrip().startswith("#")]
-    if kind not in (".txt", ".json", ".jsonl", "") or not isinstance(records, list):
-        raise InputError(f"{what}: must be .txt, .json or .jsonl, a list of prompts.")
+    header = {cell.strip(' "\r').lower() for cell in lines[0].split(",")}
+    if "\0" in text or text.startswith("version https://git-lfs"):
+        raise InputError(f"{what}: is no text, or a Git LFS pointer in place of one.")
+    if kind in (".txt", "") and header & {"prompt", "caption"}:
+        raise InputError(f"{what}: begins as a table does; name it .csv, or take that line away.")
+    if kind not in (".txt", "", ".csv", ".json", ".jsonl") or not isinstance(records, list):
+        raise InputError(f"{what}: must be .txt, .csv, .json or .jsonl, a list of prompts.")
     return as_prompts(records, what)
 
 
@@ -48,12 +62,22 @@ def as_prompts(records: Iterable, what: str = "prompts") -> list[str]:
 
 
 def read_picture(path: str | Path, what: str) -> Tensor:
-    """A picture file's pixels, (3, H, W) uint8, RGB; InputError where it is none."""
+    """A picture file's pixels, (3, H, W) uint8, RGB, the right way up; 16 bits scaled to 8."""
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageOps
 
-    with reading(f"{what} {path}"):
-        return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+    path = Path(path).expanduser()
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode[0] in "IF":  # one channel of 16 or 32 bits, or of floats
+            values = np.asarray(image, dtype=float)
+            tops = [1.0] * (image.mode == "F") + [255.0] * (";16" not in image.mode) + [65535.0]
+            top = next((top for top in tops if values.max() <= top), values.max())
+            image = Image.fromarray((255 * values.clip(0) / top).round().astype("uint8"))
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except Exception as error:  # Pillow's are of many kinds
+        why = getattr(error, "strerror", None) or f"no picture that can be read ({error})"
+        raise InputError(f"{what} {path}: {why}.") from error
 
 
 # ---- Networks ------------------------------------------------------------------------------------
@@ -80,7 +104,7 @@ def quiet() -> Iterator[None]:
                 log.enable_progress_bar()
 
 
-def load_network(what: str, kind: type, folder: str, **options) -> torch.nn.Module:
+def load_network(what: str, kind: type, folder: str, **options) -> nn.Module:
     """A diffusers or transformers network, frozen, in float32 whatever the file's; InputError where
     it cannot be read, lacks a weight, or has one of another shape or that is no number."""
     options |= {"dtype": torch.float32, "output_loading_info": True}
@@ -126,10 +150,15 @@ def load_tensors(what: str, path: str) -> dict[str, Tensor]:
 
 def load_function(what: str, file: str, function: str) -> Callable:
     """`function` of a Python file, which can import the modules beside it."""
-    if os.path.dirname(file) not in sys.path:
-        sys.path.append(os.path.dirname(file))  # last: none of them hides another module
-    spec = importlib.util.spec_from_file_location(f"reward_file {file}", file)  # nobody's name
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    folder, name = os.path.split(file)
+    if folder not in sys.path:
+        sys.path.append(folder)  # last: none of them hides another module
+    name = name.removesuffix(".py")  # by which its worker processes find it, if it is free
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or found.origin != file or name in sys.modules:
+        name = f"reward_file {file}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     with running(f"{what}: cannot be imported"):
         spec.loader.exec_module(module)
     found = getattr(module, function, None)
@@ -138,10 +167,38 @@ def load_function(what: str, file: str, function: str) -> Callable:
     return found
 
 
+def imported_from(folders: set[str]) -> list[Path]:
+    """The Python files of these folders that have been imported: code that a result depends on."""
+    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    return sorted(Path(file) for file in files if file and os.path.dirname(file) in folders)
+
+
+cudnn = torch.backends.cudnn
+PROCESS = [  # what of this process a user's code may change: for itself alone the first two
+    (os.getcwd, os.chdir),
+    (os.environ.copy, lambda then: (os.environ.clear(), os.environ.update(then))),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, torch.set_default_device),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    (lambda: cudnn.deterministic, lambda then: setattr(cudnn, "deterministic", then)),
+    (lambda: cudnn.allow_tf32, lambda then: setattr(cudnn, "allow_tf32", then)),
+]
+left_by_users = {}  # place in PROCESS -> what their code last left there
+
+
 @contextlib.contextmanager
 def running(what: str) -> Iterator[None]:
-    """Run a user's code: whatever it raises is an InputError that says where, SystemExit too, which
-    would end the run as if all were well. Running out of memory is no fault of that code."""
+    """Run a user's code: what it changes of this process is as before afterwards.
+
+    What it raises is an InputError that says where, SystemExit too, which would end the run as if
+    all were well; running out of memory is no fault of that code.
+    """
+    before = [get() for get, _ in PROCESS]
+    for place, value in left_by_users.items():
+        PROCESS[place][1](value)
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
@@ -153,3 +210,8 @@ def running(what: str) -> Iterator[None]:
         where = f"{os.path.basename(trace.tb_frame.f_code.co_filename)}, line {trace.tb_lineno}"
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{what}: {told} ({where}).") from error
+    finally:
+        left_by_users.update({place: PROCESS[place][0]() for place in (0, 1)})
+        for (get, restore), value in zip(PROCESS, before, strict=True):
+            if get() != value:
+                restore(value)

@@ -1,7 +1,6 @@
 """What a run shows: its time, a line an epoch, trackers, grids, curves and pictures of models."""
 
 import contextlib
-import functools
 import itertools
 import math
 import os
@@ -15,7 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from support.cli import InputError
 from support.distributed import gather, processes, rank, say
+from support.inputs import read_picture
 from support.run_folder import writing
 
 # ---- Time ----------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def duration(seconds: float) -> str:
 # ---- Lines ---------------------------------------------------------------------------------------
 
 
-def introduce(config, learned: dict[str, Tensor], log_probs: str, prompts: list[str]) -> None:
+def introduce(config, learned: dict, log_probs: str, prompts: list[str], tokenizer) -> None:
     """What is about to run."""
     millions = sum(p.numel() for p in learned.values()) / 1e6
     sizes = f"E {config.epochs}, K {config.updates_per_epoch}, N {config.prompts_per_epoch}"
@@ -69,6 +70,9 @@ def introduce(config, learned: dict[str, Tensor], log_probs: str, prompts: list[
     say(f"{processes()} process(es); passes in {config.dtype}; log-probs: {log_probs}")
     reward = " ".join(config.reward) or "of the caller"
     say(f"reward {reward}; {len(prompts)} prompts; to {config.out}")
+    context, some = tokenizer.model_max_length, prompts[:1000]
+    if long := sum(len(ids) > context for ids in tokenizer(some).input_ids):
+        say(f"warning: {long} of {len(some)} prompts exceed {context} tokens, and are cut there.")
 
 
 def forecast(config, seconds: float, start: int) -> None:
@@ -102,10 +106,8 @@ def as_row(epoch: int, metrics: dict[str, float], seconds: dict[str, float]) -> 
     return {name: value if math.isfinite(value) else None for name, value in row.items()}
 
 
-def show_epoch(config, rows: list[dict], start: int) -> None:
+def show_epoch(config, rows: list[dict], start: int, track: Callable) -> None:
     """Six columns on the screen; the tracker and metrics.jsonl have all."""
-    if rank() != 0:
-        return
     row = rows[-1]
     if (row["epoch"] - start) % 20 == 0:
         say("epoch    reward_mean +- se  clip_fraction  log_ratio_ref  grad_norm  seconds")
@@ -116,28 +118,45 @@ def show_epoch(config, rows: list[dict], start: int) -> None:
     say(line.format(row["epoch"], row["reward_mean"], *cells, seconds))
     if row["reward_std"] == 0:
         say("warning: every image has the same reward; there is nothing to learn from.")
-    open_tracker(config.log_to, config.out)(row)
+    left = (config.epochs - start) * seconds
+    if row["epoch"] == start and left > 120:
+        say(f"as this epoch went, {config.epochs - start} more take {duration(left)}")
+    track(row["epoch"], {name: x for name, x in row.items() if x is not None})
     plot_rewards(config, rows)
 
 
-@functools.cache
-def open_tracker(kind: str, run: str) -> Callable[[dict], object]:
-    """The function that sends an epoch's metrics to --log-to: "none", "tensorboard" or "wandb"."""
-    if kind == "none":
-        return lambda row: None
-    if kind == "wandb":
-        import wandb
+def open_tracker(config, record: dict, start: int) -> Callable:
+    """The function that sends an epoch's numbers, or its samples' picture, to --log-to; InputError
+    where that cannot be opened. What fails later is a warning."""
+    if rank() != 0 or config.log_to == "none":
+        return lambda epoch, numbers, picture=None: None
+    what = f"--log-to {config.log_to}"
+    try:
+        if config.log_to == "wandb":
+            import wandb
 
-        return wandb.init(project="prdp", name=run, dir=run).log
-    from torch.utils.tensorboard import SummaryWriter
+            settings = {"id": record["tracker_id"], "resume": "allow", "config": record}
+            run = wandb.init(project="prdp", name=Path(config.out).name, dir=config.out, **settings)
+        else:
+            from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(run)
+            run = SummaryWriter(config.out, purge_step=start)
+    except Exception as error:
+        raise InputError(f"{what}: cannot be opened ({type(error).__name__}: {error}).") from error
 
-    def send(row: dict[str, float | None]) -> None:
-        for name, value in row.items():
-            if value is not None:
-                writer.add_scalar(name, value, row["epoch"])
-        writer.flush()
+    def send(epoch: int, numbers: dict[str, float], picture: Path | None = None) -> None:
+        try:
+            if config.log_to == "wandb":
+                pictures = {"samples": wandb.Image(str(picture))} if picture else {}
+                run.log(numbers | pictures, step=epoch)
+                return
+            for name, value in numbers.items():
+                run.add_scalar(name, value, epoch)
+            if picture:
+                run.add_image("samples", read_picture(picture, what), epoch)
+            run.flush()
+        except Exception as error:
+            say(f"warning: {what}: epoch {epoch} was not sent ({type(error).__name__}: {error}).")
 
     return send
 
@@ -182,6 +201,8 @@ def figure(path: Path, width: float, height: float) -> Iterator:
 
 def plot_rewards(config, rows: list[dict]) -> None:
     """reward.png: mean and deviation of each epoch's rewards."""
+    if rank() != 0:
+        return
     epochs = [row["epoch"] for row in rows]
     mean = torch.tensor([row["reward_mean"] for row in rows])
     std = torch.tensor([row["reward_std"] or 0.0 for row in rows])
@@ -226,10 +247,11 @@ def draw_images(path: Path, shown: dict[str, Samples], shots: int = 2) -> None:
         page.save(temporary, "png")
 
 
-def save_samples(config, epoch: int, samples: Samples) -> None:
+def save_samples(config, epoch: int, samples: Samples, track: Callable) -> None:
     """samples/epoch_NNNN.png."""
     path = Path(config.out, "samples", f"epoch_{epoch:04d}.png")
     draw_images(path, {f"epoch {epoch}": samples}, 8)
+    track(epoch, {}, path)
 
 
 def compare(config, before: Samples, after: Samples) -> None:

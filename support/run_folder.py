@@ -1,4 +1,4 @@
-"""A run's folder: what is written there whole or not at all, and what a run goes on from."""
+"""A run's folder: one writer, files whole or not at all, and what a run goes on from."""
 
 import contextlib
 import csv
@@ -7,6 +7,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,18 +16,51 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from support.cli import InputError, is_safetensors, reading
-from support.distributed import on_rank_0, rank
+from support.cli import InputError, reading
+from support.distributed import on_rank_0, rank, say
+from support.inputs import imported_from
 
-# What a run and its continuation may differ in.
-MAY_DIFFER = {"resume", "out", "epochs", "save_every", "sample_every", "log_to", "offload"}
+# What a run and its continuation may differ in; paths, because digests tell what they hold.
+MAY_DIFFER = {"resume", "out", "epochs", "save_every", "keep_every", "sample_every", "log_to"}
+MAY_DIFFER |= {"offload", "model", "prompts", "tracker_id"}
 VERSION = 4  # of the checkpoint's layout; 3 had "latest", DDPO's rewards, for "program"
 OF_LOSS = {"prdp": "prdp.py", "ddpo": "baselines/ddpo.py", "ddpo-sf": "baselines/ddpo.py"}
 STARTED = {"config.json", "metrics.jsonl", "checkpoint", "samples"}  # by a start that failed, too
-OURS = STARTED | {"reward.png", "before_after.png", "pipeline", "lora"}
+OURS = STARTED | {"reward.png", "before_after.png", "pipeline", "lora", "epochs"}
 
 
 # ---- Files ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a lock in `folder` within this block; InputError if another process does. The system
+    frees it whatever ends this process; forks do not inherit it."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    if rank() != 0 or folder.is_file():
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with open(path, "a") as file:
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = path.exists() and os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+        except (BlockingIOError, PermissionError):
+            free = False
+        except (ImportError, OSError):
+            free = True
+            say(f"warning: {folder} cannot be locked; let no other process write there.")
+        if not free:
+            raise InputError(f"{folder}: another process writes there.")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a start that was refused leaves nothing
+                [path.rmdir() for path in made]
 
 
 @contextlib.contextmanager
@@ -45,7 +80,8 @@ def writing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except BaseException as error:
         remove(temporary)
-        if not isinstance(error, (OSError, RuntimeError)) and not is_safetensors(error):
+        foreign = type(error).__module__.startswith("safetensors")
+        if not (foreign or isinstance(error, (OSError, RuntimeError))):
             raise
         reason = getattr(error, "strerror", None) or "cannot be written; is the disk full?"
         raise InputError(f"{path}: {reason}; what was saved before is intact.") from error
@@ -53,7 +89,7 @@ def writing(path: Path) -> Iterator[Path]:
 
 def remove(path: Path) -> None:
     """A file, or a folder with all that is in it, if it exists."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -94,13 +130,18 @@ def weights_digest(networks: Iterable[nn.Module]) -> str:
 # ---- config.json: program, settings, digests of what a result depends on beside them -------------
 
 
-def digests(prompts: list[str], reward: list, pipe) -> dict[str, str]:
-    """Of prompts as read, the Python files of the reward's components, pretrained weights."""
-    files = dict.fromkeys(c.source for c in reward if c.source.endswith(".py"))
+def digests(models, prompts: list[str], files: list[str]) -> dict[str, str]:
+    """Of what a result depends on beside the settings: prompts as read, a reward's Python files and
+    networks, pretrained weights and the configs that go with them."""
+    sd, reward = models.sd, models.reward
+    beside = imported_from({os.path.dirname(file) for file in files})
     return {
         "prompts_digest": digest(prompt.encode() for prompt in prompts),
         "reward_digest": digest(Path(file).read_bytes() for file in files),
-        "model_digest": weights_digest([pipe.unet, pipe.vae, pipe.text_encoder]),
+        "reward_modules_digest": digest(file.read_bytes() for file in beside),
+        "reward_weights_digest": weights_digest(reward.networks),
+        "model_digest": weights_digest([sd.unet, sd.vae, sd.pipe.text_encoder]),
+        "model_configs_digest": digest([json.dumps(sd.configs, sort_keys=True).encode()]),
     }
 
 
@@ -130,12 +171,18 @@ def read_settings(run: Path, kind: type) -> dict:
 
 def require_same(then: dict, now: dict, what: str) -> None:
     """InputError where a run's settings, prompts or weights are others than it began with."""
-    then = as_today(then)
-    for name in sorted(then.keys() & now.keys() - MAY_DIFFER):
-        if now[name] != then[name]:
+    then, same = as_today(then), set(MAY_DIFFER)
+    if then.get("reward") == []:  # of a caller, who may have written it into a file
+        same |= {"reward", "reward_digest"}
+    for name in sorted(then.keys() & now.keys() - same):
+        was, is_now = then[name], now[name]
+        if name == "reward":  # without paths: digests tell what they hold
+            was, is_now = ([re.sub("/[^:=]*", "", word) for word in x] for x in (was, is_now))
+        if was != is_now:
             change = f"{name} is {now[name]}, and was {then[name]}"
             if name.endswith("_digest"):
-                change = f"the {name.removesuffix('_digest')} changed since it began"
+                what_changed = name.removesuffix("_digest").replace("_", " ")
+                change = f"the {what_changed} changed since it began"
             raise InputError(f"{what}: {change}; restore that, or choose a new --out.")
 
 
@@ -178,6 +225,7 @@ def begin(config, digests: dict, saved: dict, learning: tuple) -> tuple[dict, li
     out, what = Path(config.out), f"--resume {config.out}"
     settings = {name: "inf" if x == math.inf else x for name, x in vars(config).items()}
     record = json.loads(json.dumps({"program": config.program, **settings, **digests}))
+    record["tracker_id"] = saved.get("record", {}).get("tracker_id") or secrets.token_hex(4)
     if config.resume:
         require_same(saved["record"], record, what)
     if saved["epoch"]:

@@ -16,7 +16,7 @@ from support.distributed import end_processes, processes, say, start_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 UNBOUNDED = ("clip_range", "max_grad_norm")  # inf: neither clips
-LEAST = dict.fromkeys(("seed", "weight_decay", "microbatch", "lora_rank"), 0)  # others: above 0
+LEAST = dict.fromkeys(("seed", "weight_decay", "microbatch", "lora_rank", "keep_every"), 0)
 LEAST["guidance_scale"] = 1  # no guidance; what is less is 1 to diffusers' pipelines
 
 
@@ -37,6 +37,7 @@ class RunSettings:
     out: str = flag("", "run folder, new or empty (default: runs/PRESET)")
     resume: str = flag("", "run folder to go on with, under its own settings", metavar="RUN")
     save_every: int = flag(1, "epochs between checkpoints")
+    keep_every: int = flag(0, "epochs between models that are kept, in epochs/; 0: none")
     sample_every: int = flag(10, "epochs between sample grids")
     log_to: str = flag("none", "also send metrics there", "none", "tensorboard", "wandb")
 
@@ -54,11 +55,11 @@ class RunSettings:
         memory = 0.0
         if torch.cuda.is_available():
             memory = float(torch.cuda.get_device_properties(0).total_memory)
-        acting = {"out": str(Path(self.resume or self.out or "runs/run").absolute())}
+        acting = {"out": absolute(self.resume or self.out or "runs/run")}
         acting["reward"] = self.resolve_reward(self.reward)
-        acting["prompts"] = tuple(str(Path(file).absolute()) for file in self.prompts)
-        if Path(self.model).exists():
-            acting["model"] = str(Path(self.model).absolute())
+        acting["prompts"] = tuple(absolute(file) for file in self.prompts)
+        if Path(self.model).expanduser().exists():
+            acting["model"] = absolute(self.model)
         if self.dtype == "auto":
             on_gpu = "bf16" if self.updates_per_epoch == 1 else "tf32"
             acting["dtype"] = on_gpu if memory else "fp32"
@@ -84,6 +85,10 @@ class RunSettings:
             raise InputError(f"--prompts-per-epoch: must be a multiple of {processes()} processes.")
 
 
+def absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
 def set_precision(dtype: str) -> torch.dtype | None:
     """Let this process's GPU round as --dtype says; what autocast is to use, None for float32."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype != "fp32"
@@ -92,7 +97,7 @@ def set_precision(dtype: str) -> torch.dtype | None:
 
 def parse_settings(kind: type[RunSettings], argv: list[str]) -> RunSettings:
     """A command line over the preset; with --resume, over the settings of the run."""
-    about = sys.modules[kind.__module__].__doc__.split("\n\nPaper ")[0]
+    about = (sys.modules[kind.__module__].__doc__ or "").split("\n\nPaper ")[0]
     parser = Parser(description=about)
     choices = {"choices": kind.presets, "help": "settings to begin with (default: small)"}
     parser.add_argument("--preset", **choices)
@@ -104,12 +109,12 @@ def parse_settings(kind: type[RunSettings], argv: list[str]) -> RunSettings:
     if "resume" not in given:
         settings = {"out": f"runs/{preset or 'small'}"} | kind.presets[preset or "small"]
         return kind(**settings | given).resolved()
-    run = Path(given["resume"])
+    run = Path(given["resume"]).expanduser()
     if preset or "out" in given:
         raise InputError(f"--resume {run}: not with --preset or --out; the run has its own.")
     saved = kind(**run_folder.read_settings(run, kind))
     config = dataclasses.replace(saved, **given).resolved()
-    for name in given.keys() - run_folder.MAY_DIFFER:
+    for name in given.keys() - run_folder.MAY_DIFFER - {"reward"}:  # whose paths may differ
         if getattr(config, name) != getattr(saved, name):
             began = f"the run began with {getattr(saved, name)}"
             raise InputError(f"{option(name)} {given[name]}: {began}.")
@@ -123,7 +128,8 @@ def run_command(kind: type[RunSettings], run: Callable, argv: list[str] | None =
         try:
             run(config)
         except KeyboardInterrupt:
-            again = f"python {kind.program} --resume {shlex.quote(config.out)}"
-            say(f"stopped; once epochs have begun, go on with: {again}")
+            if Path(config.out, "config.json").exists():
+                again = f"python {kind.program} --resume {shlex.quote(config.out)}"
+                say(f"stopped; go on with: {again}")
             raise
         end_processes()
