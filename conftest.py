@@ -164,6 +164,32 @@ def cli(tiny_sd, tmp_path, capsys) -> Callable[..., tuple[int, str, str]]:
     return run
 
 
+@pytest.fixture
+def finished(cli, tmp_path) -> Path:
+    """A run of one epoch."""
+    assert cli("--epochs", 1)[0] == 0
+    return tmp_path / "run"
+
+
+def only_sentence(result: tuple[int, str, str]) -> str:
+    """stderr of a command that was refused: one line, and nothing but it."""
+    code, _, errors = result
+    assert code == 2, errors
+    assert errors.count("\n") == 1 and "Traceback" not in errors, errors
+    return errors.strip()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Set some fields; None takes them away."""
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
+
+
 def start(*arguments: object, processes: int = 1) -> subprocess.Popen:
     """A Python script of ours in processes of its own, without a GPU."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]

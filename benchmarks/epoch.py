@@ -128,19 +128,6 @@ def jobs(options: argparse.Namespace) -> Iterator[tuple]:
         yield from ((loop, dtype, n, n) for n in microbatches(options, dtype))
 
 
-def count_flops(unet: nn.Module, dtype: str) -> dict[str, int]:
-    """Of each pass of one image and step."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    job, flops = Job(unet, 1, dtype, [0]), {}
-    for phase in job.passes:
-        with FlopCounterMode(display=False) as counter:
-            getattr(job, phase)()
-        flops[phase] = counter.get_total_flops()
-    unet.zero_grad(set_to_none=True)
-    return flops
-
-
 def seconds(call: Callable) -> tuple[float, float, float | str]:
     """Of a call, the median of three; of the first one, which compiles; and peak memory in GB."""
 
@@ -157,22 +144,20 @@ def seconds(call: Callable) -> tuple[float, float, float | str]:
 
 def epoch_table(options: argparse.Namespace, end: float) -> None:
     unet, steps, spent = random_unet(options.quick), options.steps, {}
-    flops = count_flops(unet, options.dtypes[0])
     row = table(
         f"(b) passes over {steps} of {T} steps, scaled to {T}; memory is without an optimizer; an "
         f"epoch of K = {K}, network passes alone, nothing skipped: sample + reference + {K - 1} "
         f"score + {K} backward (peers: no score)",
-        "loop", "dtype", "microbatch", "pass", "seconds an image", "TFLOP/s", "peak GB",
-        "first call s", "on-policy gap", "hours of 512 images", "times as fast as peers",
+        "loop", "dtype", "microbatch", "pass", "seconds an image", "peak GB", "first call s",
+        "on-policy gap", "hours of 512 images", "times as fast as peers",
     )  # fmt: skip
 
     def cells(job: Job, dtype: str, name: str) -> tuple:
         if name == "backward":
             require_memory(options, dtype, job.batches[name], 7)  # weights and gradients
         median, first, peak = seconds(getattr(job, name))
-        rate = flops[name] * job.images * steps / median / 1e12
         gap = job.gap() if name == "score" else ""
-        return median / job.images * T / steps, rate, peak, first, gap
+        return median / job.images * T / steps, peak, first, gap
 
     def measure(loop: str, dtype: str, images: int, learned: int) -> None:
         compiles, channels_last = loop in LOOPS[3:], loop == "channels-last"
@@ -191,9 +176,9 @@ def epoch_table(options: argparse.Namespace, end: float) -> None:
             unet.zero_grad(set_to_none=True)
             whole += count * found[0] if len(found) > 1 else math.nan
         spent.setdefault(loop, whole)
-        against = spent.get("peers", math.nan) / whole
+        against = spent["peers"] / whole if "peers" in spent else ""
         if math.isfinite(whole):
-            row(loop, dtype, images, "epoch", whole, *[""] * 4, 512 * whole / 3600, against)
+            row(loop, dtype, images, "epoch", whole, *[""] * 3, 512 * whole / 3600, against)
 
     for loop, dtype, images, learned in jobs(options):
         if failure := attempt(measure, loop, dtype, images, learned):
@@ -209,9 +194,9 @@ def rms(x: Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
-def drifts(job: Job, unet: nn.Module) -> list[float]:
-    """How far, rms, each of three real updates moves log_probs: Table 4's, of one prompt's images
-    with rewards as scattered as HPSv2's."""
+def drifts(job: Job, unet: nn.Module, noise: float) -> tuple[float, float, float]:
+    """How far, rms, the first and the third real update move log_probs, Table 4's, of one prompt's
+    images with rewards as scattered as HPSv2's; and the latter over the noise."""
     config, old = prdp.Config(), job.stored.log_probs
     scores = 0.01 * torch.randn(job.images, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     learning = {"weight_decay": config.weight_decay, "fused": CUDA}
@@ -226,7 +211,7 @@ def drifts(job: Job, unet: nn.Module) -> list[float]:
         gradient_step(optimizer, backward, weights, *how)
         job.score()
         found.append(rms(job.log_probs - log_probs.detach()))
-    return found
+    return found[0], found[2], found[2] / max(noise, 1e-30)
 
 
 def noise_table(options: argparse.Namespace, end: float) -> None:
@@ -237,8 +222,8 @@ def noise_table(options: argparse.Namespace, end: float) -> None:
     row = table(
         "(c) noise: change of log_prob when each weight moves by a relative 1e-7; drift: rms of "
         "its change by the first and by the third real update; one microbatch, steps 1, 25 and 50",
-        "network", "dtype", "microbatch", "on-policy gap", "noise rms", "noise max", "drift 1",
-        "drift 3", "drift 3 / noise",
+        "dtype", "microbatch", "on-policy gap", "noise rms", "noise max", "drift 1", "drift 3",
+        "drift 3 / noise",
     )  # fmt: skip
 
     @torch.no_grad()
@@ -246,11 +231,10 @@ def noise_table(options: argparse.Namespace, end: float) -> None:
         torch._foreach_copy_(parameters, weights)
         unet.zero_grad(set_to_none=True)
 
-    def cells(network: str, dtype: str, images: int) -> list:
-        require_minutes(1.2 if network == "compiled" else 0.6, end)
+    def cells(dtype: str, images: int) -> list:
+        require_minutes(0.6, end)
+        require_memory(options, dtype, images, 21)  # weights, three times; gradients; moments
         job = Job(unet, images, dtype, [0, T // 2 - 1, T - 1])
-        if network == "compiled":
-            job.policy = job.policy._replace(unet=compiled(unet))
         job.sample()
         job.score()
         gap = job.gap()
@@ -259,16 +243,12 @@ def noise_table(options: argparse.Namespace, end: float) -> None:
         job.score()
         noise = job.log_probs - job.stored.log_probs
         restore()
-        found = [gap, rms(noise), noise.abs().max().item()]
-        if network == "compiled":  # a backward would take minutes
-            return found
-        require_memory(options, dtype, images, 14)  # weights, gradients and Adam's moments
-        first, _, third = drifts(job, unet)
-        return [*found, first, third, third / max(rms(noise), 1e-30)]
+        drift = attempt(drifts, job, unet, rms(noise))
+        return [gap, rms(noise), noise.abs().max().item(), *drift]
 
-    for network, dtype in itertools.product(("eager", "compiled")[: 1 + CUDA], options.dtypes):
+    for dtype in options.dtypes:
         images = microbatches(options, dtype)[0]
-        row(network, dtype, images, *attempt(cells, network, dtype, images))
+        row(dtype, images, *attempt(cells, dtype, images))
         restore()
         free_memory()
 

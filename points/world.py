@@ -401,7 +401,7 @@ def train(arm: Arm, seeds: list[int]) -> tuple[Tensor, Tensor]:
         noise = draw_normal(generators, arm.N * arm.B, arm.T + 1, arm.dims)
         if arm.shared:
             noise[:, :, 0] = noise[:, :: arm.B, 0].repeat_interleave(arm.B, 1)
-        # Lines 5 and 6. Where the first update is on all these samples, it takes their graph.
+        # Lines 5 to 7. Where the first update is on all these samples, it takes their graph.
         with torch.set_grad_enabled(not (arm.offline or arm.minibatches)):
             latents, log_probs = chain.sample(base if arm.offline else weights, prompts, noise)
         log_probs_old = log_probs_ref = log_probs.detach()
@@ -411,7 +411,7 @@ def train(arm: Arm, seeds: list[int]) -> tuple[Tensor, Tensor]:
             if arm.method in ("prdp", "trajectory-dpo"):  # the others do not look at it
                 log_probs_ref = chain.score(base, prompts, latents)
 
-        rewards = reward_of(arm.reward, latents[:, :, -1], prompts)  # lines 7 and 8
+        rewards = reward_of(arm.reward, latents[:, :, -1], prompts)  # line 8
         curve.append(rewards.mean(1))
         rewards = rewards + arm.spread * PROMPT_REWARDS[prompts]
         if arm.normalise:

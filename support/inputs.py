@@ -108,8 +108,9 @@ def load_network(what: str, kind: type, folder: str, **options) -> nn.Module:
     """A diffusers or transformers network, frozen, in float32 whatever the file's; InputError where
     it cannot be read, lacks a weight, or has one of another shape or that is no number."""
     options |= {"dtype": torch.float32, "output_loading_info": True}
-    place = Path(folder, options.get("subfolder", ""))
-    if any(place.glob("*.fp16.*")) and not any(place.glob("*model.*")):
+    files = Path(folder, options.get("subfolder", "")).glob("*")
+    weights = [file.name for file in files if file.suffix in (".safetensors", ".bin")]
+    if weights and all(".fp16." in name for name in weights):
         remedy = "load it with variant='fp16', then save_pretrained it"
         raise InputError(f"{what}: is there as its fp16 variant alone; {remedy}.")
     with reading(what):

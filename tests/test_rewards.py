@@ -375,7 +375,7 @@ def test_scores_by_hand_of_pictures_of_any_mode(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [("notes.txt", "cannot identify image file"), ("nowhere.png", "No such file or directory")],
+    [("notes.txt", "no picture that can be read"), ("nowhere.png", "No such file or directory")],
 )
 def test_scores_by_hand_of_no_picture(name, sentence, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("not a picture")
