@@ -55,7 +55,7 @@ class Job(NamedTuple):
 
 
 def run_arm(arm: Arm, seeds: tuple[int, ...], noise_seed: int, count: int) -> dict:
-    """One arm, all its seeds: trained, and evaluated on `count` points of each prompt. Its figures
+    """One arm, all its seeds: trained, and evaluated on `count` points of each prompt. Its results
     by seed, ready for json."""
     started = time.time()
     method = world.pathwise if arm.method == "pathwise" else world.train
@@ -73,6 +73,7 @@ def run_arm(arm: Arm, seeds: tuple[int, ...], noise_seed: int, count: int) -> di
 
 
 def exact(arm: Arm, betas: list[float], prompts: int) -> list[list[float]]:
+    """Reward, match and KL of Eq. 7's optimum at each beta, ready for json."""
     return world.exact_frontier(arm, betas, range(prompts)).tolist()
 
 
@@ -114,7 +115,7 @@ class Runner:
         return {name: json.loads(path.read_text()) for name, path in paths.items()}
 
     def run_arms(self, title: str, arms: dict, seeds_of: Callable, noise_seed: int) -> dict:
-        """{name: arm} -> {name: figures}; seeds_of gives the seeds of a name."""
+        """{name: arm} -> {name: results}; seeds_of gives the seeds of a name."""
         jobs = {}
         for name, arm in arms.items():
             count = 128
@@ -134,7 +135,7 @@ class Runner:
 MANY = Arm(prompts="many", E=1000, K=1, N=64, B=8)
 MANY_K10 = Arm(prompts="many", N=64, B=8)  # 100 epochs of 10 updates: there the clip can act
 DDPO = dict(method="ddpo", minibatches=True)
-ALONE = dict(N=512, B=1, normalise="global")  # DDPO at large scale: 512 prompts, one sample of each
+ONE_EACH = dict(N=512, B=1, normalise="global")  # DDPO's large scale, one point a prompt
 
 SWEEPS = {
     "few/prdp": Arm(),
@@ -148,10 +149,10 @@ SWEEPS = {
     "few/trajectory-dpo": Arm(method="trajectory-dpo", beta=0.1),
     "few/diffusion-dpo": Arm(method="diffusion-dpo", beta=30.0),
     "many/prdp": MANY,
-    "many/ddpo global": replace(MANY, method="ddpo", **ALONE),
+    "many/ddpo global": replace(MANY, method="ddpo", **ONE_EACH),
     "many/ddpo group": replace(MANY, method="ddpo", normalise="group"),
     "many K=10/prdp": MANY_K10,
-    "many K=10/ddpo global": replace(MANY_K10, **DDPO, **ALONE),
+    "many K=10/ddpo global": replace(MANY_K10, **DDPO, **ONE_EACH),
     "plane/prdp": Arm(dims=2, reward="blind", E=250, beta=1.0),
 }
 CLIP_SWEPT = ("few/prdp", "few/ddpo", "few/ddpo global", "few/ddpo group", "many K=10/ddpo global")

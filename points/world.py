@@ -6,7 +6,7 @@ draws images, and is then finetuned for a reward with Table 4's E, K, N and B, i
 of an arm are trained at once, by plain automatic differentiation.
 
 In reading order: an arm's settings, the world, the network, the chain (prdp.py's mathematics), the
-losses that are not Table 4's, Algorithm 1, evaluation, and the exact optimum of Eq. 7.
+losses that no other file has, Algorithm 1, evaluation, and the exact optimum of Eq. 7.
 
 Shapes: S seeds, N prompts an epoch, B points of each, M = N * B points, T steps, D dimensions, P
 weights of a network. Units: a step's log-prob is a mean over D, as in prdp.py. `beta` is that of
@@ -28,8 +28,7 @@ from torch.nn.functional import grid_sample, logsigmoid, silu
 from baselines.ddpo import ddpo_loss, ddpo_sf_loss
 from prdp import ddpm_schedule, prdp_loss
 
-HERE = Path(__file__).resolve().parent
-BASES = HERE / "base.safetensors"
+BASES = Path(__file__).resolve().with_name("base.safetensors")
 SCHEDULER = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012)  # SD v1.4's
 
 PROMPTS = {"few": 45, "many": 100_000}  # what is trained on: the first of all 100,256
@@ -41,8 +40,9 @@ UNSEEN = range(100_000, 100_256)
 class Arm:
     """One way to train: Table 4's rows (defaults: its small-scale column), and what is compared."""
 
-    method: str = "prdp"  # ddpo, ddpo-sf, trajectory-rwr, trajectory-rwr-sparse, trajectory-dpo,
-    # diffusion-dpo, pathwise
+    # "prdp", "ddpo", "ddpo-sf", "trajectory-rwr", "trajectory-rwr-sparse", "trajectory-dpo",
+    # "diffusion-dpo" or "pathwise"
+    method: str = "prdp"
     prompts: str = "few"  # or "many"
     E: int = 100  # epochs
     K: int = 10  # updates an epoch
@@ -75,6 +75,7 @@ ANGLES = 2 * math.pi * torch.rand(100_256, 2, generator=_generator)  # place, an
 TRAITS = torch.randn(100_256, 4, generator=_generator)  # what the other dimensions depend on
 PROMPT_REWARDS = torch.randn(100_256, generator=_generator)  # b(c), before `spread`
 _features = torch.cat([ANGLES.cos(), ANGLES.sin(), TRAITS], dim=1)
+# What the network sees of a prompt.
 EMBEDDINGS = torch.sin(_features @ torch.randn(8, 16, generator=_generator) / 2)
 RESTS = 0.5 * torch.sin(TRAITS @ torch.randn(4, 6, generator=_generator))
 CENTRES = 2 * torch.stack([ANGLES[:, 0].cos(), ANGLES[:, 0].sin()], dim=1)
@@ -358,9 +359,9 @@ def draw_normal(generators: list[torch.Generator], *shape: int) -> Tensor:
 def normalise(rewards: Tensor, prompts: Tensor, kind: str, history: Tensor) -> Tensor:
     """DDPO's advantages (Black et al. 2024, App. F.3) of rewards (S, N, B), prompts (S, N).
 
-    RewardStatistics of baselines/ddpo.py for all seeds at once: its loop over prompts would take
-    several times as long as the rest of an epoch. history (S, prompts, 32) is NaN where nothing was
-    seen yet; "per-prompt" reads it and writes to it.
+    RewardStatistics of baselines/ddpo.py for all seeds at once: S of its loops over N prompts would
+    make an epoch up to a third longer. history (S, prompts, 32) is NaN where nothing was seen yet;
+    "per-prompt" reads it and writes to it.
     """
     dims = (2,) if kind == "group" else (1, 2)
     mean = rewards.mean(dims, keepdim=True)
@@ -494,8 +495,8 @@ def pathwise(arm: Arm, seeds: list[int]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def evaluate(arm: Arm, weights: Tensor, prompts: range, count: int, noise_seed: int) -> dict:
-    """Figures of each seed: {name: a list of S}, from `count` points of each of the prompts, with
-    the same noise for all seeds.
+    """The results by seed: {name: a list of S}, from `count` points of each prompt, with the same
+    noise for all seeds.
 
     "explained": the share of Eq. 14's loss that the policy removes, on its own samples.
     """
@@ -504,7 +505,7 @@ def evaluate(arm: Arm, weights: Tensor, prompts: range, count: int, noise_seed: 
     prompts = torch.tensor(prompts).repeat_interleave(count)[None]  # (1, M)
     generator = torch.Generator().manual_seed(noise_seed)
     noise = torch.randn(1, prompts.shape[1], arm.T + 1, arm.dims, generator=generator)
-    figures = {name: [] for name in ("reward", "kl", "match", "explained")}
+    results = {name: [] for name in ("reward", "kl", "match", "explained")}
 
     for own in weights.split(1):  # a seed at a time, to stay in the cache
         x, reward, kl, log_ratio = chain.compare(own, base, prompts, noise)
@@ -514,11 +515,11 @@ def evaluate(arm: Arm, weights: Tensor, prompts: range, count: int, noise_seed: 
         loss = prdp_loss(ratio, ratio, zero, rewards, math.inf, arm.kl_weight)
         loss_of_base = prdp_loss(zero, zero, zero, rewards, math.inf, arm.kl_weight)
 
-        figures["reward"].append(reward.mean().item())
-        figures["kl"].append(kl.mean().item())
-        figures["match"].append(match_of(x, prompts).mean().item())
-        figures["explained"].append(1 - (loss / loss_of_base).item())
-    return figures
+        results["reward"].append(reward.mean().item())
+        results["kl"].append(kl.mean().item())
+        results["match"].append(match_of(x, prompts).mean().item())
+        results["explained"].append(1 - (loss / loss_of_base).item())
+    return results
 
 
 @torch.no_grad()
@@ -544,17 +545,17 @@ def interpolate(values: Tensor, at: Tensor) -> Tensor:
     return grid_sample(flat, at, **options).view(values.shape)
 
 
-def exact_optimum(means: list, sigmas: list, betas: list, figures: Tensor) -> Tensor:
+def exact_optimum(means: list, sigmas: list, betas: list, functions: Tensor) -> Tensor:
     """Expectations under Eq. 7's optimum of one prompt, for x_T ~ N(0, I): (betas, F + 1).
 
     Given x_T, the optimum is pi_ref(x_{t-1} | x_t) exp(V(x_{t-1}) - V(x_t)); V(x_0) = r / beta, and
     exp V(x_t) is the mean of exp V(x_{t-1}) under pi_ref: a Gaussian blur, read at its mean.
-    means[k] (G, G, 2): pi_ref's mean of step k at every point of the grid. figures (F, G, G):
-    functions of x_0, the reward first; the last column returned is the KL in nats.
+    means[k] (G, G, 2): pi_ref's mean of step k at every point of the grid.
+    functions (F, G, G): of x_0, the reward first; the last column returned is the KL in nats.
     """
     betas = torch.tensor(betas, dtype=torch.float64)
-    value = figures[0] / betas[:, None, None]  # V
-    expected = figures.expand(len(betas), *figures.shape)
+    value = functions[0] / betas[:, None, None]  # V
+    expected = functions.expand(len(betas), *functions.shape)
     for k in reversed(range(len(sigmas))):
         blur = torch.exp(-((AXIS[:, None] - AXIS) ** 2) / (2 * sigmas[k] ** 2))
         blur = blur / blur.sum(1, keepdim=True)
@@ -583,7 +584,7 @@ def exact_frontier(arm: Arm, betas: list[float], prompts: range) -> Tensor:
         index = torch.full((1, grid.shape[1]), prompt)
         mean_of = chain.mean_function(base, index)
         means = [mean_of(grid, k).view(PLANE.shape).double() for k in range(arm.T)]
-        figures = torch.stack([reward_of(arm.reward, grid, index), match_of(grid, index)])
-        figures = figures.view(2, len(AXIS), len(AXIS)).double()
-        total = total + exact_optimum(means, chain.sigma, betas, figures)
+        functions = torch.stack([reward_of(arm.reward, grid, index), match_of(grid, index)])
+        functions = functions.view(2, len(AXIS), len(AXIS)).double()
+        total = total + exact_optimum(means, chain.sigma, betas, functions)
     return total / len(prompts)

@@ -173,7 +173,7 @@ def require_same(then: dict, now: dict, what: str) -> None:
     """InputError where a run's settings, prompts or weights are others than it began with."""
     then, same = as_today(then), set(MAY_DIFFER)
     if then.get("reward") == []:  # of a caller, who may have written it into a file
-        same |= {"reward", "reward_digest"}
+        same |= {name for name in then if name.startswith("reward")}
     for name in sorted(then.keys() & now.keys() - same):
         was, is_now = then[name], now[name]
         if name == "reward":  # without paths: digests tell what they hold

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -86,7 +87,7 @@ class RunSettings:
 
 
 def absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def set_precision(dtype: str) -> torch.dtype | None:
