@@ -221,7 +221,8 @@ def checkpoint(run: Path) -> dict:
 
 def metrics_of(run: Path) -> list[dict]:
     """Without what depends on the clock."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    file = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     clock = ("seconds", "images_per", "peak")
     return [{k: v for k, v in row.items() if not k.startswith(clock)} for row in rows]
 

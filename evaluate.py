@@ -46,26 +46,28 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def find_model(name: str) -> tuple[str, dict]:
     """The folder or hub id of a model; of a run its pipeline's, and the run's settings."""
-    run, what = Path(name), f"{name}: its config.json"
+    run, made = Path(name).expanduser(), 0
     if not (run / "config.json").is_file() or (run / "model_index.json").is_file():
         return name, {}
-    if not (run / "pipeline").is_dir():
-        raise InputError(f"{run}: has no pipeline/ yet; finish it with --resume {run}.")
-    record = run_folder.as_today(run_folder.read_json(run / "config.json", what))
-    return str(run / "pipeline"), {"run": name, **record}
+    record = run_folder.as_today(run_folder.read_json(run / "config.json", f"{name}: config.json"))
+    done = [0, *(row["epoch"] for row in run_folder.read_metrics(run))][-1]
+    if (run / "pipeline" / "prdp.json").is_file():
+        made = run_folder.read_json(run / "pipeline" / "prdp.json", name)["epoch"]
+    if made < done or not (run / "pipeline").is_dir():
+        remedy = f"python {record['program']} --resume {run} --epochs {done} makes that of {done}"
+        raise InputError(f"{run}: has no pipeline/ yet, or of epoch {made}; {remedy}.")
+    return str(run / "pipeline"), {"run": str(run), **record}
 
 
 def label_models(names: list[str], folders: list[str], base: str | None) -> dict[str, str]:
-    """Label -> folder, the base first: the names' last parts, or names where those are the same."""
-    labels = {"base": base} if base is not None and base not in folders else {}
-    short = [Path(name).name for name in names]
-    for name, label, folder in zip(names, short, folders, strict=True):
-        if label in labels or short.count(label) > 1:
-            label = name
-        while label in labels:
-            label += "'"
-        labels[label] = folder
-    return labels
+    """Label -> folder, the base first: the last parts of the names, where no two are the same."""
+    labels = [Path(name).name for name in names]
+    if len(set(labels)) < len(labels):
+        labels = names
+    models = dict(zip(labels, folders, strict=True))
+    if base is None or base in folders:
+        return models
+    return {"pretrained" if "base" in models else "base": base, **models}
 
 
 def choose_prompts(path: str, limit: int | None, seed: int) -> list[tuple[int, str]]:
@@ -81,23 +83,19 @@ def draw(
     """`images` pictures of each of some prompts (P*S, 3, H, W), and their rewards, each (P, S)."""
     places, prompts = map(list, zip(*chosen, strict=True))
     generators = prdp.image_generators(seed, 0, places, images)
-    trajectories = prdp.sample_prompts(models, models.policy, prompts, generators)
+    latents = prdp.sample_prompts(models, models.policy, prompts, generators).latents[:, -1]
     of_each = [prompt for prompt in prompts for _ in range(images)]
-    pictures, total = prdp.score_images(models, trajectories, of_each)
+    pictures, total = prdp.score_images(models, latents, of_each)
     parts = models.reward.parts | ({"sum": total} if len(models.reward.parts) > 1 else {})
     return pictures.cpu(), {name: x.cpu().view(-1, images) for name, x in parts.items()}
 
 
 def measure(seed: int, models: prdp.Models, chosen: list, samples: int, done: dict, save) -> None:
-    """Fill `done`, prompt -> {reward: its S numbers}, and `save` whenever it has grown.
-
-    Prompts go in chunks, to the processes in turn. A chunk is always of the same prompts, whatever
-    the processes and wherever an earlier evaluation was stopped: so its bits are the same.
-    """
-    size = max(1, models.policy.microbatch // samples)
+    """Fill `done`, prompt -> {reward: its S numbers}, and `save` whenever it has grown. A chunk is
+    always of the same prompts, whatever the processes and wherever an evaluation was stopped."""
+    size, started = max(1, models.policy.microbatch // samples), time.perf_counter()
     chunks = [chosen[first : first + size] for first in range(0, len(chosen), size)]
     todo = [chunk for chunk in chunks if chunk[0][1] not in done]
-    started = time.perf_counter()
     for first in range(0, len(todo), processes()):
         drawn = {}
         for chunk in todo[first:][rank() : rank() + 1]:  # this process's, if any
@@ -113,8 +111,9 @@ def measure(seed: int, models: prdp.Models, chosen: list, samples: int, done: di
 
 
 def tabulate(rewards: dict, chosen: dict, labels: list[str], base: str | None) -> list[dict]:
-    """A row for each file, reward and model."""
-    table = []
+    """A row for each file, reward and model; and print them."""
+    table, line = [], "{:>20} {:>16} {:>16} {:>7} {:>20} {:>20} {:>6}"
+    say(line.format("prompts", "reward", "model", "images", "mean", "difference", "wins"))
     for file, prompts in chosen.items():
         done = [[rewards[file][label][prompt] for _, prompt in prompts] for label in labels]
         for name in done[0][0]:
@@ -124,51 +123,43 @@ def tabulate(rewards: dict, chosen: dict, labels: list[str], base: str | None) -
                 mean, error = report.mean_and_error(x)
                 row = {"prompts": Path(file).name, "reward": name, "model": label}
                 row |= {"images": x.numel(), "mean": mean, "standard_error": error}
+                cells = [*list(row.values())[:4], f"{mean:.4f} +- {error:.4f}", "", ""]
                 if base not in (None, label):
                     rise = x - scores[base]
-                    row["difference"], row["difference_error"] = report.mean_and_error(rise)
+                    mean, error = report.mean_and_error(rise)
+                    row |= {"difference": mean, "difference_error": error}
                     row["win_rate"] = (rise.sign().mean().item() + 1) / 2
+                    cells[5:] = [f"{mean:+.4f} +- {error:.4f}", f"{row['win_rate']:.1%}"]
+                say(line.format(*cells))
                 table.append(row)
     return table
 
 
-def print_table(table: list[dict]) -> None:
-    line = "{:>20} {:>16} {:>16} {:>7} {:>20} {:>20} {:>6}"
-    say(line.format("prompts", "reward", "model", "images", "mean", "difference", "wins"))
-    for row in table:
-        cells = [row["prompts"], row["reward"], row["model"], row["images"]]
-        cells += [f"{row['mean']:.4f} +- {row['standard_error']:.4f}", "", ""]
-        if "difference" in row:
-            cells[5] = f"{row['difference']:+.4f} +- {row['difference_error']:.4f}"
-            cells[6] = f"{row['win_rate']:.1%}"
-        say(line.format(*cells))
+def evaluate(args: argparse.Namespace, device: torch.device) -> None:
+    found = [find_model(name) for name in args.models]
+    settings = next((settings for _, settings in found if settings), {})
+    base = find_model(args.against)[0] if args.against else settings.get("model")
+    folders = label_models(args.models, [folder for folder, _ in found], base)
+    kinds = {f.name: type(f.default) for f in fields(prdp.Config)}
+    given = {name: kinds[name](settings[name]) for name in SETTINGS if name in settings}
+    given |= {"dtype": "bf16"} if torch.cuda.is_available() else {}
+    given |= {name: value for name, value in vars(args).items() if name in ASKED}
+    given |= {"prompts_per_epoch": processes(), "images_per_prompt": 2**20}  # for any microbatch
+    config, samples, limit = prdp.Config(**given), args.samples_per_prompt, args.max_prompts
+    if not config.prompts or not config.reward:
+        raise InputError(f"{settings['run']}: began from Python: give --prompts and --reward.")
+    config = config.resolved()
+    chosen = {file: choose_prompts(file, limit, config.seed) for file in config.prompts}
+    fewest = min(map(len, chosen.values()))
+    if min(samples, fewest, limit or 1) < 1 or samples == fewest == 1:
+        raise InputError(f"--samples-per-prompt {samples}, --max-prompts {limit}: too few.")
 
-
-def main(argv: list[str] | None = None) -> None:
-    with command("evaluate.py"):
-        args = parse_args(sys.argv[1:] if argv is None else argv)
-        device = start_processes()
-        found = [find_model(name) for name in args.models]
-        settings = next((settings for _, settings in found if settings), {})
-        base = find_model(args.against)[0] if args.against else settings.get("model")
-        folders = label_models(args.models, [folder for folder, _ in found], base)
-        kinds = {field.name: type(field.default) for field in fields(prdp.Config)}
-        given = {name: kinds[name](settings[name]) for name in SETTINGS if name in settings}
-        given |= {"dtype": "bf16"} if torch.cuda.is_available() else {}
-        given |= {name: value for name, value in vars(args).items() if name in ASKED}
-        sizes = {"prompts_per_epoch": processes(), "images_per_prompt": 2**20}  # any microbatch
-        config = prdp.Config(**given, **sizes).resolved()
-        samples, limit = args.samples_per_prompt, args.max_prompts
-        chosen = {file: choose_prompts(file, limit, config.seed) for file in config.prompts}
-        fewest = min(map(len, chosen.values()))
-        if min(samples, fewest, limit or 1) < 1 or samples == fewest == 1:
-            raise InputError(f"--samples-per-prompt {samples}, --max-prompts {limit}: too few.")
-
-        path = Path(args.out or Path(settings.get("run", ""), "evaluation"), "evaluation.json")
-        what, shown = f"--out {path.parent}", {}
-        asked = {name: getattr(config, name) for name in SETTINGS}
-        asked |= {"samples_per_prompt": samples, "max_prompts": limit}
-        record = {"settings": json.loads(json.dumps(asked)), "inputs": {}, "rewards": {}}
+    out = Path(args.out or Path(settings.get("run", ""), "evaluation")).expanduser()
+    path, what, shown = out / "evaluation.json", f"--out {out}", {}
+    asked = {name: getattr(config, name) for name in SETTINGS}
+    asked |= {"samples_per_prompt": samples, "max_prompts": limit}
+    record = {"settings": json.loads(json.dumps(asked)), "inputs": {}, "rewards": {}}
+    with run_folder.only_writer(out):
         if on_rank_0(path.is_file):
             before = run_folder.read_json(path, what)
             if not all(isinstance(before.get(name), dict) for name in record):
@@ -196,9 +187,14 @@ def main(argv: list[str] | None = None) -> None:
         base = next((label for label in folders if folders[label] == base), None)
         record["table"] = tabulate(record["rewards"], chosen, list(folders), base)
         run_folder.write_json(path, record)
-        print_table(record["table"])
         report.draw_images(path.with_suffix(".png"), shown)
         say(f"see {path.with_suffix('.png')}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    with command("evaluate.py"):
+        args = parse_args(sys.argv[1:] if argv is None else argv)
+        evaluate(args, start_processes())
         end_processes()
 
 

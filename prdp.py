@@ -418,7 +418,7 @@ def train(
         # Line 3: theta_old is theta as the epoch begins. Sec. 4.3: offline, pi_ref draws instead.
         sampler = models.reference if config.offline else policy
         drawn, trajectories = sample_epoch(config, models, sampler, prompts, epoch)  # lines 4 to 7
-        _, rewards = score_images(models, trajectories, drawn)  # line 8
+        _, rewards = score_images(models, trajectories.latents[:, -1], drawn)  # line 8
 
         with models.sd.in_use(models.reference.unet):  # Eq. 10
             log_probs_ref = score_trajectories(models.reference, trajectories, "reference")
@@ -490,12 +490,10 @@ def sample_prompts(
     return trajectories
 
 
-def score_images(
-    models: Models, trajectories: Trajectories, prompts: list[str]
-) -> tuple[Tensor, Tensor]:
-    """The M images, uint8 (M, 3, H, W), and their rewards, (M,) (Alg. 1, line 8)."""
+def score_images(models: Models, x_0: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """The images of latents x_0 (M, C, H, W), uint8, and their rewards, (M,) (Alg. 1, line 8)."""
     with phase("reward"):
-        images = models.sd.decode(trajectories.latents[:, -1], models.policy.microbatch)
+        images = models.sd.decode(x_0, models.policy.microbatch)
         with models.sd.in_use(models.reward):
             return images, models.reward(images, prompts)
 
@@ -561,7 +559,9 @@ def draw_samples(config: Config, models: Models, policy: Policy, prompts: list[s
     generators = image_generators(config.seed, 0, range(count), images)
     trajectories = sample_prompts(models, policy, shown, generators)
     of_each = [prompt for prompt in shown for _ in range(images)]
-    return Samples(shown, *(x.cpu() for x in score_images(models, trajectories, of_each)))
+    return Samples(
+        shown, *(x.cpu() for x in score_images(models, trajectories.latents[:, -1], of_each))
+    )
 
 
 def run(

@@ -148,6 +148,7 @@ class StableDiffusion:
         if moves:
             network.to(self.idle)
 
+    @quiet()
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
         """Text embeddings (len(prompts), L, D), as the pipeline itself makes them."""

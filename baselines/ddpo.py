@@ -5,12 +5,14 @@
     python baselines/ddpo.py --resume runs/hps-ddpo
 
 Read it beside their Sec. 4.3 and Apps. C.3, F.1 and F.3. Sampling, scoring, gradient, rewards and
-the run's folder are prdp.py's. Their settings where they are not Table 4's: K = 4 minibatches an
-epoch, each image in one, clip range 1e-4; at large scale one image for each of 512 prompts (PRDP,
-App. B). There is no KL term.
+the run's folder are prdp.py's. Their settings where they are not PRDP's Table 4: K = 4 minibatches
+an epoch, each image in one, clip range 1e-4; at large scale one image for each of 512 prompts
+(PRDP, App. B). There is no KL term.
 
-Paper   Here
-ratio of Eq. 4's importance sampling, clipped as PPO's   ratio, clip_range
+Paper                       Here
+the importance weight       ratio, of theta to theta_old, which drew the minibatch
+its clipping, as PPO's      clip_range
+normalised rewards          advantages
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import prdp
 from support.cli import InputError, flag
-from support.distributed import gather, gradient_step, own_share
+from support.distributed import gather, gradient_step, own_share, processes
 from support.report import epoch_metrics, phase
 from support.settings import run_command
 
@@ -54,6 +56,8 @@ class Config(prdp.Config):
                           "32, all of the epoch's, or those of the prompt's images of this epoch, "
                           "as GRPO", "per-prompt", "global", "group")  # fmt: skip
 
+    measure_kl: bool = flag(False, "also measure the KL to the pretrained model: one more pass")
+
     def check(self) -> None:
         images = self.prompts_per_epoch * self.images_per_prompt
         if self.loss == "ddpo" and images % self.updates_per_epoch:
@@ -63,9 +67,13 @@ class Config(prdp.Config):
         if self.advantage == "group" and self.images_per_prompt < 2:
             raise InputError("--advantage group: needs --images-per-prompt 2 or more.")
 
-    def passes(self) -> int:
-        """As prdp.py counts them: an image is learned from once an epoch, and so costs 3 there."""
-        return 1 + self.updates_per_epoch + 3
+    def passes(self) -> float:
+        """As prdp.py counts them: an image is learned from once an epoch, which costs 3, and scored
+        before unless its update is the first."""
+        return 1 + (1 - 1 / self.updates_per_epoch) + 3 + self.measure_kl
+
+
+METRICS = ("loss", "log_ratio_old", "clip_fraction", "skipped_fraction")
 
 
 def ddpo_loss(
@@ -120,17 +128,46 @@ class RewardStatistics:
         return torch.cat(advantages).clamp(-10, 10)
 
 
-def minibatch(config: Config, epoch: int, k: int, advantages: Tensor) -> Tensor:
-    """The advantages (N*B,) that update k learns from: the k-th of K random minibatches.
-
-    The others get 0, which is no gradient in a mean over all; the factor K makes it the mean over
-    the minibatch.
-    """
+def minibatches(config: Config, epoch: int) -> list[list[int]]:
+    """Which of this process's images, by their places, are in each of the epoch's K random
+    minibatches: each image of the N*B is in one."""
+    images = config.prompts_per_epoch * config.images_per_prompt
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-    order = torch.randperm(len(advantages), generator=generator)
-    rows = order.chunk(config.updates_per_epoch)[k].to(advantages.device)
-    part = config.updates_per_epoch * advantages[rows]
-    return torch.zeros_like(advantages).index_copy(0, rows, part)
+    order = torch.randperm(images, generator=generator)
+    own = range(images)[own_share(images)]
+    parts = order.chunk(config.updates_per_epoch)
+    return [[place - own.start for place in part.tolist() if place in own] for part in parts]
+
+
+def update(
+    config: Config, models: prdp.Models, optimizer: torch.optim.Optimizer,
+    batch: prdp.Trajectories | None, advantages: Tensor, first: bool,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Learn from a minibatch, of which this process has these images, or none; at the first update
+    of an epoch theta is theta_old. Means are over the minibatch of all processes."""
+    entries = config.prompts_per_epoch * config.images_per_prompt * config.ddpm_steps
+    entries = entries / config.updates_per_epoch / processes()  # if all had as many
+    metrics = dict.fromkeys(METRICS, torch.zeros(()))
+    weights, backward = torch.zeros(0), lambda weights: None
+    if batch is not None:
+        old, policy = batch.log_probs, models.policy
+        log_probs = old.clone() if first else prdp.score_trajectories(policy, batch)
+        log_probs.requires_grad_()
+        share = log_probs.numel() / entries
+        loss = share * ddpo_loss(log_probs, old, advantages, config.clip_range)
+        if config.loss == "ddpo-sf":
+            loss = share * ddpo_sf_loss(log_probs, advantages)
+        (weights,) = torch.autograd.grad(loss, log_probs)
+        backward = functools.partial(prdp.backward_trajectories, policy, batch)
+        moved = (log_probs.detach() - old).abs()
+        measured = (loss.detach(), moved, moved > config.clip_range, weights == 0)
+        for name, x in zip(METRICS, measured, strict=True):
+            metrics[name] = x if name == "loss" else share * x.double().mean()
+
+    with phase("update"):
+        options = (config.max_grad_norm, models.policy.autocast, math.prod(models.sd.latent_shape))
+        norm = gradient_step(optimizer, backward, weights, *options)
+    return metrics | {"grad_norm": norm}
 
 
 def train(
@@ -138,43 +175,48 @@ def train(
     start: int, statistics: RewardStatistics,
 ) -> Iterator[dict[str, float]]:  # fmt: skip
     """DDPO from epoch `start` on; yields each epoch's metrics."""
-    policy, reference, numel = models.policy, models.reference, math.prod(models.sd.latent_shape)
+    policy, count = models.policy, config.images_per_prompt
     for epoch in range(start, config.epochs + 1):
-        drawn, trajectories = prdp.sample_epoch(config, models, policy, prompts, epoch)
-        _, rewards = prdp.score_images(models, trajectories, drawn)
-        of_all = prdp.draw_prompts(config, prompts, epoch)
-        advantages = statistics.advantages(gather(rewards), of_all)
-        log_probs_old = trajectories.log_probs
-        with models.sd.in_use(reference.unet):  # for the metrics alone
-            log_probs_ref = prdp.score_trajectories(reference, trajectories, "reference")
+        drawn = prdp.draw_prompts(config, prompts, epoch)
+        own = own_share(len(drawn))
+        texts = [prompt for prompt in drawn[own] for _ in range(count)]
+        noise = prdp.image_generators(config.seed, epoch, range(len(drawn))[own], count)
+
+        # Each minibatch is drawn by itself, so that it is scored in the same microbatches.
+        parts, batches = minibatches(config, epoch), []
+        for part in parts:
+            batch = None
+            if part:
+                of_part = [texts[n] for n in part], [noise[n] for n in part]
+                batch = prdp.sample_prompts(models, policy, *of_part)
+            batches.append(batch)
+        order = [n for part in parts for n in part]
+        x_0 = torch.cat([batch.latents[:, -1] for batch in batches if batch])
+        _, scores = prdp.score_images(models, x_0, [texts[n] for n in order])
+        rewards = torch.empty_like(scores)
+        rewards[order] = scores
+        advantages = statistics.advantages(gather(rewards), drawn)[own_share(count * len(drawn))]
 
         updates = []
-        for k in range(config.updates_per_epoch):
-            log_probs = (
-                prdp.score_trajectories(policy, trajectories) if k else log_probs_old.clone()
-            )
-            log_probs.requires_grad_()
-            part = minibatch(config, epoch, k, advantages)
-            part = part[own_share(len(part))].to(rewards.device)
-            loss = ddpo_loss(log_probs, log_probs_old, part, config.clip_range)
-            if config.loss == "ddpo-sf":
-                loss = ddpo_sf_loss(log_probs, part)
-            (weights,) = torch.autograd.grad(loss, log_probs)
-
-            backward = functools.partial(prdp.backward_trajectories, policy, trajectories)
-            with phase("update"):
-                options = (config.max_grad_norm, policy.autocast, numel)
-                norm = gradient_step(optimizer, backward, weights, *options)
-            moved = (log_probs.detach() - log_probs_old).abs()
-            updates.append({
-                "loss": loss.detach(), "clip_fraction": moved > config.clip_range,
-                "skipped_fraction": weights == 0, "log_ratio_old": moved, "grad_norm": norm,
-            })  # fmt: skip
-
-        ratio = log_probs_old - log_probs_ref
-        others = {"log_ratio_ref": ratio, "kl_nats": ratio * (config.ddpm_steps * numel)}
-        del trajectories, backward  # and their memory, before others are drawn
+        for part, batch in zip(parts, batches, strict=True):
+            first = not updates
+            updates.append(update(config, models, optimizer, batch, advantages[part], first))
+        others = {}
+        if config.measure_kl:
+            others = measure_kl(models, [batch for batch in batches if batch])
+        del batch, batches, x_0  # and their memory, before others are drawn
         yield epoch_metrics(rewards, models.reward.parts, updates, **others)
+
+
+def measure_kl(models: prdp.Models, batches: list[prdp.Trajectories]) -> dict[str, Tensor]:
+    """Of theta_old to the pretrained model, a step's mean and a trajectory's sum, as prdp.py's."""
+    reference, ratios = models.reference, []
+    for batch in batches:
+        with models.sd.in_use(reference.unet):
+            ratios.append(batch.log_probs - prdp.score_trajectories(reference, batch, "reference"))
+    ratio = torch.cat(ratios)
+    numel = ratio.shape[1] * math.prod(models.sd.latent_shape)
+    return {"log_ratio_ref": ratio, "kl_nats": ratio * numel}
 
 
 def run(config: Config) -> None:
@@ -182,5 +224,9 @@ def run(config: Config) -> None:
     prdp.run(config, train=functools.partial(train, statistics=statistics), state=statistics)
 
 
+def main(argv: list[str] | None = None) -> None:
+    run_command(Config, run, argv)
+
+
 if __name__ == "__main__":
-    run_command(Config, run)
+    main()

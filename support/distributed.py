@@ -17,7 +17,10 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def start_processes() -> torch.device:
     """Join the others where torchrun started this process; the device of this one."""
     cuda = torch.cuda.is_available()
-    if all(name in os.environ for name in TORCHRUN) and not dist.is_initialized():
+    launched = all(name in os.environ for name in TORCHRUN)
+    if not launched and os.environ.get("WORLD_SIZE", "1") != "1":
+        print("warning: WORLD_SIZE is set, but not by torchrun: this is one process of its own.")
+    if launched and not dist.is_initialized():
         if cuda:  # a launcher may show each process one GPU alone
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         # NCCL's ten minutes are shorter than one process may lag behind another.

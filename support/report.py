@@ -112,10 +112,10 @@ def show_epoch(config, rows: list[dict], start: int, track: Callable) -> None:
     if (row["epoch"] - start) % 20 == 0:
         say("epoch    reward_mean +- se  clip_fraction  log_ratio_ref  grad_norm  seconds")
     names = ("reward_se", "clip_fraction", "log_ratio_ref", "grad_norm")
-    cells = ["-" if row.get(name) is None else f"{row[name]:.3g}" for name in names]
+    error, *cells = ("-" if row.get(name) is None else f"{row[name]:.3g}" for name in names)
     seconds = sum(x for name, x in row.items() if name.startswith("seconds_"))
-    line = "{:>5} {:>11.4f} +- {:>5}  {:>13}  {:>13}  {:>9}  {:>7.1f}"
-    say(line.format(row["epoch"], row["reward_mean"], *cells, seconds))
+    line = "{:>5} {:>20}  {:>13}  {:>13}  {:>9}  {:>7.1f}"
+    say(line.format(row["epoch"], f"{row['reward_mean']:.4f} +- {error}", *cells, seconds))
     if row["reward_std"] == 0:
         say("warning: every image has the same reward; there is nothing to learn from.")
     left = (config.epochs - start) * seconds
@@ -249,6 +249,9 @@ def draw_images(path: Path, shown: dict[str, Samples], shots: int = 2) -> None:
 
 def save_samples(config, epoch: int, samples: Samples, track: Callable) -> None:
     """samples/epoch_NNNN.png."""
+    rows = samples.rewards.view(len(samples.prompts), -1)
+    if epoch == 0 and rows.shape[1] > 1 and rows.std() > 0 and (rows == rows[:, :1]).all():
+        say("warning: the reward is the same for different pictures of a prompt.")
     path = Path(config.out, "samples", f"epoch_{epoch:04d}.png")
     draw_images(path, {f"epoch {epoch}": samples}, 8)
     track(epoch, {}, path)

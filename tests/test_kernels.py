@@ -133,7 +133,7 @@ def clip_at(log_prob: Tensor, moved: float | Tensor, clip_range: float) -> dict:
 @each_dtype
 @each_shape
 def test_sample_is_the_plain_one_and_scores_again_to_the_bit(shape, dtype):
-    """x_prev has the bits of prdp.py's; its log-prob those of re-scoring, and the oracle's value."""
+    """x_prev has the bits of prdp.py's; its log-prob those of re-scoring, of the oracle's value."""
     step = denoising_step(shape, dtype)
     del step["x_prev"]
     noise = torch.randn(shape)

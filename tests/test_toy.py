@@ -1,10 +1,7 @@
 """The embedded toy: its files in transformers 4 and 5, its judge, what the base model draws."""
 
-from __future__ import annotations
-
 import importlib
 import shutil
-import sys
 
 import pytest
 import torch
@@ -12,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 import prdp
-from tests.conftest import ROOT
+from conftest import ROOT
 
 TOY = ROOT / "toy"
 
@@ -62,8 +59,7 @@ def test_oracle_judges_a_run(toy, tmp_path, monkeypatch, capsys):
     oracle, load = toy("oracle"), prdp.load_prompts
     monkeypatch.setattr(prdp, "load_prompts", lambda file: load(file)[:96][::4])
     shutil.copytree(TOY / "sd", tmp_path / "pipeline")
-    monkeypatch.setattr(sys, "argv", ["oracle.py", str(tmp_path), "--images-per-prompt", "2"])
-    oracle.main()
+    oracle.main([str(tmp_path), "--images-per-prompt", "2"])
     _, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
     names = [["shapes.txt", "base"], ["shapes.txt", "finetuned"]]
     names += [["shapes_unseen.txt", "base"], ["shapes_unseen.txt", "finetuned"]]
@@ -81,10 +77,9 @@ def test_oracle_judges_a_run(toy, tmp_path, monkeypatch, capsys):
     ("flags", "sentence"),
     [(["--images-per-prompt", "1"], "--images-per-prompt 1"), (["nowhere"], "no pipeline/")],
 )
-def test_oracle_of_bad_input(toy, monkeypatch, capsys, flags, sentence):
-    monkeypatch.setattr(sys, "argv", ["oracle.py", *flags])
+def test_oracle_of_bad_input(toy, capsys, flags, sentence):
     with pytest.raises(SystemExit) as stop:
-        toy("oracle").main()
+        toy("oracle").main(flags)
     errors = capsys.readouterr().err
     assert stop.value.code == 2
     assert sentence in errors

@@ -462,7 +462,7 @@ def main() -> None:
 
     def begin(stage: str) -> torch.Generator:
         torch.manual_seed(0)  # the initial weights
-        return torch.Generator().manual_seed(list("vupo").index(stage[0]))  # everything else
+        return torch.Generator().manual_seed(every.index(stage))  # everything else
 
     def steps(full: int) -> int:
         return max(50, int(full * args.effort))

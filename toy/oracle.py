@@ -6,8 +6,6 @@ python toy/oracle.py runs/toy    # the same for base and finetuned model, on the
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -66,50 +64,38 @@ def judge(oracle: Oracle, pictures: Tensor, prompts: list[str]) -> tuple[Tensor,
     return torch.tensor([a == b for a, b in zip(seen, prompts, strict=True)]), shaded.bool()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", nargs="?", type=Path, help="run folder of a toy run")
-    parser.add_argument("--images-per-prompt", type=int, default=4)
-    args = parser.parse_args()
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+def main(argv: list[str] | None = None) -> None:
     sys.path.insert(0, str(HERE.parent))
     import prdp
+    from support.cli import InputError, Parser, command
 
-    if args.images_per_prompt < 2:
-        parser.exit(
-            2, f"oracle.py: --images-per-prompt {args.images_per_prompt}: must be at least 2.\n"
-        )
-    if args.run and not (args.run / "pipeline").is_dir():
-        parser.exit(
-            2, f"oracle.py: {args.run}: no pipeline/ there; it is written when a run ends.\n"
-        )
-    oracle = load_oracle()
-    print(f"{'prompts':<18}{'model':<11}{'images':>6}{'reward':>17}{'match':>17}{'shaded':>17}")
-    for file in ("shapes.txt", "shapes_unseen.txt"):
-        every = 6 if file == "shapes.txt" else 1
-        prompts = prdp.load_prompts(str(HERE.parent / "prompts" / file))[::every]
-        folders = {"base": HERE / "sd"}
-        if args.run:
-            folders["finetuned"] = args.run / "pipeline"
-        for name, folder in folders.items():
-            flags = ["--preset", "toy", "--model", str(folder)]
-            config = prdp.parse_args([*flags, "--prompts-per-epoch", str(len(prompts))])
-            models = prdp.load_models(config, torch.device("cpu"))
-            count = args.images_per_prompt
-            generators = prdp.image_generators(config.seed, 0, range(len(prompts)), count)
-            trajectories = prdp.sample_prompts(models, models.policy, prompts, generators)
-            images = prdp.decode(models, trajectories.latents[:, -1])
-            each = [prompt for prompt in prompts for _ in range(count)]
-            columns = [models.reward(images, each), *judge(oracle, images, each)]
-            columns = [column.double() for column in columns]
-            figures = [f"{x.mean():.3f} +- {x.std() / len(x) ** 0.5:.3f}" for x in columns]
-            print(
-                f"{file:<18}{name:<11}{len(each):>6}"
-                + "".join(f"{figure:>17}" for figure in figures),
-                flush=True,
-            )
+    parser = Parser(description=__doc__)
+    parser.add_argument("run", nargs="?", type=Path, help="run folder of a toy run")
+    parser.add_argument("--images-per-prompt", type=int, default=4)
+    with command("oracle.py"):
+        args = parser.parse_args(argv)
+        count = args.images_per_prompt
+        if count < 2:
+            raise InputError(f"--images-per-prompt {count}: must be at least 2.")
+        if args.run and not (args.run / "pipeline").is_dir():
+            raise InputError(f"{args.run}: no pipeline/ there; it is written when a run ends.")
+        folders = {"base": HERE / "sd"} | ({"finetuned": args.run / "pipeline"} if args.run else {})
+        oracle = load_oracle()
+        print(f"{'prompts':<18}{'model':<11}{'images':>6}{'reward':>17}{'match':>17}{'shaded':>17}")
+        for file, every in (("shapes.txt", 6), ("shapes_unseen.txt", 1)):
+            prompts = prdp.load_prompts(HERE.parent / "prompts" / file)[::every]
+            of_each = [prompt for prompt in prompts for _ in range(count)]
+            for name, folder in folders.items():
+                flags = ["--preset", "toy", "--model", str(folder)]
+                config = prdp.parse_args([*flags, "--prompts-per-epoch", str(len(prompts))])
+                models = prdp.load_models(config, torch.device("cpu"), learns=False)
+                noise = prdp.image_generators(config.seed, 0, range(len(prompts)), count)
+                drawn = prdp.sample_prompts(models, models.policy, prompts, noise)
+                images, rewards = prdp.score_images(models, drawn.latents[:, -1], of_each)
+                columns = [x.double() for x in (rewards, *judge(oracle, images, of_each))]
+                cells = [f"{x.mean():.3f} +- {x.std() / len(x) ** 0.5:.3f}" for x in columns]
+                line = f"{file:<18}{name:<11}{len(of_each):>6}"
+                print(line + "".join(f"{cell:>17}" for cell in cells), flush=True)
 
 
 if __name__ == "__main__":
