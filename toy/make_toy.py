@@ -36,9 +36,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from oracle import COLOURS, SHAPES, Oracle, caption  # noqa: E402
+from oracle import COLOURS, SHAPES, Oracle, caption
 
-from rewards import normalise  # noqa: E402
+from rewards import normalise
 
 PIXELS = 32
 SHADED_SHARE = 0.25  # of the world's pictures
