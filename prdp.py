@@ -30,13 +30,12 @@ Departures from the paper, and choices where it is silent (docs/paper.md says wh
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -45,11 +44,11 @@ from torch import Tensor
 
 from rewards import Reward, load_reward, python_files, resolve_reward
 from stable_diffusion import StableDiffusion, WithoutAdapters, compiled, noise_settings
-from support import report, run_folder
+from support import memory, report, run_folder
 from support.cli import InputError, flag
 from support.distributed import gradient_step, own_share, processes, require_finite, say
 from support.distributed import start_processes
-from support.inputs import as_prompts, load_prompts
+from support.inputs import as_prompts, load_module, load_prompts
 from support.report import Samples, epoch_metrics, phase
 from support.settings import RunSettings, parse_settings, run_command, set_precision
 
@@ -77,6 +76,7 @@ class Config(RunSettings):
 
     program: ClassVar = "prdp.py"
     presets: ClassVar = PRESETS
+    least: ClassVar = {"images_per_prompt": 2}  # PRDP compares a prompt's images
     resolve_reward: ClassVar = staticmethod(resolve_reward)
     epochs: int = flag(100, "E, rounds of sampling and learning", group="Table 4")
     updates_per_epoch: int = flag(10, "K, gradient updates per epoch")
@@ -91,15 +91,10 @@ class Config(RunSettings):
     max_grad_norm: float = flag(1.0, "gradients longer than this are scaled down to it")
     offline: bool = flag(False, "learn from images of the pretrained model alone (Sec. 4.3)")
 
-    def check(self) -> None:
-        """InputError for settings that do not go together."""
-        if self.images_per_prompt < 2:
-            raise InputError("--images-per-prompt 1: PRDP compares a prompt's images; 2 or more.")
-
-    def passes(self) -> int:
-        """How many an epoch makes of an image: drawn, scored under the reference and before each
-        update but the first; and with its gradient, which costs three, in each update."""
-        return 1 + self.updates_per_epoch + 3 * self.updates_per_epoch
+    def passes(self) -> tuple[float, float]:
+        """How many an epoch makes of an image: without gradient, to draw it, under the reference
+        and before each update but the first; with gradient, in each update."""
+        return 1 + self.updates_per_epoch, self.updates_per_epoch
 
 
 # ---- 2. The policy: DDPM ancestral sampling, a chain of Gaussians (Sec. 2) -----------------------
@@ -117,9 +112,8 @@ def guided_mean(
 def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor | float) -> Tensor:
     """log N(sample; mean, sigma^2 I) of Eqs. 2 and 4, a mean over latent dimensions: (M,) float64.
 
-    sample, mean (M, ...), sigma (M,) or a number. float64 whatever comes in: at the last step a
-    log-prob is about 2.5, where float32 numbers lie 2.4e-7 apart, a quarter of Table 4's smallest
-    clip_range. (Summed over 4*64*64 dimensions it would be 40,000: far worse.)
+    sample, mean (M, ...), sigma (M,) or a number. float64, because at the last step a log-prob is
+    about 2.5, where float32 numbers lie 2.4e-7 apart: a quarter of Table 4's smallest clip_range.
     """
     sigma = torch.as_tensor(sigma, dtype=torch.float64, device=sample.device)
     shapes = (sample.shape, mean.shape, sigma.shape)
@@ -140,9 +134,8 @@ class Schedule(NamedTuple):
 def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     """The coefficients of Eq. 2 (Ho et al. 2020, Eqs. 6, 7, 11); the chain of DDIM with eta = 1.
 
-    From a diffusers scheduler's config. Steps are "leading"-spaced, and alpha-bar after the last is
-    alphas_cumprod[0], as Stable Diffusion is configured. InputError for another kind of schedule,
-    and for sigma == 0, where log-probabilities do not exist.
+    From a diffusers scheduler's config; spacing and end as Stable Diffusion's. InputError for
+    another kind of schedule, and for sigma == 0, where log-probabilities do not exist.
     """
     config = noise_settings(scheduler_config)
     train_steps = config["num_train_timesteps"]
@@ -164,8 +157,7 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
 
     sigma = ((1 - alpha_bar_previous) / (1 - alpha_bar) * (1 - alpha)).clamp(min=0).sqrt()
     if not (sigma > 0).all():
-        remedy = "set steps_offset to 1 and set_alpha_to_one to false in its scheduler_config.json"
-        raise InputError(f"the model's scheduler has sigma = 0 at its last step; {remedy}.")
+        raise InputError("--model: sigma = 0 at its end; steps_offset 1, set_alpha_to_one false.")
     coef_sample = alpha.rsqrt()
     coef_noise = -(1 - alpha) / ((1 - alpha_bar) * alpha).sqrt()
     if config["prediction_type"] == "v_prediction":
@@ -190,13 +182,16 @@ class Policy(NamedTuple):
         """coef_sample, coef_noise and sigma of steps (M,), each (M,); and the guidance scale."""
         return [*(column[steps] for column in self.schedule[1:]), self.guidance_scale]
 
+    def casting(self, device: torch.device) -> torch.autocast:
+        """--dtype; also around a whole pass without gradient, which then casts weights once."""
+        return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
+
 
 def run_unet(policy: Policy, x_t: Tensor, text: Tensor, steps: Tensor) -> Tensor:
-    """noise_pred (2M, C, H, W) of M images, each at its own step, in one pass, the unconditional
-    branch of guidance first."""
+    """noise_pred (2M, C, H, W) of M images, each at its step; the unconditional branch first."""
     timesteps = policy.schedule.timesteps[steps]
     both = torch.cat([policy.null_text.expand_as(text), text])  # (2M, L, D)
-    with torch.autocast(x_t.device.type, policy.autocast, enabled=policy.autocast is not None):
+    with policy.casting(x_t.device):
         inputs = (torch.cat([x_t, x_t]), timesteps.repeat(2))
         return policy.unet(*inputs, encoder_hidden_states=both).sample
 
@@ -206,15 +201,14 @@ def run_unet(policy: Policy, x_t: Tensor, text: Tensor, steps: Tensor) -> Tensor
 
 @functools.cache
 def load_kernels() -> tuple[object, str]:
-    """kernels/log_prob.py, or None where Triton cannot run; and what runs, in words. By its path,
-    for `kernels` is also a package of Hugging Face's."""
+    """kernels/log_prob.py, by its path (Hugging Face has a package `kernels`); and what runs."""
     if not torch.cuda.is_available():
         return None, "eager (no CUDA device)"
     if importlib.util.find_spec("triton") is None:
         return None, "eager (triton is not installed)"
-    spec = importlib.util.spec_from_file_location("log_prob", HERE / "kernels" / "log_prob.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_module("log_prob", str(HERE / "kernels" / "log_prob.py"))
+    if module.missing():
+        return None, f"eager ({module.missing()})"
     return module, "Triton kernels"
 
 
@@ -231,15 +225,14 @@ def or_kernel(function: Callable) -> Callable:
 
 @or_kernel
 def guided_log_prob(
-    noise_pred: Tensor,  # (2M, ...), the unconditional branch first; it alone gets a gradient
-    x_t: Tensor,  # (M, ...) float32
-    x_prev: Tensor,  # (M, ...) float32: x_{t-1}
-    coef_sample: Tensor,  # (M,) float64, of Eq. 2, per row: steps may be mixed
-    coef_noise: Tensor,  # (M,) float64
-    sigma: Tensor,  # (M,) float64
-    guidance_scale: float,
-) -> Tensor:
-    """log pi(x_{t-1} | x_t, c) of Eqs. 2 and 4: (M,) float64, nats per latent dimension."""
+    noise_pred: Tensor, x_t: Tensor, x_prev: Tensor, coef_sample: Tensor, coef_noise: Tensor,
+    sigma: Tensor, guidance_scale: float,
+) -> Tensor:  # fmt: skip
+    """log pi(x_{t-1} | x_t, c) of Eqs. 2 and 4: (M,) float64, nats per latent dimension.
+
+    noise_pred (2M, C, H, W), which alone gets a gradient; x_t and x_prev (M, C, H, W) float32;
+    coefficients (M,) float64, each row's own, so that steps may be mixed.
+    """
     mean = guided_mean(noise_pred, x_t, coef_sample, coef_noise, guidance_scale)
     return gaussian_log_prob(x_prev, mean, sigma)
 
@@ -286,13 +279,12 @@ def sample_trajectories(
     latents = torch.empty(num_images, num_steps + 1, *shape, device=text.device)
     log_probs = torch.empty(num_images, num_steps, dtype=torch.float64, device=text.device)
 
-    with phase("sample", num_images * num_steps) as done:
-        for rows in torch.arange(num_images).split(policy.microbatch):
+    with policy.casting(text.device), phase("sample", num_images * num_steps) as done:
+        for rows in torch.arange(num_images, device=text.device).split(policy.microbatch):
             # x_T and what each step adds, drawn at once: at every step a GPU would wait for it.
-            own = [generators[m] for m in rows for _ in range(num_steps + 1)]
+            own = [generators[m] for m in rows.tolist() for _ in range(num_steps + 1)]
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in own])
             noise = noise.unflatten(0, (len(rows), -1)).to(text.device)  # (m, T+1, C, H, W)
-            rows = rows.to(text.device)
             latents[rows, 0] = noise[:, 0]
             for k in range(num_steps):
                 steps = torch.full_like(rows, k)
@@ -313,7 +305,7 @@ def score_trajectories(policy: Policy, trajectories: Trajectories, label: str = 
     """
     log_probs = torch.empty_like(trajectories.log_probs)
     num_images, num_steps = log_probs.shape
-    with phase(label, num_images * num_steps) as done:
+    with policy.casting(log_probs.device), phase(label, num_images * num_steps) as done:
         for rows in torch.arange(num_images, device=log_probs.device).split(policy.microbatch):
             for k in range(num_steps):
                 steps = torch.full_like(rows, k)
@@ -377,9 +369,8 @@ def backward_trajectories(policy: Policy, trajectories: Trajectories, weights: T
     graphs of all B*T network passes at once. But it sees the network only through the small matrix
     log_probs: by the chain rule its gradient is the sum of weights[m, k] * dlog_probs[m, k]/dtheta,
     and each microbatch of entries can be run again on its own. This is exact, because only
-    derivatives are taken and no value is compared with another pass's. So entries of weight 0 are
-    skipped (clipped, in an image whose clipped error wins Eq. 18 in every pair), and the rest
-    packed densely, steps of different images and times together.
+    derivatives are taken and no value is compared with another pass's. So entries of weight 0
+    (clipped, where the clipped error wins Eq. 18 in every pair) are skipped, and the rest packed.
     """
     assert weights.shape == trajectories.log_probs.shape, weights.shape
     entries = entries_to_run(policy, weights)
@@ -516,17 +507,15 @@ def load_models(
     """The policy, and the frozen reference it starts from (Alg. 1, line 1), if it learns."""
     autocast = set_precision(config.dtype)
     sd = StableDiffusion(config.model, device, config.offload == "on", autocast)
-    schedule = ddpm_schedule(sd.noise_settings, config.ddpm_steps)
-    schedule = Schedule(*(column.to(device) for column in schedule))
+    columns = ddpm_schedule(sd.noise_settings, config.ddpm_steps)
+    schedule = Schedule(*(column.to(device) for column in columns))
     images = config.prompts_per_epoch * config.images_per_prompt // processes()
-    how = (config.guidance_scale, min(config.microbatch, images), autocast)
+    how = (config.guidance_scale, min(config.microbatch or 8, images), autocast)
     policy = Policy(sd.unet, schedule, sd.encode([""])[0], *how)
     reward = load_reward(config.reward if reward is None else reward, sd.idle)
 
-    reference = None
-    if learns and not config.lora_rank:
-        reference = sd.frozen(copy.deepcopy(sd.unet), config.compile)  # line 1
-    sd.unfreeze(config.lora_rank, config.seed, config.gradient_checkpointing)
+    reference = sd.frozen(config.compile) if learns and not config.lora_rank else None  # line 1
+    sd.unfreeze(config.lora_rank, config.seed, config.gradient_checkpointing == "on")
     if config.compile:
         policy = policy._replace(unet=compiled(sd.unet))
     if learns and config.lora_rank:
@@ -534,21 +523,36 @@ def load_models(
     return Models(policy, policy._replace(unet=reference), sd, reward)
 
 
-def check_on_policy(config: Config, models: Models, prompt: str) -> float:
+def load_what_fits(
+    config: Config, device: torch.device, reward: Callable | None, prompts: list[str]
+) -> tuple[Config, Models, tuple[float, float]]:
+    """The settings, with what memory decides; models, checked; the seconds of their passes."""
+
+    def attempt(plan: Config) -> tuple:
+        models = load_models(plan, device, reward)
+        report.introduce(plan, models.sd, load_kernels()[1], prompts)
+        batch = check_on_policy(plan, models, prompts[0])
+        passes = (score_trajectories, backward_trajectories)
+        return plan, models, memory.rehearse(plan, models, batch, *passes)
+
+    return memory.first_that_fits(config, StableDiffusion.weights_gigabytes, attempt)
+
+
+def check_on_policy(config: Config, models: Models, prompt: str) -> Trajectories:
     """Score a new microbatch again, under policy and reference: both must return the same bits, for
-    Eq. 20 compares two passes to within clip_range. Returns a pass's seconds an image."""
-    microbatch = models.policy.microbatch
+    Eq. 20 compares two passes to within clip_range. Returns the microbatch."""
     for deterministic in (False, True):
         torch.backends.cudnn.deterministic = deterministic
-        generators, gap = image_generators(config.seed, 0, range(1), microbatch), 0.0
+        generators = image_generators(config.seed, 0, range(1), models.policy.microbatch)
+        gap = 0.0
         trajectories = sample_prompts(models, models.reference, [prompt], generators)
         for policy in (models.policy, models.reference):
-            with models.sd.in_use(policy.unet), report.timing() as seconds:
+            with models.sd.in_use(policy.unet):
                 scores = score_trajectories(policy, trajectories)
             gap += (scores - trajectories.log_probs).abs().max().item()  # NaN stays NaN
         say(f"on-policy gap{', with deterministic cuDNN' * deterministic}: {gap:.1e}")
         if gap == 0:
-            return seconds["score"] / microbatch  # of the last pass: warm, and compiled
+            return trajectories
     raise InputError(f"on-policy gap: {gap:.1e}, so the clip would act on noise; try --dtype fp32.")
 
 
@@ -559,9 +563,8 @@ def draw_samples(config: Config, models: Models, policy: Policy, prompts: list[s
     generators = image_generators(config.seed, 0, range(count), images)
     trajectories = sample_prompts(models, policy, shown, generators)
     of_each = [prompt for prompt in shown for _ in range(images)]
-    return Samples(
-        shown, *(x.cpu() for x in score_images(models, trajectories.latents[:, -1], of_each))
-    )
+    pictures, rewards = score_images(models, trajectories.latents[:, -1], of_each)
+    return Samples(shown, pictures.cpu(), rewards.cpu())
 
 
 def run(
@@ -569,54 +572,44 @@ def run(
     train: Callable = train, state: object = None,
 ) -> None:  # fmt: skip
     """Train from the first epoch or the last checkpoint, then show what changed; InputError for
-    what cannot run. reward, (uint8 images (M, 3, H, W), M prompts) -> M numbers, and prompts are
-    taken in place of those that config names; another `train` in place of this one, and `state`,
-    with state_dict and load_state_dict, is what it keeps between epochs."""
+    what cannot run. reward, (uint8 images (M, 3, H, W), M prompts) -> M numbers, and prompts stand
+    in for those that config names. `state` is what another `train` keeps between epochs."""
     device = start_processes()
-    given = {name: () for name, x in (("reward", reward), ("prompts", prompts)) if x is not None}
-    config = replace(config, **given).resolved()
+    config = config.resolved(reward, prompts)
     if prompts is None:
         prompts = (text for file in config.prompts for text in load_prompts(file))
     prompts = as_prompts(prompts, "--prompts")
     with run_folder.only_writer(Path(config.out)):
         saved = run_folder.open_run(config)
-        models = load_models(config, device, reward)
+        config, models, seconds = load_what_fits(config, device, reward, prompts)
         learned = {n: p for n, p in models.sd.unet.named_parameters() if p.requires_grad}
         options = {"weight_decay": config.weight_decay, "fused": device.type == "cuda"}
         optimizer = torch.optim.AdamW(learned.values(), config.learning_rate, **options)
         learning = (learned, optimizer, state)
-        report.introduce(config, learned, load_kernels()[1], prompts, models.sd.pipe.tokenizer)
-        seconds = check_on_policy(config, models, prompts[0])
         start = saved["epoch"] + 1
         report.forecast(config, seconds, start)
         before = draw_samples(config, models, models.reference, prompts)
 
         digests = run_folder.digests(models, prompts, python_files(config.reward))
         record, rows = run_folder.begin(config, digests, saved, learning)
-        del saved  # and its memory
         track = report.open_tracker(config, record, start)
         report.save_samples(config, 0, before, track)
         epochs = train(config, models, optimizer, prompts, start)
         for epoch in range(start, config.epochs + 1):
             with report.timing() as seconds:
                 rows.append(report.as_row(epoch, next(epochs), seconds))
-            run_folder.end_epoch(config, record, rows, learning)
-            if config.keep_every and epoch % config.keep_every == 0:
-                models.sd.save(Path(config.out, "epochs", f"{epoch:04d}"), record, epoch, False)
+            run_folder.end_epoch(config, record, rows, learning, models.sd)
             report.show_epoch(config, rows, start, track)
             if epoch % config.sample_every == 0 and epoch < config.epochs:
                 now = draw_samples(config, models, models.policy, prompts)
                 report.save_samples(config, epoch, now, track)
 
         after = draw_samples(config, models, models.policy, prompts)
-        report.save_samples(config, config.epochs, after, track)
-        report.compare(config, before, after)
+        report.compare(config, before, after, track)
         models.sd.save(Path(config.out), record, config.epochs)
 
 
-def parse_args(argv: list[str], kind: type[Config] = Config) -> Config:
-    """A command line, over the preset or the settings of the run that --resume names."""
-    return parse_settings(kind, argv)
+parse_args = functools.partial(parse_settings, Config)  # a command line -> Config
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import json
 import shutil
@@ -137,6 +138,16 @@ class StableDiffusion:
         self.vae.to(self.idle)
         self.pipe.text_encoder.to(self.idle)
 
+    @staticmethod
+    def weights_gigabytes(model: str) -> float:
+        """Of a model's UNet in float32; its weights are not read."""
+        import diffusers
+
+        with reading(f"--model {model}: its unet"), torch.device("meta"):
+            config = read_json(find_folder(model)[0] / "unet" / "config.json", f"--model {model}")
+            unet = diffusers.UNet2DConditionModel.from_config(config)
+        return 4e-9 * sum(p.numel() for p in unet.parameters())
+
     @contextlib.contextmanager
     def in_use(self, network) -> Iterator[None]:
         """Have a network on `device` within this block, where what learns always is."""
@@ -161,7 +172,7 @@ class StableDiffusion:
         images, kind = [], self.device.type
         autocast = torch.autocast(kind, self.autocast, enabled=self.autocast is not None)
         with self.in_use(self.vae), autocast:
-            for rows in latents.split(microbatch):
+            for rows in latents.split(min(microbatch, 8)):  # a decoder keeps 0.7 GB an image
                 decoded = self.vae.decode(rows / self.vae.config.scaling_factor).sample.float()
                 images.append(((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
         return torch.cat(images)
@@ -180,10 +191,10 @@ class StableDiffusion:
         if checkpointing:
             self.unet.enable_gradient_checkpointing()
 
-    def frozen(self, network: nn.Module, compile: bool) -> nn.Module:
-        """A copy of the UNet as the reference, on `idle`. What autocast would cast at each pass is
+    def frozen(self, compile: bool) -> nn.Module:
+        """A copy of the UNet, the reference, on `idle`. What autocast would cast at each pass is
         cast for good, which gives the same bits; not if compiled, in 16 bits."""
-        network.requires_grad_(False).to(self.idle)
+        network = copy.deepcopy(self.unet).requires_grad_(False).to(self.idle)
         for layer in network.modules() if self.autocast and not compile else ():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 layer.to(self.autocast)

@@ -50,6 +50,7 @@ class Config(prdp.Config):
         for name, settings in prdp.PRESETS.items()
     }
     unused: ClassVar = ("kl_weight", "offline")
+    least: ClassVar = {}
     loss: str = flag("ddpo", "DDPO_IS, or the score function's DDPO_SF", "ddpo", "ddpo-sf",
                      group="DDPO")  # fmt: skip
     advantage: str = flag("per-prompt", "whose mean rewards are held against: the prompt's last "
@@ -67,10 +68,10 @@ class Config(prdp.Config):
         if self.advantage == "group" and self.images_per_prompt < 2:
             raise InputError("--advantage group: needs --images-per-prompt 2 or more.")
 
-    def passes(self) -> float:
-        """As prdp.py counts them: an image is learned from once an epoch, which costs 3, and scored
-        before unless its update is the first."""
-        return 1 + (1 - 1 / self.updates_per_epoch) + 3 + self.measure_kl
+    def passes(self) -> tuple[float, float]:
+        """As prdp.py counts them: an image is learned from once an epoch, and scored before unless
+        its update is the first."""
+        return 1 + (1 - 1 / self.updates_per_epoch) + self.measure_kl, 1
 
 
 METRICS = ("loss", "log_ratio_old", "clip_fraction", "skipped_fraction")

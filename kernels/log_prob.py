@@ -16,12 +16,26 @@ from __future__ import annotations
 import functools
 import math
 import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+
+def missing() -> str:
+    """What Triton lacks here to compile its driver, which it does at the first launch, or ""."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or shutil.which(compiler) is None:
+        return "no C compiler"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton
+    header = Path(sysconfig.get_path("include", scheme), "Python.h")
+    return "" if header.is_file() else "no Python.h"
+
 
 # ---- Kernels -------------------------------------------------------------------------------------
 #

@@ -149,6 +149,14 @@ def load_tensors(what: str, path: str) -> dict[str, Tensor]:
 # ---- Code of users -------------------------------------------------------------------------------
 
 
+def load_module(name: str, file: str):
+    """A Python file as the module of that name."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def load_function(what: str, file: str, function: str) -> Callable:
     """`function` of a Python file, which can import the modules beside it."""
     folder, name = os.path.split(file)
@@ -158,10 +166,8 @@ def load_function(what: str, file: str, function: str) -> Callable:
     found = importlib.util.find_spec(name) if name.isidentifier() else None
     if found is None or found.origin != file or name in sys.modules:
         name = f"reward_file {file}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     with running(f"{what}: cannot be imported"):
-        spec.loader.exec_module(module)
+        module = load_module(name, file)
     found = getattr(module, function, None)
     if not callable(found):
         raise InputError(f"{what}: the file has no function {function!r}.")

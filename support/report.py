@@ -61,26 +61,43 @@ def duration(seconds: float) -> str:
 # ---- Lines ---------------------------------------------------------------------------------------
 
 
-def introduce(config, learned: dict, log_probs: str, prompts: list[str], tokenizer) -> None:
+def introduce(config, sd, log_probs: str, prompts: list[str]) -> None:
     """What is about to run."""
-    millions = sum(p.numel() for p in learned.values()) / 1e6
+    millions = sum(p.numel() for p in sd.unet.parameters() if p.requires_grad) / 1e6
     sizes = f"E {config.epochs}, K {config.updates_per_epoch}, N {config.prompts_per_epoch}"
     sizes += f", B {config.images_per_prompt}, T {config.ddpm_steps}"
     say(f"{config.program}: {millions:.3g} M parameters of {config.model} learn; {sizes}")
     say(f"{processes()} process(es); passes in {config.dtype}; log-probs: {log_probs}")
+    plan = f"gradient checkpointing {config.gradient_checkpointing}, offload {config.offload}"
+    say(f"microbatch {config.microbatch}, {plan}")
     reward = " ".join(config.reward) or "of the caller"
     say(f"reward {reward}; {len(prompts)} prompts; to {config.out}")
-    context, some = tokenizer.model_max_length, prompts[:1000]
+    tokenizer, some = sd.pipe.tokenizer, prompts[:1000]
+    context = tokenizer.model_max_length
     if long := sum(len(ids) > context for ids in tokenizer(some).input_ids):
         say(f"warning: {long} of {len(some)} prompts exceed {context} tokens, and are cut there.")
+    if not torch.cuda.is_available() and sum(p.numel() for p in sd.unet.parameters()) > 1e8:
+        say(f"warning: on the CPU, which may take months: {why_no_gpu()}")
 
 
-def forecast(config, seconds: float, start: int) -> None:
-    """What a run will take, from the seconds of a pass through T steps of an image."""
-    images = config.prompts_per_epoch * config.images_per_prompt
-    epoch, epochs = seconds * config.passes() * images / processes(), config.epochs - start + 1
+def why_no_gpu() -> str:
+    """PyTorch's own words, which name a driver that is too old, and what this PyTorch wants."""
+    wants = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"{wants}; {' '.join(str(error).split())}"
+    return wants
+
+
+def forecast(config, seconds: tuple[float, float], start: int) -> None:
+    """What a run will take, from the seconds of a pass through T steps of an image, without
+    gradient and with."""
+    images = config.prompts_per_epoch * config.images_per_prompt / processes()
+    passes = sum(count * x for count, x in zip(config.passes(), seconds, strict=True))
+    epoch, epochs = images * passes, config.epochs - start + 1
     whole = f"an epoch takes about {duration(epoch)}, {epochs} epochs {duration(epochs * epoch)}"
-    say(f"{duration(seconds)} to sample an image: {whole}")
+    say(f"{duration(seconds[0])} to sample an image: {whole}")
 
 
 def epoch_metrics(
@@ -257,8 +274,9 @@ def save_samples(config, epoch: int, samples: Samples, track: Callable) -> None:
     track(epoch, {}, path)
 
 
-def compare(config, before: Samples, after: Samples) -> None:
-    """A finished run's before_after.png, and how far the mean reward rose."""
+def compare(config, before: Samples, after: Samples, track: Callable) -> None:
+    """A finished run's last samples, before_after.png, and how far the mean reward rose."""
+    save_samples(config, config.epochs, after, track)
     path = Path(config.out, "before_after.png")
     draw_images(path, {"base": before, "finetuned": after})
     rise, error = mean_and_error((after.rewards - before.rewards).unsqueeze(0))

@@ -22,7 +22,8 @@ from support.inputs import imported_from
 
 # What a run and its continuation may differ in; paths, because digests tell what they hold.
 MAY_DIFFER = {"resume", "out", "epochs", "save_every", "keep_every", "sample_every", "log_to"}
-MAY_DIFFER |= {"offload", "model", "prompts", "tracker_id"}
+MACHINE = {"microbatch", "gradient_checkpointing", "offload"}  # of these the bits may depend
+MAY_DIFFER |= MACHINE | {"model", "prompts", "tracker_id"}
 VERSION = 4  # of the checkpoint's layout; 3 had "latest", DDPO's rewards, for "program"
 OF_LOSS = {"prdp": "prdp.py", "ddpo": "baselines/ddpo.py", "ddpo-sf": "baselines/ddpo.py"}
 STARTED = {"config.json", "metrics.jsonl", "checkpoint", "samples"}  # by a start that failed, too
@@ -150,6 +151,8 @@ def as_today(record: dict) -> dict:
     record = dict(record)
     if isinstance(record.get("reward"), str):
         record["reward"] = next(csv.reader([record["reward"]], skipinitialspace=True))
+    if isinstance(record.get("gradient_checkpointing"), bool):
+        record["gradient_checkpointing"] = ("off", "on")[record["gradient_checkpointing"]]
     loss = record.get("loss", "prdp")
     record.setdefault("program", OF_LOSS.get(loss, f"--loss {loss}"))
     return record
@@ -228,18 +231,25 @@ def begin(config, digests: dict, saved: dict, learning: tuple) -> tuple[dict, li
     record["tracker_id"] = saved.get("record", {}).get("tracker_id") or secrets.token_hex(4)
     if config.resume:
         require_same(saved["record"], record, what)
-    if saved["epoch"]:
+        then = as_today(saved["record"])
+        if any(then.get(name, record[name]) != record[name] for name in MACHINE):
+            say(
+                "warning: another microbatch, checkpointing or offload: digits may differ from now."
+            )
+    epoch = saved["epoch"]
+    if epoch:
         restore(saved, *learning, what)
-    rows = [row for row in read_metrics(out) if row["epoch"] <= saved["epoch"]]
+    saved.clear()  # and its memory
+    rows = [row for row in read_metrics(out) if row["epoch"] <= epoch]
     write_json(out / "config.json", record)
-    if not saved["epoch"]:  # a folder with metrics always has a checkpoint
+    if not epoch:  # a folder with metrics always has a checkpoint
         save_state(out, record, 0, {})
     write_metrics(out, rows)
     return record, rows
 
 
-def end_epoch(config, record: dict, rows: list[dict], learning: tuple) -> None:
-    """The metrics, then every --save-every epochs the checkpoint."""
+def end_epoch(config, record: dict, rows: list[dict], learning: tuple, sd) -> None:
+    """The metrics, then every --save-every epochs the checkpoint, every --keep-every a model."""
     epoch, (weights, optimizer, program) = rows[-1]["epoch"], learning
     write_metrics(Path(config.out), rows)
     if epoch % config.save_every == 0 or epoch == config.epochs:
@@ -247,6 +257,8 @@ def end_epoch(config, record: dict, rows: list[dict], learning: tuple) -> None:
         if program is not None:
             state["program"] = program.state_dict()
         save_state(Path(config.out), record, epoch, state)
+    if config.keep_every and epoch % config.keep_every == 0:
+        sd.save(Path(config.out, "epochs", f"{epoch:04d}"), record, epoch, merge=False)
 
 
 def save_state(run: Path, record: dict, epoch: int, state: dict) -> None:

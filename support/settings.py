@@ -28,6 +28,7 @@ class RunSettings:
     program: ClassVar[str]  # its command, from the folder of the project
     presets: ClassVar[dict[str, dict]]  # name -> settings that differ from the defaults
     unused: ClassVar[tuple[str, ...]] = ()  # fields of a base class that mean nothing here
+    least: ClassVar[dict[str, int]] = {}  # a field's smallest value, where that is not above 0
     resolve_reward: ClassVar[Callable]  # the same words, with absolute paths
 
     model: str = flag("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1 or 2, hub id or folder",
@@ -42,44 +43,47 @@ class RunSettings:
     sample_every: int = flag(10, "epochs between sample grids")
     log_to: str = flag("none", "also send metrics there", "none", "tensorboard", "wandb")
 
-    microbatch: int = flag(0, "images per network pass; 0: 8, or 16 on 120 GB", group="machine")
+    microbatch: int = flag(0, "images per network pass; 0: what fits, 8 on a CPU", group="machine")
     dtype: str = flag("auto", "of network passes", "auto", "fp32", "tf32", "bf16", "fp16")
     lora_rank: int = flag(0, "train adapters of the attention layers alone; 0: the full UNet")
-    gradient_checkpointing: bool = flag(False, "recompute activations, to save memory")
-    offload: str = flag("auto", "idle networks on the CPU; auto: if < 40 GB", "auto", "on", "off")
+    gradient_checkpointing: str = flag("auto", "recompute activations; auto: if memory is short",
+                                       "auto", "on", "off", nargs="?", const="on")  # fmt: skip
+    offload: str = flag("auto", "idle networks on the CPU; auto: likewise", "auto", "on", "off")
     compile: bool = flag(False, "torch.compile the UNet's passes; minutes of start-up")
 
-    def resolved(self):
-        """The settings as they act: "auto" decided for this machine, paths absolute. InputError for
-        settings that cannot run."""
+    def check(self) -> None:
+        """InputError for settings that do not go together."""
+
+    def resolved(self, reward: object = None, prompts: object = None):
+        """The settings as they act: the number format decided, paths absolute; what memory decides,
+        support/memory.py does. InputError for settings that cannot run. A caller's reward and
+        prompts stand in for those named here."""
         self.check()
-        memory = 0.0
-        if torch.cuda.is_available():
-            memory = float(torch.cuda.get_device_properties(0).total_memory)
         acting = {"out": absolute(self.resume or self.out or "runs/run")}
-        acting["reward"] = self.resolve_reward(self.reward)
-        acting["prompts"] = tuple(absolute(file) for file in self.prompts)
+        acting["reward"] = () if reward is not None else self.resolve_reward(self.reward)
+        acting["prompts"] = ()
+        if prompts is None:
+            acting["prompts"] = tuple(absolute(file) for file in self.prompts)
         if Path(self.model).expanduser().exists():
             acting["model"] = absolute(self.model)
         if self.dtype == "auto":
-            on_gpu = "bf16" if self.updates_per_epoch == 1 else "tf32"
-            acting["dtype"] = on_gpu if memory else "fp32"
-        if self.offload == "auto":
-            acting["offload"] = "on" if 0 < memory < 40e9 else "off"
-        if self.microbatch == 0:
-            acting["microbatch"] = 16 if memory >= 120e9 else 8
+            acting["dtype"] = "fp32"
+            if torch.cuda.is_available():  # with K = 1 nothing is clipped, and noise matters less
+                coarse = self.updates_per_epoch == 1 and torch.cuda.is_bf16_supported()
+                acting["dtype"] = "bf16" if coarse else "fp16"
         self.check_numbers()
         if self.log_to != "none" and importlib.util.find_spec(self.log_to) is None:
             raise InputError(f"--log-to {self.log_to}: not installed; pip install {self.log_to}.")
         return dataclasses.replace(self, **acting)
 
     def check_numbers(self) -> None:
+        least = LEAST | self.least
         for name, value in vars(self).items():
             if type(value) not in (int, float):
                 continue
-            if not value >= LEAST.get(name, 0) or (value == 0 and name not in LEAST):
-                least = f"at least {LEAST[name]}" if name in LEAST else "above 0"
-                raise InputError(f"{option(name)} {value}: must be {least}.")
+            if not value >= least.get(name, 0) or (value == 0 and name not in least):
+                bound = f"at least {least[name]}" if name in least else "above 0"
+                raise InputError(f"{option(name)} {value}: must be {bound}.")
             if value >= 2**40 and name not in UNBOUNDED:
                 raise InputError(f"{option(name)} {value}: too large.")
         if self.prompts_per_epoch % processes():

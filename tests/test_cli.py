@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -31,7 +32,7 @@ BAD_INPUT = [
     (["--kl-weight", "1e-300"], f"the gradient {FINITE}"),
     (["--guidance-scale", "0.5"], "--guidance-scale 0.5: must be at least 1"),
     (["--guidance-scale", "0"], "--guidance-scale 0.0: must be at least 1"),
-    (["--images-per-prompt", "1"], "--images-per-prompt 1: PRDP compares a prompt's images"),
+    (["--images-per-prompt", "1"], "--images-per-prompt 1: must be at least 2"),
     (["--epochs", "many"], "invalid int value"),
     (["--epoch", "3"], "unrecognized arguments: --epoch"),
     (["--loss", "ddpo"], "unrecognized arguments: --loss"),
@@ -260,7 +261,7 @@ def test_paths_may_be_objects_and_begin_at_home(tiny_sd, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "p.txt").write_text("a cat\n")
     argv = [*small_run(tiny_sd), "--epochs", "1", "--prompts", "~/p.txt", "--out", "~/run"]
-    config = prdp.replace(prdp.parse_args(argv), out=Path("~/run"), updates_per_epoch=1)
+    config = replace(prdp.parse_args(argv), out=Path("~/run"), updates_per_epoch=1)
     prdp.run(config)
     assert len(metrics_of(tmp_path / "run")) == 1
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -237,10 +238,10 @@ def test_as_a_library(tiny_sd, tmp_path, cli, capsys):
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
     (tmp_path / "r.py").write_text(BRIGHT.replace("def f", "def brightness"))
     files = {"reward": (f"{tmp_path}/r.py:brightness",), "prompts": (str(tmp_path / "p.txt"),)}
-    prdp.run(prdp.replace(config, out=str(tmp_path / "files"), **files))
+    prdp.run(replace(config, out=str(tmp_path / "files"), **files))
     assert_same_run(tmp_path / "library", tmp_path / "files")
 
-    more = prdp.replace(config, epochs=2, resume=config.out)
+    more = replace(config, epochs=2, resume=config.out)
     with pytest.raises(InputError, match="prompts changed"):
         prdp.run(more, reward=brightness, prompts=PROMPTS[:2])
     prdp.run(more, reward=brightness, prompts=PROMPTS)
