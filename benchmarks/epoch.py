@@ -24,13 +24,13 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from shared import CUDA, DEVICE, attempt, free_memory, print_tables, require, require_minutes
-from shared import table
+from shared import CUDA, DEVICE, TOY, UNET, attempt, free_memory, print_tables, require
+from shared import require_minutes, sd_v1_4, table
 from torch import Tensor, nn
 
 import prdp
 from rewards import vit_h_14_config
-from stable_diffusion import SD_SCHEDULER, StableDiffusion, compiled
+from stable_diffusion import StableDiffusion, compiled
 from support import report, run_folder
 from support.cli import Parser, command
 from support.distributed import gradient_step
@@ -39,7 +39,6 @@ from support.settings import set_precision
 T, K = 50, 10  # of the epoch that times are scaled to
 DTYPES = ("fp16", "bf16", "tf32", "fp32")
 LOOPS = ("peers", "eager", "deterministic", "compiled", "channels-last")
-TOY = prdp.HERE / "toy"
 
 
 def microbatches(options: argparse.Namespace, dtype: str) -> list[int]:
@@ -62,7 +61,7 @@ def random_unet(quick: bool) -> nn.Module:
     """SD v1.4's UNet, or the toy's, with random weights."""
     from diffusers import UNet2DConditionModel
 
-    config = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    config = UNET
     if quick:
         config = UNet2DConditionModel.load_config(TOY / "sd", subfolder="unet")
     torch.manual_seed(0)
@@ -261,24 +260,15 @@ PHASES = ("sample", "reference", "reward", "score", "update")
 def random_models(folder: Path) -> None:
     """In `folder`, sd/, SD v1.4, and clip/, a ViT-H/14 as HPSv2 and PickScore are, with random
     weights: 8.2 GB."""
-    import diffusers
-    from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPModel
 
-    width = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512)
-    kinds = {f"{way}_block_types": (f"{way.title()}{coder}Block2D",) * 4
-             for way, coder in (("down", "Encoder"), ("up", "Decoder"))}  # fmt: skip
-    text = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12)
+    torch.manual_seed(0)
     with torch.device(DEVICE):
-        vae = diffusers.AutoencoderKL(**width, **kinds)
-        text_encoder = CLIPTextModel(CLIPTextConfig(**text, num_attention_heads=12))
+        pipe = sd_v1_4()
         clip = CLIPModel(vit_h_14_config())
-    tokenizer = CLIPTokenizer.from_pretrained(TOY / "sd" / "tokenizer", model_max_length=77)
-    scheduler = diffusers.DDIMScheduler(**SD_SCHEDULER, clip_sample=False)
-    parts = (vae, text_encoder, tokenizer, random_unet(False), scheduler, None, None)
-    pipe = diffusers.StableDiffusionPipeline(*parts, requires_safety_checker=False)
     pipe.save_pretrained(folder / "sd")
     clip.save_pretrained(folder / "clip")
-    tokenizer.save_pretrained(folder / "clip")
+    pipe.tokenizer.save_pretrained(folder / "clip")
 
 
 @contextmanager

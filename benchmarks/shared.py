@@ -17,10 +17,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that they run from any folder
 
 import prdp
+from stable_diffusion import SD_SCHEDULER
 
+TOY = prdp.HERE / "toy"
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 VARIABLES = ("TORCHINDUCTOR_", "TORCH_CUDNN_", "PYTORCH_")  # of the environment, that change speed
+
+UNET = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8)  # SD v1.4's
 
 show = partial(print, file=sys.stdout, flush=True)  # what a run prints goes to stderr
 
@@ -73,6 +77,27 @@ def free_memory() -> None:
     gc.collect()
     if CUDA:
         torch.cuda.empty_cache()
+
+
+def sd_v1_4():
+    """A pipeline of its size and of random weights, with the toy's tokenizer."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    width = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512)
+    kinds = {f"{way}_block_types": (f"{way.title()}{coder}Block2D",) * 4
+             for way, coder in (("down", "Encoder"), ("up", "Decoder"))}  # fmt: skip
+    text = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12)
+    return diffusers.StableDiffusionPipeline(
+        unet=diffusers.UNet2DConditionModel.from_config(UNET),
+        vae=diffusers.AutoencoderKL(**width, **kinds),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text, num_attention_heads=12)),
+        tokenizer=CLIPTokenizer.from_pretrained(TOY / "sd" / "tokenizer", model_max_length=77),
+        scheduler=diffusers.DDIMScheduler(**SD_SCHEDULER, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def interrupt(*_) -> None:
