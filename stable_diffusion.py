@@ -170,7 +170,7 @@ class StableDiffusion:
     def decode(self, latents: Tensor, microbatch: int) -> Tensor:
         """x_0 (M, C, H, W) -> uint8 images (M, 3, 8H, 8W), rounded once, as a PNG file would be."""
         images, kind = [], self.device.type
-        at_once = microbatch if kind == "cpu" else min(microbatch, 8)  # of 0.7 GB each
+        at_once = microbatch if kind == "cpu" else min(microbatch, 4)  # of 0.7 GB each
         autocast = torch.autocast(kind, self.autocast, enabled=self.autocast is not None)
         with self.in_use(self.vae), autocast:
             for rows in latents.split(at_once):

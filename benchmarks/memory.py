@@ -10,19 +10,22 @@ device or of another dtype ends it with an error, and the sizes of the tensors a
 a GPU's allocator would have to hold.
 """
 
-import argparse
+import itertools
 import sys
 import tempfile
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
 import torch
-from shared import TOY, attempt, print_tables, sd_v1_4, table
+from shared import TOY, sd_v1_4, table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,6 +42,7 @@ import stable_diffusion
 from rewards import clean_text, cosine_scorer, preprocess_hpsv2, vit_h_14_config
 from support.cli import Parser, command
 from support.inputs import load_tokenizer
+from support.memory import PLANS
 
 aten = torch.ops.aten
 GPU = "fakegpu"
@@ -94,8 +98,13 @@ def attention(query, key, value, mask=None, dropout=0.0, causal=False, **options
     return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal)[0]
 
 
-def register() -> list[torch.library.Library]:
-    """Make the device `fakegpu`; it lives as long as what is returned."""
+LIBRARIES = []  # alive as long as the device
+
+
+def register() -> None:
+    """Make the device `fakegpu` in this process."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
     _setup_privateuseone_for_python_backend(GPU, Backend())
     every, ours = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     every.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
@@ -104,7 +113,7 @@ def register() -> list[torch.library.Library]:
         ours.impl(name, casting(operator, half), "AutocastPrivateUse1")
     ours.impl("scaled_dot_product_attention", attention, "AutogradPrivateUse1")
     torch.clear_autocast_cache = CASTS.clear
-    return [every, ours]
+    LIBRARIES.extend([every, ours])
 
 
 class Memory(TorchDispatchMode):
@@ -230,47 +239,49 @@ def peaks(folder: Path, quick: bool, **settings) -> dict[str, float]:
             models.sd.unet.enable_gradient_checkpointing(again)
         learned = [p for p in models.sd.unet.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learned, fused=True)  # as on a GPU
-        held = torch.empty(HELD, dtype=torch.uint8, device=GPU)
+        held = torch.empty(0 if quick else HELD, dtype=torch.uint8, device=GPU)
         list(prdp.train(config, models, optimizer, ["a cat", "a dog"], 1))
         del held
     return found
 
 
-if __name__ == "__main__":
-    import time, itertools
+# ---- Main ----------------------------------------------------------------------------------------
 
-    libs = register()
-    folder = Path("/tmp/spike/sd")
-    if not folder.exists():
-        write_configs(folder)
-    import sys
+PHASES = ("sample", "reward", "reference", "score", "update")
 
-    rows = (
-        [(n, "on", "on", l, d) for l in (0, 8) for d in ("fp16", "fp32") for n in (1, 4, 8)]
-        + [(n, "off", "on", l, d) for l in (0, 8) for d in ("fp16", "fp32") for n in (4, 8)]
-        + [(8, "off", "off", l, d) for l in (0, 8) for d in ("fp16", "fp32")]
-        + [(16, "off", "off", l, "fp16") for l in (0, 8)]
+
+def cells(folder: Path, quick: bool, rank: int, dtype: str, plan: tuple) -> list[str]:
+    """A row of the table."""
+    microbatch, checkpointing, offload = plan
+    settings = {"microbatch": microbatch, "gradient_checkpointing": checkpointing}
+    settings |= {"offload": offload, "lora_rank": rank, "dtype": dtype}
+    found = peaks(folder, quick, **settings)
+    sizes = [found[name] for name in PHASES]
+    learns = f"LoRA of rank {rank}" if rank else "the full UNet"
+    decimals = 3 if quick else 1
+    return [learns, dtype, *plan, *(f"{x:.{decimals}f}" for x in (*sizes, max(sizes)))]
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the toy's networks")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="rows counted at once (default: 2)"
     )
-    for n, ck, off, lora, dt in rows:
-        t = time.time()
-        print(
-            n,
-            ck,
-            off,
-            lora,
-            dt,
-            {
-                k: round(x, 2)
-                for k, x in peaks(
-                    folder,
-                    False,
-                    microbatch=n,
-                    dtype=dt,
-                    gradient_checkpointing=ck,
-                    offload=off,
-                    lora_rank=lora,
-                ).items()
-            },
-            time.time() - t,
-            flush=True,
-        )
+    with command("benchmarks/memory.py"), tempfile.TemporaryDirectory() as name:
+        options = parser.parse_args(sys.argv[1:])
+        folder, plans = TOY / "sd", PLANS[2:4]
+        if not options.quick:
+            folder, plans = Path(name), [plan for plan in PLANS if plan[0] != 2]
+            write_configs(folder)
+        row = table("peak GB, counted", "learns", "passes in", "microbatch", "checkpointing",
+                    "offload", *PHASES, "at the most")  # fmt: skip
+        settings = list(itertools.product((0, 8), ("fp16", "tf32"), plans))
+        count = partial(cells, folder, options.quick)
+        with ProcessPoolExecutor(options.processes, get_context("spawn"), register) as pool:
+            for found in pool.map(count, *zip(*settings, strict=True)):
+                row(*found)
+
+
+if __name__ == "__main__":
+    main()

@@ -25,8 +25,8 @@ def free_gigabytes() -> float | None:
 
 
 def needed_gigabytes(config, weights: float) -> float:
-    """The peak of a run whose UNet has `weights` GB in float32. Counted by benchmarks/memory.py for
-    SD v1.4 (3.44 GB) and HPSv2; of what a UNet keeps, in proportion to its weights."""
+    """The peak of a run whose UNet has `weights` GB in float32: counted by benchmarks/memory.py for
+    SD v1.4 (3.44 GB) and HPSv2, and what a UNet keeps is taken in proportion to its weights."""
     half = config.dtype in ("fp16", "bf16")
     learned = 0 if config.lora_rank else 3 * weights  # gradients and Adam's moments
     an_image = {(True, "off"): 2.5, (True, "on"): 0.46, (False, "off"): 3.74, (False, "on"): 0.96}
@@ -36,7 +36,8 @@ def needed_gigabytes(config, weights: float) -> float:
     if config.offload == "off":
         reference = 0 if config.lora_rank else weights / (1 + half)
         others = reference + 4.8  # VAE, text encoder, HPSv2
-    return weights + learned + casts + kept + others + 2.5  # trajectories, pictures, work space
+    # While HPSv2 works, 4 GB at the least; beside it all trajectories and pictures.
+    return weights + learned + max(kept + casts, 4.0) + others + 2.5
 
 
 def plans(config, weights_gigabytes: Callable[[str], float]) -> list:

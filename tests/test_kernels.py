@@ -241,18 +241,27 @@ def test_kernels_refuse_what_is_not_on_a_gpu(monkeypatch):
         kernels.guided_log_prob(**cpu)
 
 
-def test_without_triton_the_plain_forms_run():
-    """And `load_kernels` says why."""
-    script = """if True:
-        import sys; sys.modules['triton'] = None
+@pytest.mark.parametrize(
+    ("lacks", "reason"),
+    [
+        ("sys.modules['triton'] = None", "triton is not installed"),
+        ("os.environ['PATH'] = ''; os.environ.pop('CC', None)", "no C compiler"),
+        ("sysconfig.get_path = lambda *_: '/nowhere'", "no Python.h"),
+    ],
+)
+def test_where_triton_cannot_run_the_plain_forms_do(lacks, reason):
+    """And `load_kernels` says why: Triton compiles its driver at the first launch."""
+    script = f"""if True:
+        import os, sys, sysconfig
         import torch, prdp
         torch.cuda.is_available = lambda: True
+        {lacks}
         print(prdp.load_kernels())
     """
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.strip() == "(None, 'eager (triton is not installed)')"
+    assert done.stdout.strip() == f"(None, 'eager ({reason})')"
 
 
 @needs_gpu
