@@ -1,5 +1,6 @@
 """What README and docs show is there and runs: links, commands, tables, Python, fields."""
 
+import ast
 import json
 import re
 import shlex
@@ -44,6 +45,45 @@ def test_links_lead_somewhere(page):
             assert place == f"L{begins}", f"{function} begins on line {begins}"
         elif place:
             assert place in anchors(file), target
+
+
+def source_of(file: str, name: str) -> str:
+    """A function or class of a file."""
+    text = (ROOT / file).read_text()
+    for node in ast.walk(ast.parse(text)):
+        if getattr(node, "name", None) == name:
+            return "\n".join(text.split("\n")[node.lineno - 1 : node.end_lineno])
+    raise AssertionError(f"{file} has no {name}")
+
+
+def numbers(text: str) -> set[int]:
+    """Of the equations that a text names: "Eq. 2", "Eqs. 5 to 9, 13 and 15"."""
+    found = set()
+    for listed in re.findall(r"Eqs?\. (\d+(?:(?:, | and | to )\d+)*)", text):
+        for part in re.split(", | and ", listed):
+            first, _, last = part.partition(" to ")
+            found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
+def test_the_page_beside_the_paper_is_the_code():
+    """Every function, test and line of code that docs/paper.md shows is in the source; every
+    equation has a place there, and one of prdp.py unless it is a step without code."""
+    shown, source = 0, ""
+    for found in re.finditer(r"`([\w/.]+\.py): (\w+)`|```python\n(.*?)```", PAPER, re.DOTALL):
+        file, name, block = found.groups()
+        if block is None:
+            source = source_of(file, name)
+        else:
+            assert block.rstrip("\n") in source, block
+            shown += 1
+    assert shown >= 14
+
+    headings = re.findall(r"^#+ (.*)$", PAPER, re.MULTILINE)
+    assert numbers("\n".join(headings)) >= set(range(1, 22))
+    without = numbers("\n".join(x for x in headings if "without code" in x))
+    cited = numbers((ROOT / "prdp.py").read_text())
+    assert set(range(1, 22)) - without <= cited
 
 
 def test_the_readme_is_read_in_one_sitting():

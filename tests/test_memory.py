@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import prdp
 from conftest import ROOT, metrics_of, tiny_config
@@ -180,6 +181,32 @@ def test_without_a_gpu_a_large_model_is_warned_of(monkeypatch, capsys):
         out = capsys.readouterr().out
         assert ("driver on your system is too old (found version 12040)" in out) == warned
         assert ("is built for CUDA" in out) == warned
+
+
+def test_a_pass_without_gradient_casts_weights_once(models):
+    """Not at every step, which a step scored by itself does; the bits are the same."""
+    loaded = models(dtype="bf16")
+    policy, (generator,) = loaded.policy, prdp.image_generators(0, 1, [0], 1)
+    batch = prdp.sample_prompts(loaded, policy, ["a cat"], [generator])
+
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, operator, types, args=(), options=None):
+            options = options or {}
+            self.count += operator is torch.ops.aten._to_copy.default and (
+                args[0].dtype == torch.float32 and options.get("dtype") == torch.bfloat16
+            )
+            return operator(*args, **options)
+
+    with Casts() as whole:
+        scores = prdp.score_trajectories(policy, batch)
+    with Casts() as by_step, torch.no_grad():
+        row = torch.zeros(1, dtype=torch.int64)
+        steps = [prdp.step_log_prob(policy, batch, row, row + k) for k in range(5)]
+    assert torch.equal(scores, torch.stack(steps, 1)) and torch.equal(scores, batch.log_probs)
+    matrices = [p for p in policy.unet.parameters() if p.ndim > 1]
+    assert whole.count < by_step.count - 3 * len(matrices)
 
 
 # ---- benchmarks/memory.py ------------------------------------------------------------------------
