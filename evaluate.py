@@ -59,12 +59,15 @@ def find_model(name: str) -> tuple[str, dict]:
     return str(run / "pipeline"), {"run": str(run), **record}
 
 
+def last_parts(paths: list[str]) -> list[str]:
+    """What tells them apart: their last parts, or where two are the same the whole."""
+    names = [Path(path).name for path in paths]
+    return names if len(set(names)) == len(names) else paths
+
+
 def label_models(names: list[str], folders: list[str], base: str | None) -> dict[str, str]:
-    """Label -> folder, the base first: the last parts of the names, where no two are the same."""
-    labels = [Path(name).name for name in names]
-    if len(set(labels)) < len(labels):
-        labels = names
-    models = dict(zip(labels, folders, strict=True))
+    """Label -> folder, the base first."""
+    models = dict(zip(last_parts(names), folders, strict=True))
     if base is None or base in folders:
         return models
     return {"pretrained" if "base" in models else "base": base, **models}
@@ -114,14 +117,14 @@ def tabulate(rewards: dict, chosen: dict, labels: list[str], base: str | None) -
     """A row for each file, reward and model; and print them."""
     table, line = [], "{:>20} {:>16} {:>16} {:>7} {:>20} {:>20} {:>6}"
     say(line.format("prompts", "reward", "model", "images", "mean", "difference", "wins"))
-    for file, prompts in chosen.items():
+    for shown, (file, prompts) in zip(last_parts([*chosen]), chosen.items(), strict=True):
         done = [[rewards[file][label][prompt] for _, prompt in prompts] for label in labels]
         for name in done[0][0]:
             scores = {label: torch.tensor([parts[name] for parts in rows])  # (P, S)
                       for label, rows in zip(labels, done, strict=True)}  # fmt: skip
             for label, x in scores.items():
                 mean, error = report.mean_and_error(x)
-                row = {"prompts": Path(file).name, "reward": name, "model": label}
+                row = {"prompts": shown, "reward": name, "model": label}
                 row |= {"images": x.numel(), "mean": mean, "standard_error": error}
                 cells = [*list(row.values())[:4], f"{mean:.4f} +- {error:.4f}", "", ""]
                 if base not in (None, label):

@@ -432,7 +432,7 @@ def train(
             updates.append(measured | update_metrics(config, *matrices))
 
         ratio = log_probs_old - log_probs_ref
-        others = {"log_ratio_ref": ratio, "kl_nats": ratio * (config.ddpm_steps * numel)}
+        others = {"log_ratio_ref": ratio, "kl_nats": ratio * (ratio.shape[1] * numel)}
         del trajectories, backward  # and their memory, before others are drawn
         yield epoch_metrics(rewards, models.reward.parts, updates, **others)
 

@@ -82,6 +82,8 @@ def introduce(config, sd, log_probs: str, prompts: list[str]) -> None:
 
 def why_no_gpu() -> str:
     """PyTorch's own words, which name a driver that is too old, and what this PyTorch wants."""
+    if not torch.version.cuda:
+        return f"torch {torch.__version__} is built without CUDA"
     wants = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
     try:
         torch.cuda.init()

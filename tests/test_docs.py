@@ -2,10 +2,14 @@
 
 import ast
 import json
+import math
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,12 +17,14 @@ import evaluate
 import prdp
 import rewards
 from baselines import ddpo
-from conftest import ROOT
+from conftest import ROOT, checkpoint, script, tiny_config
+from support.inputs import load_module
 from support.settings import parse_settings
 
 SHAPES = str(ROOT / "prompts" / "shapes.txt")
-README, RUNNING, PAPER = (
-    (ROOT / name).read_text() for name in ("README.md", "docs/running.md", "docs/paper.md")
+README = (ROOT / "README.md").read_text()
+RUNNING, PAPER, HACKING = (
+    (ROOT / "docs" / name).read_text() for name in ("running.md", "paper.md", "hacking.md")
 )
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]
 PROGRAMS = {"prdp.py": prdp, "baselines/ddpo.py": ddpo, "evaluate.py": evaluate}
@@ -32,7 +38,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    """Files, headings, and of code the line on which the function of that name begins."""
+    """Files, headings, and lines of code: where that function begins, or with that word."""
     for text, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", page.read_text()):
         if target.startswith("http"):
             continue
@@ -40,9 +46,10 @@ def test_links_lead_somewhere(page):
         file = (page.parent / name).resolve() if name else page
         assert file.exists(), target
         if file.suffix == ".py" and place:
-            function = re.match(r"`(\w+)`", text)[1]
-            begins = file.read_text().split(f"\ndef {function}(")[0].count("\n") + 2
-            assert place == f"L{begins}", f"{function} begins on line {begins}"
+            name, lines = re.match(r"`(\w+)`", text)[1], file.read_text().split("\n")
+            begins = [n for n, line in enumerate(lines, 1) if line.startswith(f"def {name}(")]
+            begins = begins or [n for n, line in enumerate(lines, 1) if name in line]
+            assert int(place[1:]) in begins, f"{name} is on line {begins}"
         elif place:
             assert place in anchors(file), target
 
@@ -175,6 +182,23 @@ def test_python_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "from_python" / "pipeline").is_dir()
 
 
+def test_the_lifted_loss_reaches_its_optimum():
+    """It is prdp.py's, but for its docstring, and needs PyTorch alone."""
+    code = (ROOT / "examples" / "lift_the_loss.py").read_text()
+    assert set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)) == {"torch"}
+    pasted, ours = (
+        ast.parse(source_of(file, "prdp_loss")).body[0]
+        for file in ("examples/lift_the_loss.py", "prdp.py")
+    )
+    del ours.body[0]
+    assert ast.unparse(pasted) == ast.unparse(ours) and len(code.splitlines()) <= 80
+    code, out, errors = script("examples/lift_the_loss.py", timeout=60)
+    assert code == 0, errors
+    values = np.array([float(x) for x in re.findall(r"-?\d+\.\d+", out)])
+    reached, optimum = values.reshape(3, 2, 6).transpose(1, 0, 2)
+    np.testing.assert_allclose(reached, optimum, rtol=0.02)
+
+
 def test_every_field_and_reward_is_defined(cli, tmp_path):
     """Fields of metrics.jsonl, and the built-in rewards, are those of the tables."""
     table = RUNNING.split("| field of")[1].split("\n\n")[0]
@@ -189,3 +213,78 @@ def test_every_field_and_reward_is_defined(cli, tmp_path):
 
     listed = re.findall(r"^\| (`.*?) \|", RUNNING.split("### Rewards")[1], re.MULTILINE)
     assert set(re.findall(r"`([\w.]+)`", " ".join(listed))) >= set(rewards.LOADERS)
+
+
+def changed(diff: str, folder: Path) -> ModuleType:
+    """prdp.py with a diff of docs/hacking.md applied."""
+    source = (ROOT / "prdp.py").read_text()
+    _, *hunks = re.split(r"^@@.*\n", diff, flags=re.MULTILINE)
+    assert len(hunks) <= 2 and len(re.findall(r"^\+(?!\+\+)", diff, re.MULTILINE)) <= 10
+    for hunk in hunks:
+        lines = hunk.splitlines(keepends=True)
+        before, after = ("".join(x[1:] for x in lines if x[0] != other) for other in "+-")
+        assert source.count(before) == 1, before
+        source = source.replace(before, after)
+    file = folder / "changed_prdp.py"
+    file.write_text(source)
+    return load_module("changed_prdp", str(file))
+
+
+@pytest.fixture
+def hacked(tmp_path, tiny_sd) -> Callable:
+    """hacked(n): prdp.py with the n-th diff, after a run of two epochs; and the run's folder."""
+
+    def run(number: int, before: Callable = lambda module: None) -> tuple[ModuleType, Path]:
+        module = changed(blocks(HACKING, "diff")[number], tmp_path)
+        before(module)
+        run = {"out": str(tmp_path / "run"), "epochs": 2, "updates_per_epoch": 2, "ddpm_steps": 4}
+        module.run(module.Config(**{**vars(tiny_config(tiny_sd)), **run}))
+        return module, tmp_path / "run"
+
+    return run
+
+
+def test_huber_loss(hacked):
+    """As a loop over pairs, with PyTorch's Huber loss of each."""
+    module, _ = hacked(0)
+    old, now, rewards = torch.zeros(4, 3).double(), torch.rand(4, 3).double(), torch.rand(4) * 9
+    pairs = [(a, b) for a in range(4) for b in range(4) if rewards[a] > rewards[b]]
+    losses = [
+        torch.nn.functional.huber_loss(now[a].mean() - now[b].mean(), rewards[a] - rewards[b])
+        for a, b in pairs
+    ]
+    loss = module.prdp_loss(now, old, old, rewards, math.inf, 1.0)
+    assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
+
+
+def test_best_against_worst(hacked):
+    """As the loss of those two images."""
+    module, _ = hacked(1)
+    matrices = [torch.rand(3, 5, 4).double() for _ in range(3)] + [torch.rand(3, 5)]
+    ends = torch.stack([matrices[-1].argmax(1), matrices[-1].argmin(1)], 1)
+    of_two = [torch.stack([x[n, two] for n, two in enumerate(ends)]) for x in matrices]
+    expected = prdp.prdp_loss(*of_two, 0.1, 1.0)
+    assert module.prdp_loss(*matrices, 0.1, 1.0).item() == pytest.approx(expected.item())
+
+
+def test_cosine_learning_rate(hacked):
+    _, run = hacked(2)
+    (group,) = checkpoint(run)["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(1e-5 / 2)  # the second epoch of two begins half way
+
+
+def test_another_metric(hacked):
+    _, run = hacked(3)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["reward_gap"] > row["reward_std"] for row in rows] == [True, True]
+
+
+def test_steps_by_epoch(hacked):
+    seen = []
+
+    def before(module):
+        loss = module.prdp_loss
+        module.prdp_loss = lambda *args: [seen.append(args[0].shape[-1]), loss(*args)][1]
+
+    hacked(4, before)
+    assert seen[0] == 2 and seen[-1] == 4
