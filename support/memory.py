@@ -97,7 +97,8 @@ def rehearse(config, models, batch, score: Callable, backward: Callable) -> tupl
     Returns the seconds an image of such passes through all T steps."""
     sd, num_steps = models.sd, config.ddpm_steps
     images = config.prompts_per_epoch * config.images_per_prompt // processes()
-    held = [torch.empty(images, num_steps + 1, *sd.latent_shape, device=sd.device)]
+    latents = num_steps + 1 if config.keeps_trajectories else 1
+    held = [torch.empty(images, latents, *sd.latent_shape, device=sd.device)]
     held += [torch.empty_like(p) for p in sd.unet.parameters() if p.requires_grad for _ in "mv"]
 
     step = batch._replace(latents=batch.latents[:, :2], log_probs=batch.log_probs[:, :1])

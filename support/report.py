@@ -132,9 +132,10 @@ def show_epoch(config, rows: list[dict], start: int, track: Callable) -> None:
         say("epoch    reward_mean +- se  clip_fraction  log_ratio_ref  grad_norm  seconds")
     names = ("reward_se", "clip_fraction", "log_ratio_ref", "grad_norm")
     error, *cells = ("-" if row.get(name) is None else f"{row[name]:.3g}" for name in names)
+    mean = "-" if row["reward_mean"] is None else f"{row['reward_mean']:.4f} +- {error}"
     seconds = sum(x for name, x in row.items() if name.startswith("seconds_"))
     line = "{:>5} {:>20}  {:>13}  {:>13}  {:>9}  {:>7.1f}"
-    say(line.format(row["epoch"], f"{row['reward_mean']:.4f} +- {error}", *cells, seconds))
+    say(line.format(row["epoch"], mean, *cells, seconds))
     if row["reward_std"] == 0:
         say("warning: every image has the same reward; there is nothing to learn from.")
     left = (config.epochs - start) * seconds
@@ -220,7 +221,7 @@ def figure(path: Path, width: float, height: float) -> Iterator:
 
 def plot_rewards(config, rows: list[dict]) -> None:
     """reward.png: mean and deviation of each epoch's rewards."""
-    if rank() != 0:
+    if rank() != 0 or rows[-1]["reward_mean"] is None:
         return
     epochs = [row["epoch"] for row in rows]
     mean = torch.tensor([row["reward_mean"] for row in rows])
@@ -261,7 +262,8 @@ def draw_images(path: Path, shown: dict[str, Samples], shots: int = 2) -> None:
             n, x = column * per_prompt + shot, left + column * step
             pixels = Image.fromarray(shown[name].images[n].permute(1, 2, 0).numpy())
             page.paste(pixels.resize((width, height), Image.Resampling.NEAREST), (x, y))
-            draw.text((x, y + height), f"{shown[name].rewards[n]:.4g}", "black", text)
+            reward = shown[name].rewards[n]
+            draw.text((x, y + height), "" if reward.isnan() else f"{reward:.4g}", "black", text)
     with writing(path) as temporary:
         page.save(temporary, "png")
 
@@ -281,6 +283,9 @@ def compare(config, before: Samples, after: Samples, track: Callable) -> None:
     save_samples(config, config.epochs, after, track)
     path = Path(config.out, "before_after.png")
     draw_images(path, {"base": before, "finetuned": after})
+    if after.rewards.isnan().all():
+        say(f"see {path}")
+        return
     rise, error = mean_and_error((after.rewards - before.rewards).unsqueeze(0))
     means = f"{before.rewards.mean():.4f} -> {after.rewards.mean():.4f}, {rise:+.4f} +- {error:.4f}"
     say(f"mean reward of {len(before.rewards)} images on fixed prompts and seeds: {means}")

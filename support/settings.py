@@ -29,6 +29,7 @@ class RunSettings:
     presets: ClassVar[dict[str, dict]]  # name -> settings that differ from the defaults
     unused: ClassVar[tuple[str, ...]] = ()  # fields of a base class that mean nothing here
     least: ClassVar[dict[str, int]] = {}  # a field's smallest value, where that is not above 0
+    keeps_trajectories: ClassVar[bool] = True  # all of an epoch's, until it has ended
     resolve_reward: ClassVar[Callable]  # the same words, with absolute paths
 
     model: str = flag("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1 or 2, hub id or folder",

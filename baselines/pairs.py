@@ -1,0 +1,94 @@
+"""People's choices between two pictures, for baselines/diffusion_dpo.py --pairs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+import prdp
+from support.cli import InputError, reading
+from support.distributed import processes, rank
+from support.inputs import read_picture
+from support.report import phase
+
+COLUMNS = {"prompt", "chosen", "rejected"}
+
+
+class People:
+    """People's choices, from a file; what a checkpoint keeps of them is the file's digest."""
+
+    def __init__(self, file: str) -> None:
+        self.file, self.records = file, []
+        with reading(f"--pairs {file}"):
+            data = Path(file).read_bytes()
+            lines = data.decode("utf-8-sig").split("\n")
+        self.digest = hashlib.sha256(data).hexdigest()
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                self.records.append(self.read(f"--pairs {file}, line {number}", line))
+        if not self.records:
+            raise InputError(f"--pairs {file}: has no pair.")
+        with phase("pictures", len(self.records)) as done, ThreadPoolExecutor() as pool:
+            for _ in pool.map(self.pictures, self.records[rank() :: processes()]):
+                done(1)
+
+    def read(self, what: str, line: str) -> dict:
+        with reading(what):
+            record = json.loads(line)
+        found = set(record) if isinstance(record, dict) else set()
+        if found != COLUMNS or not all(isinstance(x, str) and x for x in record.values()):
+            raise InputError(f"{what}: must have prompt, chosen and rejected, texts, and no more.")
+        return record | {"what": what}
+
+    def pictures(self, record: dict) -> list[Tensor]:
+        """Both, (3, H, W) uint8; InputError for what cannot be read or compared."""
+        folder, what = Path(self.file).parent, record["what"]
+        both = [read_picture(folder / record[name], what) for name in ("chosen", "rejected")]
+        if torch.equal(*both):
+            raise InputError(f"{what}: its two pictures are the same.")
+        return both
+
+    def owner(self) -> Tensor:
+        """Which process learns from each pair."""
+        return torch.arange(len(self.records)) % processes()
+
+    @torch.no_grad()
+    def load(self, sd, seed: int, epoch: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """x_0 (m, 2, C, H, W) of pairs (m,), the chosen first, and text (m, L, D): as Diffusion-DPO's
+        code has it, a sample of what the VAE makes of a picture."""
+        records, latents = [self.records[n] for n in numbers], []
+        pictures = [picture for record in records for picture in self.pictures(record)]
+        generators = prdp.image_generators(seed, epoch, numbers.tolist(), 2)
+        with sd.in_use(sd.vae):
+            for picture, generator in zip(pictures, generators, strict=True):
+                pixels = prepare(picture, sd, generator).to(sd.device)
+                found = sd.vae.encode(pixels[None]).latent_dist
+                noise = torch.randn(sd.latent_shape, generator=generator).to(sd.device)
+                latents.append(found.mean[0] + found.std[0] * noise)
+        x_0 = sd.vae.config.scaling_factor * torch.stack(latents)
+        return x_0.unflatten(0, (-1, 2)), sd.encode([record["prompt"] for record in records])
+
+    def state_dict(self) -> dict:
+        return {"pairs": self.digest}
+
+    def load_state_dict(self, state: dict) -> None:
+        if state != self.state_dict():
+            raise InputError(f"--pairs {self.file}: is not the file that the run began with.")
+
+
+def prepare(picture: Tensor, sd, generator: torch.Generator) -> Tensor:
+    """(3, H, W) uint8 -> floats in [-1, 1] of the model's size, as in Diffusion-DPO's code: the
+    shorter side scaled to it, the centre, and every other time mirrored."""
+    height, width = (side * sd.pipe.vae_scale_factor for side in sd.latent_shape[1:])
+    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    if torch.rand((), generator=generator) < 0.5:
+        image = ImageOps.mirror(image)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1

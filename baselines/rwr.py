@@ -1,0 +1,216 @@
+"""RWR: reward-weighted regression on the denoising loss (Black et al., ICLR 2024, App. C.2).
+
+    python baselines/rwr.py --preset toy --out runs/toy-rwr
+    python baselines/rwr.py --reward hpsv2 --prompts prompts/animals.txt --out runs/hps-rwr
+    python baselines/rwr.py --resume runs/hps-rwr
+
+Read it beside their Apps. C.2, F.2, F.3, F.6 and G.1. An epoch is one of their iterations: N*B
+images of the current model (10,000), then K updates (400) of the denoising loss, each on
+--batch-size of them (128) at random timesteps, weighted by their rewards. What is learned is the
+guided noise prediction, with the guidance of sampling (G.1). There is no reference and no clip.
+
+Paper                        Here
+w_RWR, w_sparse              weights, of an image, with mean 1 over those of a prompt
+beta, inverse temperature    inverse_temperature, in units of 1 / reward
+p                            percentile
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import prdp
+from support.cli import InputError, flag
+from support.distributed import gather, gradient_step, own_share, processes, rank
+from support.report import epoch_metrics, phase
+from support.settings import run_command
+
+PUBLISHED = dict(epochs=5, updates_per_epoch=400, prompts_per_epoch=625, images_per_prompt=16,
+                 learning_rate=1e-5)  # fmt: skip
+TOY = dict(batch_size=64, inverse_temperature=100.0)
+
+
+@dataclass
+class Config(prdp.Config):
+    """prdp.py's settings, and RWR's own."""
+
+    program: ClassVar = "baselines/rwr.py"
+    presets: ClassVar = {
+        name: settings | (TOY if name == "toy" else PUBLISHED)
+        for name, settings in prdp.PRESETS.items()
+    }
+    unused: ClassVar = ("kl_weight", "clip_range", "offline")
+    least: ClassVar = {"images_per_prompt": 2, "percentile": 0}
+    keeps_trajectories: ClassVar = False
+    weighting: str = flag("softmax", "softmax: exp(beta r) over a prompt's images; sparse: 1 from "
+                          "--percentile up, else 0", "softmax", "sparse",
+                          group="reward-weighted regression")  # fmt: skip
+    inverse_temperature: float = flag(0.2, "beta of softmax")
+    percentile: float = flag(0.9, "sparse drops this share of a prompt's images")
+    batch_size: int = flag(128, "images an update")
+
+    def check(self) -> None:
+        if self.percentile >= 1:
+            raise InputError(f"--percentile {self.percentile}: must be below 1; 0.9 is usual.")
+
+    def passes(self) -> tuple[float, float]:
+        """As prdp.py counts them: an image is drawn; an update learns one step of each of its."""
+        images = self.prompts_per_epoch * self.images_per_prompt
+        return 1, self.updates_per_epoch * self.batch_size / (images * self.ddpm_steps)
+
+
+def rwr_weights(rewards: Tensor, prompts: list[str], inverse_temperature: float) -> Tensor:
+    """w_RWR (Apps. C.2, F.2, F.3): exp(beta r), normalised over all images of a prompt.
+
+    Rewards (M,), prompts M strings -> (M,) float64, with mean 1 over a prompt's images: where all
+    rewards are equal this is the denoising loss itself. The paper does not say how large Z is.
+    """
+    weights = torch.empty(len(rewards), dtype=torch.float64)
+    for rows in rows_by_prompt(prompts):
+        scaled = inverse_temperature * rewards[rows].double()
+        weights[rows] = len(rows) * torch.softmax(scaled, 0)
+    return weights
+
+
+def sparse_weights(rewards: Tensor, prompts: list[str], percentile: float) -> Tensor:
+    """w_sparse (Apps. C.2, F.2, F.3): 1 for a prompt's rewards from its percentile C up, else 0.
+    Shapes as `rwr_weights`."""
+    weights = torch.empty(len(rewards), dtype=torch.float64)
+    for rows in rows_by_prompt(prompts):
+        own = rewards[rows].double()
+        weights[rows] = (own >= own.quantile(percentile)).double()
+    return weights
+
+
+def rows_by_prompt(prompts: list[str]) -> list[list[int]]:
+    rows: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(row)
+    return list(rows.values())
+
+
+def denoising_error(
+    policy: prdp.Policy, scheduler, x_0: Tensor, text: Tensor, timesteps: Tensor, noise: Tensor
+) -> Tensor:
+    """The denoising loss (Eq. 1) of the guided prediction (Eq. 5, App. G.1), with gradient: (m,)
+    float64, a mean over latent dimensions.
+
+    x_0 and noise (m, C, H, W), text (m, L, D), timesteps (m,) of the 1,000; `scheduler` is
+    diffusers', of the model's noise schedule.
+    """
+    x_t, target = noised(scheduler, x_0, timesteps, noise)
+    every = torch.arange(len(scheduler.alphas_cumprod), device=x_0.device)
+    policy = policy._replace(schedule=policy.schedule._replace(timesteps=every))
+    noise_pred = prdp.run_unet(policy, x_t, text, timesteps)
+    unconditional, conditional = noise_pred.double().chunk(2)
+    guided = unconditional + policy.guidance_scale * (conditional - unconditional)  # Eq. 5
+    return (guided - target).square().flatten(1).mean(1)
+
+
+def noised(scheduler, x_0: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """x_t of q(x_t | x_0), and what the network should predict of it: the noise, or v."""
+    target = noise
+    if scheduler.config.prediction_type == "v_prediction":
+        target = scheduler.get_velocity(x_0, noise, timesteps)
+    return scheduler.add_noise(x_0, noise, timesteps), target
+
+
+def batches(
+    config, epoch: int, pool: Tensor, shape: tuple[int, int, int]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """K batches from `pool`, in a random order, each member once before any a second time: members,
+    timesteps (batch_size,) and noise. All processes draw the same."""
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+    size, count = config.batch_size, config.updates_per_epoch
+    rounds = -(-count * size // len(pool))
+    orders = [pool[torch.randperm(len(pool), generator=generator)] for _ in range(rounds)]
+    for members in torch.cat(orders).split(size)[:count]:
+        timesteps = torch.randint(1000, (size,), generator=generator)
+        yield members, timesteps, torch.randn(size, *shape, generator=generator)
+
+
+def sample_pool(
+    config: Config, models: prdp.Models, drawn: list[str], epoch: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """This process's share of an epoch's images (App. F.2): x_0 (M, C, H, W), the text of each of
+    its prompts, and rewards (M,). Trajectories are not kept: of 10,000 images they take 33 GB."""
+    own, count = own_share(len(drawn)), config.images_per_prompt
+    latents, rewards = [], []
+    for numbers in torch.arange(len(drawn))[own].split(max(1, 512 // count)):
+        prompts = [drawn[n] for n in numbers]
+        generators = prdp.image_generators(config.seed, epoch, numbers.tolist(), count)
+        trajectories = prdp.sample_prompts(models, models.policy, prompts, generators)
+        latents.append(trajectories.latents[:, -1].clone())
+        of_each = [prompt for prompt in prompts for _ in range(count)]
+        rewards.append(prdp.score_images(models, latents[-1], of_each)[1])
+    return torch.cat(latents), models.sd.encode(drawn[own]), torch.cat(rewards)
+
+
+def train(
+    config: Config, models: prdp.Models, optimizer: torch.optim.Optimizer, prompts: list[str],
+    start: int,
+) -> Iterator[dict[str, float]]:  # fmt: skip
+    """RWR from epoch `start` on; yields each epoch's metrics."""
+    shape = models.sd.latent_shape
+    for epoch in range(start, config.epochs + 1):
+        drawn = prdp.draw_prompts(config, prompts, epoch)
+        x_0, text, rewards = sample_pool(config, models, drawn, epoch)
+
+        every = gather(rewards).cpu()
+        of_each = [prompt for prompt in drawn for _ in range(config.images_per_prompt)]
+        weights = rwr_weights(every, of_each, config.inverse_temperature)
+        if config.weighting == "sparse":
+            weights = sparse_weights(every, of_each, config.percentile)
+
+        updates, pool = [], weights.nonzero()[:, 0]
+        with phase("update", config.updates_per_epoch) as done:
+            for images, timesteps, noise in batches(config, epoch, pool, shape):
+                share = processes() * weights[images] / len(images)
+                errors = torch.zeros(len(images))
+                batch = (x_0, text, images, timesteps, noise, errors)
+                backward = functools.partial(backward_batch, config, models, *batch)
+                options = (config.max_grad_norm, models.policy.autocast, noise[0].numel())
+                norm = gradient_step(optimizer, backward, share, *options)
+                updates.append({"loss": (share * errors).sum(), "grad_norm": norm})
+                done(1)
+        del x_0, text, batch, backward
+        yield epoch_metrics(rewards, models.reward.parts, updates)
+
+
+def backward_batch(
+    config: Config, models: prdp.Models, x_0: Tensor, text: Tensor, images: Tensor,
+    timesteps: Tensor, noise: Tensor, errors: Tensor, weights: Tensor,
+) -> None:  # fmt: skip
+    """Add the gradient of sum(weights * error) over those images of a batch that this process has
+    to each `.grad`, a microbatch at a time; and fill `errors`."""
+    first = rank() * len(x_0)
+    own = ((images >= first) & (images < first + len(x_0))).nonzero()[:, 0]
+    for part in own.split(models.policy.microbatch):
+        rows = images[part] - first
+        texts = text[rows // config.images_per_prompt]
+        drawn = (timesteps[part].to(x_0.device), noise[part].to(x_0.device))
+        error = denoising_error(models.policy, models.sd.pipe.scheduler, x_0[rows], texts, *drawn)
+        (weights[part].to(x_0.device) * error).sum().backward()
+        errors[part] = error.detach().float().cpu()
+
+
+def run(config: Config) -> None:
+    prdp.run(config, train=train)
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_command(Config, run, argv)
+
+
+if __name__ == "__main__":
+    main()
