@@ -1,7 +1,7 @@
 """Diffusion-DPO: direct preference optimization of diffusion models (Wallace et al., CVPR 2024).
 
     python baselines/diffusion_dpo.py --preset toy --out runs/toy-dpo
-    python baselines/diffusion_dpo.py --reward hpsv2 --prompts prompts/animals.txt --out runs/hps-dpo
+    python baselines/diffusion_dpo.py --reward hpsv2 --prompts prompts/animals.txt --out runs/dpo
     python baselines/diffusion_dpo.py --pairs pairs.jsonl --out runs/people
 
 Read it beside their Eq. 14 and Secs. 5.1 and 5.4. With --pairs it learns people's choices: a line a

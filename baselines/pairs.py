@@ -50,7 +50,8 @@ class People:
     def pictures(self, record: dict) -> list[Tensor]:
         """Both, (3, H, W) uint8; InputError for what cannot be read or compared."""
         folder, what = Path(self.file).parent, record["what"]
-        both = [read_picture(folder / record[name], what) for name in ("chosen", "rejected")]
+        names = ("chosen", "rejected")
+        both = [read_picture(folder / record[name], f"{what}: {name}") for name in names]
         if torch.equal(*both):
             raise InputError(f"{what}: its two pictures are the same.")
         return both
@@ -61,8 +62,8 @@ class People:
 
     @torch.no_grad()
     def load(self, sd, seed: int, epoch: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """x_0 (m, 2, C, H, W) of pairs (m,), the chosen first, and text (m, L, D): as Diffusion-DPO's
-        code has it, a sample of what the VAE makes of a picture."""
+        """x_0 (m, 2, C, H, W) of pairs (m,), the chosen first, and text (m, L, D): as in their code
+        a sample of what the VAE makes of a picture."""
         records, latents = [self.records[n] for n in numbers], []
         pictures = [picture for record in records for picture in self.pictures(record)]
         generators = prdp.image_generators(seed, epoch, numbers.tolist(), 2)

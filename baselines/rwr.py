@@ -129,7 +129,10 @@ def batches(
     config, epoch: int, pool: Tensor, shape: tuple[int, int, int]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """K batches from `pool`, in a random order, each member once before any a second time: members,
-    timesteps (batch_size,) and noise. All processes draw the same."""
+    timesteps (batch_size,) and noise. All processes draw the same; of an empty pool there is none.
+    """
+    if len(pool) == 0:
+        return
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
     size, count = config.batch_size, config.updates_per_epoch
     rounds = -(-count * size // len(pool))

@@ -310,7 +310,7 @@ def read_metrics(run: Path) -> list[dict]:
         with contextlib.suppress(ValueError, TypeError, KeyError):
             row = json.loads(line)
             last = rows[-1]["epoch"] if rows else 0
-            if row["epoch"] > last and isinstance(row["reward_mean"], (int, float)):
+            if row["epoch"] > last and isinstance(row["reward_mean"], int | float | None):
                 rows.append(row)
     return rows
 

@@ -1,0 +1,319 @@
+"""baselines/rwr.py and diffusion_dpo.py: weights, pairs and losses by hand, an epoch's updates in
+one graph each, runs that go on, several processes, people's files."""
+
+import itertools
+import json
+import math
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import prdp
+from baselines import diffusion_dpo, rwr
+from conftest import CPU, PROMPTS, assert_same_run, call, checkpoint, gradient_of, metrics_of
+from conftest import only_sentence, script, small_run, tiny_config
+from support.cli import InputError
+from support.settings import parse_settings
+
+PROGRAMS = {"rwr": rwr, "diffusion_dpo": diffusion_dpo}
+
+
+def brightness(images, prompts):
+    return images.double().mean((1, 2, 3))
+
+
+def tiny(kind: type, tiny_sd: str, **changes):
+    settings = {"updates_per_epoch": 3, "epochs": 1, "learning_rate": 1e-4, "batch_size": 8}
+    return kind(**{**vars(tiny_config(tiny_sd)), **settings, **changes})
+
+
+def alpha_bars() -> torch.Tensor:
+    """SD v1.4's, for 1,000 timesteps."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0)
+
+
+# ---- Weights, pairs, losses ----------------------------------------------------------------------
+
+
+def test_weights_by_hand():
+    """Each prompt by itself, wherever its images stand."""
+    g = torch.Generator().manual_seed(0)
+    prompts = [str(n) for n in torch.randint(3, (40,), generator=g).tolist()]
+    rewards = torch.randn(40, generator=g)
+    soft = rwr.rwr_weights(rewards, prompts, 3.0).tolist()
+    sparse = rwr.sparse_weights(rewards, prompts, 0.75).tolist()
+    for prompt in set(prompts):
+        own = [i for i in range(40) if prompts[i] == prompt]
+        exps = {i: math.exp(3 * rewards[i].item()) for i in own}
+        threshold = np.percentile([rewards[i].item() for i in own], 75)
+        assert 0 < sum(sparse[i] for i in own) < len(own)
+        for i in own:
+            assert soft[i] == pytest.approx(exps[i] / statistics.fmean(exps.values()), rel=1e-6)
+            assert sparse[i] == float(rewards[i].item() >= threshold)
+
+
+def test_pairs_by_hand():
+    rewards = torch.tensor([1.0, 3.0, 1.0, 0.0, 0.0, 0.0, 5.0, 4.0, 6.0])
+    expected = {
+        (3 * n + a, 3 * n + b)
+        for n, a, b in itertools.product(range(3), range(3), range(3))
+        if rewards[3 * n + a] > rewards[3 * n + b]
+    }
+    found = diffusion_dpo.ranked_pairs(rewards, 3).tolist()
+    assert {tuple(pair) for pair in found} == expected and len(found) == 5
+
+
+def test_eq_14_by_hand():
+    g = torch.Generator().manual_seed(0)
+    error, error_ref = (torch.rand(6, 2, generator=g, dtype=torch.float64) for _ in range(2))
+    ours = diffusion_dpo.diffusion_dpo_loss(error, error_ref, 30.0)
+    for m in range(6):
+        (won, lost), (won_ref, lost_ref) = error[m].tolist(), error_ref[m].tolist()
+        inside = -0.5 * 30 * ((won - won_ref) - (lost - lost_ref))
+        assert ours[m].item() == pytest.approx(math.log1p(math.exp(-inside)), rel=1e-12)
+    leaf = error.clone().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: diffusion_dpo.diffusion_dpo_loss(x, error_ref, 30.0), leaf
+    )
+
+
+@pytest.mark.parametrize("predicts", ["epsilon", "v_prediction"])
+def test_denoising_errors_by_hand(models, predicts):
+    """x_t from the schedule itself; guided for RWR, both of a pair alike for Diffusion-DPO."""
+    loaded = models()
+    scheduler, policy = loaded.sd.pipe.scheduler, loaded.policy
+    scheduler.register_to_config(prediction_type=predicts)
+    g = torch.Generator().manual_seed(0)
+    x_0, noise = torch.randn(3, 2, 4, 8, 8, generator=g), torch.randn(3, 4, 8, 8, generator=g)
+    text, t = loaded.sd.encode(PROMPTS), torch.tensor([0, 500, 999])
+    pairs = diffusion_dpo.denoising_errors(policy, scheduler, x_0, text, t, noise)
+    guided = rwr.denoising_error(policy, scheduler, x_0[:, 0], text, t, noise)
+    for m, side in itertools.product(range(3), range(2)):
+        a = alpha_bars()[t[m]]
+        x_t = (a.sqrt() * x_0[m, side] + (1 - a).sqrt() * noise[m]).float()
+        target = noise[m]
+        if predicts == "v_prediction":
+            target = a.sqrt() * noise[m] - (1 - a).sqrt() * x_0[m, side]
+        both = torch.stack([policy.null_text, text[m]])
+        u, c = policy.unet(x_t.expand(2, -1, -1, -1), t[m], encoder_hidden_states=both).sample
+        expected = (c - target).square().mean().item()
+        assert pairs[m, side].item() == pytest.approx(expected, rel=1e-4)
+        if side == 0:
+            expected = (u + 5 * (c - u) - target).square().mean().item()
+            assert guided[m].item() == pytest.approx(expected, rel=1e-4)
+
+
+# ---- An epoch ------------------------------------------------------------------------------------
+
+
+def page(config, models: prdp.Models) -> list[float]:
+    """An epoch by the letter, one graph an update: gradient norms."""
+    policy, reference, norms = models.policy, models.reference, []
+    optimizer = torch.optim.AdamW(policy.unet.parameters(), config.learning_rate)
+    drawn = prdp.draw_prompts(config, PROMPTS, 1)
+    texts = [prompt for prompt in drawn for _ in range(4)]
+    noise = prdp.image_generators(config.seed, 1, range(3), 4)
+    x_0 = prdp.sample_prompts(models, policy, texts, noise).latents[:, -1]
+    rewards = brightness(models.sd.decode(x_0, 6), []).tolist()
+    text = models.sd.encode(texts)
+
+    def error(chain, image: int, t, eps, guidance: float):
+        a = alpha_bars()[t]
+        x_t = (a.sqrt() * x_0[image] + (1 - a).sqrt() * eps).float().expand(2, -1, -1, -1)
+        both = torch.stack([policy.null_text, text[image]])
+        u, c = chain.unet(x_t, t, encoder_hidden_states=both).sample.double()
+        return (u + guidance * (c - u) - eps).square().mean()
+
+    if isinstance(config, rwr.Config):
+        of_prompt = [[j for j in range(12) if texts[j] == texts[i]] for i in range(12)]
+        exps = [math.exp(config.inverse_temperature * r) for r in rewards]
+        weights = [exps[i] / statistics.fmean(exps[j] for j in of_prompt[i]) for i in range(12)]
+        pool = torch.arange(12)
+    else:
+        pairs = [
+            (4 * n + a, 4 * n + b)
+            for n, a, b in itertools.product(range(3), range(4), range(4))
+            if rewards[4 * n + a] > rewards[4 * n + b]
+        ]
+        pool = torch.arange(len(pairs))
+    for k, (members, steps, epsilon) in enumerate(rwr.batches(config, 1, pool, (4, 8, 8))):
+        terms = []
+        for m, t, eps in zip(members.tolist(), steps, epsilon, strict=True):
+            if isinstance(config, rwr.Config):
+                terms.append(weights[m] * error(policy, m, t, eps, 5.0))
+                continue
+            won, lost = pairs[m]
+            fixed = error(reference, won, t, eps, 1.0) - error(reference, lost, t, eps, 1.0)
+            now = error(policy, won, t, eps, 1.0) - error(policy, lost, t, eps, 1.0)
+            rise = now - fixed.detach()
+            terms.append(-torch.log(torch.sigmoid(-config.beta / 2 * rise)))
+            optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, (k + 1) / config.warmup)
+        optimizer.zero_grad()
+        torch.stack(terms).mean().backward()
+        norms.append(gradient_of(policy.unet).norm().item())
+        torch.nn.utils.clip_grad_norm_(policy.unet.parameters(), config.max_grad_norm)
+        optimizer.step()
+    return norms
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_train_is_the_papers_page(tiny_sd, name):
+    module = PROGRAMS[name]
+    own = {"inverse_temperature": 2.0} if name == "rwr" else {"warmup": 5, "beta": 50.0}
+    config = tiny(module.Config, tiny_sd, **own)
+    ours, theirs = (prdp.load_models(config, CPU, brightness) for _ in range(2))
+    optimizer = torch.optim.AdamW(ours.policy.unet.parameters(), config.learning_rate)
+    rest = () if name == "rwr" else (None,)
+    (row,) = module.train(config, ours, optimizer, PROMPTS, 1, *rest)
+    assert row["grad_norm"] == pytest.approx(np.mean(page(config, theirs)), rel=1e-3)
+    networks = (ours.policy.unet, theirs.policy.unet, ours.reference.unet)
+    a, b, start = (torch.cat([p.flatten() for p in unet.parameters()]) for unet in networks)
+    assert (a - b).norm() < 0.02 * (a - start).norm()
+
+
+def test_every_member_is_learned_from_before_any_twice():
+    config = tiny(rwr.Config, "", updates_per_epoch=5, batch_size=4)
+    found = [members.tolist() for members, *_ in rwr.batches(config, 1, torch.arange(3, 12), (1,))]
+    assert [len(part) for part in found] == [4] * 5
+    flat = list(itertools.chain(*found))
+    assert sorted(flat[:9]) == sorted(flat[9:18]) == list(range(3, 12))
+    again, other = (rwr.batches(config, epoch, torch.arange(3, 12), (1,)) for epoch in (1, 2))
+    assert next(again)[0].tolist() == found[0] != next(other)[0].tolist()
+
+
+def test_presets_are_the_papers():
+    """DDPO, App. F.6; Diffusion-DPO, Secs. 5.1 and 5.4."""
+    config = parse_settings(rwr.Config, ["--prompts", "prompts/animals.txt"])
+    assert config.prompts_per_epoch * config.images_per_prompt == 10_000
+    assert (config.updates_per_epoch, config.batch_size) == (400, 128)
+    assert (config.inverse_temperature, config.percentile) == (0.2, 0.9)
+    config = parse_settings(diffusion_dpo.Config, [])
+    assert config.epochs * config.updates_per_epoch == 1000 and config.batch_size == 2048
+    assert config.beta == 5000 and config.warmup == 1000 / 4
+    assert config.learning_rate == pytest.approx(2000 / config.beta * 2.048e-8)
+    assert config.reward == ("hpsv2",) and config.prompts[0].endswith("animals.txt")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_passes_are_those_of_an_epoch(tiny_sd, name):
+    """What the forecast multiplies: rows of the network, two of a sample, and of a pair."""
+    config = tiny(PROGRAMS[name].Config, tiny_sd)
+    models = prdp.load_models(config, CPU, brightness)
+    rows = {False: 0, True: 0}
+
+    def count(network, inputs):
+        rows[torch.is_grad_enabled()] += len(inputs[0])
+
+    for unet in (models.policy.unet, models.reference.unet):
+        unet.register_forward_pre_hook(count)
+    optimizer = torch.optim.AdamW(models.policy.unet.parameters(), 1e-5)
+    rest = () if name == "rwr" else (None,)
+    next(PROGRAMS[name].train(config, models, optimizer, PROMPTS, 1, *rest))
+    found = tuple(count / 2 / (12 * 5) for count in rows.values())
+    assert found == pytest.approx(config.passes())
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def people(tmp_path):
+    """people(**changes): a file of ten pairs, the last record with these changes."""
+
+    def write(**changes):
+        rng = np.random.default_rng(0)
+        records = []
+        for n in range(10):
+            record = {"prompt": PROMPTS[n % 3]}
+            for name in ("chosen", "rejected"):
+                pixels = rng.integers(0, 256, (20 + n, 40, 3), dtype=np.uint8)
+                record[name] = f"{name}{n}.png"
+                Image.fromarray(pixels).save(tmp_path / record[name])
+            records.append(record)
+        records[-1] |= changes
+        file = tmp_path / "pairs.jsonl"
+        file.write_text("\n".join(json.dumps(record) for record in records))
+        return file
+
+    return write
+
+
+def flags_of(name: str, tiny_sd: str, people) -> list:
+    flags = [*small_run(tiny_sd), "--batch-size", 5]
+    if name == "people":  # without scores
+        cut = flags.index("--reward")
+        flags = [*flags[:cut], *flags[cut + 2 :], "--pairs", people(), "--warmup", 5, "--beta", 50]
+        flags[flags.index("--preset") + 1] = "small"
+    return flags
+
+
+@pytest.mark.parametrize("name", [*PROGRAMS, "people"])
+def test_run_goes_on_to_the_bit(tiny_sd, tmp_path, capsys, people, name):
+    main = PROGRAMS.get(name, diffusion_dpo).main
+    flags = flags_of(name, tiny_sd, people)
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    assert call(main, [*flags, "--epochs", 3, "--out", whole], capsys)[::2] == (0, "")
+    assert call(main, [*flags, "--epochs", 2, "--out", halves], capsys)[0] == 0
+    assert call(main, ["--resume", halves, "--epochs", 3], capsys)[0] == 0
+    assert_same_run(whole, halves)
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and all(row["loss"] > 0 and row["grad_norm"] > 0 for row in rows)
+    assert [row["reward_mean"] is None for row in rows] == [name == "people"] * 3
+    if name == "people":
+        (tmp_path / "pairs.jsonl").write_text((tmp_path / "pairs.jsonl").read_text() + "\n")
+        said = only_sentence(call(main, ["--resume", halves, "--epochs", 4], capsys))
+        assert "is not the file that the run began with" in said
+
+
+@pytest.mark.parametrize("name", [*PROGRAMS, "people"])
+def test_two_processes_equal_one(tiny_sd, tmp_path, capsys, people, name):
+    module = PROGRAMS.get(name, diffusion_dpo)
+    flags = [*flags_of(name, tiny_sd, people), "--epochs", 1]
+    assert call(module.main, [*flags, "--out", tmp_path / "one"], capsys)[0] == 0
+    program = f"baselines/{module.__name__.rpartition('.')[2]}.py"
+    code, _, errors = script(program, *flags, "--out", tmp_path / "two", processes=2)
+    assert code == 0, errors
+    (one,), (two,) = (metrics_of(tmp_path / name) for name in ("one", "two"))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    a, b = (checkpoint(tmp_path / name)["unet"] for name in ("one", "two"))
+    moved = max((a[key] - b[key]).abs().max() for key in a)
+    assert moved < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"chosen": "missing.png"}, "line 10: chosen missing.png: No such file"),
+        ({"rejected": "pairs.jsonl"}, "no picture that can be read"),
+        ({"rejected": "chosen9.png"}, "line 10: its two pictures are the same"),
+        ({"label": 1}, "line 10: must have prompt, chosen and rejected"),
+        ({"prompt": ""}, "line 10: must have prompt, chosen and rejected"),
+    ],
+)
+def test_bad_pairs_are_named(tiny_sd, tmp_path, capsys, people, changes, sentence):
+    file = people(**changes)
+    result = call(diffusion_dpo.main, ["--pairs", file, "--out", tmp_path / "run"], capsys)
+    said = only_sentence(result)
+    assert sentence in said.replace(f"{tmp_path}/", "") and str(file) in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_do_not_go_together(tmp_path):
+    with pytest.raises(InputError, match="--online: not with --pairs"):
+        parse_settings(diffusion_dpo.Config, ["--pairs", "x.jsonl", "--online"])
+    with pytest.raises(InputError, match=r"--percentile 1\.0: must be"):
+        parse_settings(rwr.Config, ["--percentile", "1"])
+
+
+def test_prompts_whose_images_all_tie_teach_nothing(tiny_sd):
+    config = tiny(diffusion_dpo.Config, tiny_sd)
+    models = prdp.load_models(config, CPU, lambda images, prompts: torch.zeros(len(images)))
+    before = torch.cat([p.detach().flatten().clone() for p in models.policy.unet.parameters()])
+    optimizer = torch.optim.AdamW(models.policy.unet.parameters(), 1e-3)
+    (row,) = diffusion_dpo.train(config, models, optimizer, PROMPTS, 1, None)
+    after = torch.cat([p.detach().flatten() for p in models.policy.unet.parameters()])
+    assert math.isnan(row["loss"]) and torch.equal(before, after)
