@@ -193,7 +193,7 @@ PROCESS = [  # what of this process a user's code may change: for itself alone t
     (lambda: cudnn.deterministic, lambda then: setattr(cudnn, "deterministic", then)),
     (lambda: cudnn.allow_tf32, lambda then: setattr(cudnn, "allow_tf32", then)),
 ]
-left_by_users = {}  # place in PROCESS -> what their code last left there
+left_by_users = {}  # place in PROCESS -> what it was for us, and what their code left there
 
 
 @contextlib.contextmanager
@@ -204,8 +204,9 @@ def running(what: str) -> Iterator[None]:
     all were well; running out of memory is no fault of that code.
     """
     before = [get() for get, _ in PROCESS]
-    for place, value in left_by_users.items():
-        PROCESS[place][1](value)
+    for place, (ours, theirs) in left_by_users.items():
+        if before[place] == ours:  # else it was changed since, for their code too
+            PROCESS[place][1](theirs)
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
@@ -218,7 +219,7 @@ def running(what: str) -> Iterator[None]:
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{what}: {told} ({where}).") from error
     finally:
-        left_by_users.update({place: PROCESS[place][0]() for place in (0, 1)})
+        left_by_users.update({place: (before[place], PROCESS[place][0]()) for place in (0, 1)})
         for (get, restore), value in zip(PROCESS, before, strict=True):
             if get() != value:
                 restore(value)

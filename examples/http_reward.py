@@ -1,0 +1,32 @@
+"""A reward that a server computes, as one with its own environment or GPU.
+
+    python prdp.py --preset toy --reward examples/http_reward.py:score --out runs/http
+
+It gets {"prompts": [...], "images": [PNG files in base64]} and answers {"scores": [...]}.
+"""
+
+import base64
+import io
+import json
+import os
+import urllib.request
+
+from PIL import Image
+
+URL = os.environ.get("REWARD_URL", "http://127.0.0.1:8000/score")
+
+
+def png(pixels) -> str:
+    Image.fromarray(pixels).save(buffer := io.BytesIO(), "png")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def score(images, prompts):
+    pictures = [png(pixels) for pixels in images.permute(0, 2, 3, 1).cpu().numpy()]
+    body = json.dumps({"prompts": prompts, "images": pictures}).encode()
+    request = urllib.request.Request(URL, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return json.load(answer)["scores"]
+    except OSError as error:  # down, too slow, or an HTTP status of 400 or above
+        raise RuntimeError(f"the server at {URL}: {error}") from error

@@ -1,0 +1,157 @@
+"""examples/: rewards as a user would write them; test_docs.py runs the lifted loss."""
+
+import base64
+import io
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import CPU, ROOT, only_sentence
+from rewards import load_reward
+from support.inputs import load_module
+
+WORDS = ["USER", ":", "ASSISTANT", "what", "is", "happening", "in", "this", "image", "?"]
+WORDS += ["a", "an", "cat", "dog", "riding", "washing", "bike"]
+
+
+def save_tokenizer(folder, special: list[str]) -> int:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    marks = ["<pad>", "<s>", "</s>", "<unk>", *special]
+    vocabulary = {word: n for n, word in enumerate([*marks, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if not special:
+        pair = [("<s>", 1), ("</s>", 2)]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=pair
+        )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        unk_token="<unk>", additional_special_tokens=special, model_max_length=32,
+    ).save_pretrained(folder)  # fmt: skip
+    return len(vocabulary)
+
+
+@pytest.fixture(scope="module")
+def alignment(tmp_path_factory):
+    """The VLM reward of a tiny LLaVA and a tiny encoder, with random weights."""
+    from transformers import (
+        AutoTokenizer,
+        BertConfig,
+        BertModel,
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    torch.manual_seed(0)
+    vlm, encoder = (tmp_path_factory.mktemp(name) for name in ("vlm", "encoder"))
+    count, sizes = save_tokenizer(vlm, ["<image>"]), {"hidden_size": 16, "intermediate_size": 16}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**sizes, **layers, image_size=32, patch_size=16)
+    text = LlamaConfig(**sizes, **layers, vocab_size=count, bos_token_id=1, eos_token_id=2)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=4, vision_feature_layer=-1
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(vlm)
+    square = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    LlavaProcessor(
+        CLIPImageProcessorPil(**square), AutoTokenizer.from_pretrained(vlm), patch_size=16,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    ).save_pretrained(vlm)  # fmt: skip
+    count = save_tokenizer(encoder, [])
+    BertModel(BertConfig(**sizes, **layers, vocab_size=count)).save_pretrained(encoder)
+    module = load_module("vlm_reward", str(ROOT / "examples" / "vlm_reward.py"))
+    return module.Alignment(str(vlm), str(encoder), 1)
+
+
+def test_vlm_describes_each_picture(alignment):
+    """As one by one, and only what comes after the question."""
+    images = torch.randint(256, (3, 3, 40, 32), dtype=torch.uint8)
+    said = alignment.describe(images)
+    assert said == [alignment.describe(image[None])[0] for image in images]
+    assert not any("happening in this image" in text for text in said)
+    rewards = load_reward(alignment, CPU)
+    scores = rewards(images, ["a cat riding a bike", "a dog washing a cat", "a dog"])
+    assert scores.shape == (3,) and (scores <= 1).all() and rewards.networks == alignment.networks
+    expected = alignment.recall(said, ["a cat riding a bike", "a dog washing a cat", "a dog"])
+    torch.testing.assert_close(scores, expected)
+
+
+def test_recall_is_a_loop_over_word_pieces(alignment):
+    """Of each text by itself, without padding."""
+    answers = ["a dog washing a cat", "", "a bike"]
+    prompts = ["a cat riding a bike", "a dog", "an image of a cat"]
+    recall = alignment.recall(answers, prompts)
+
+    def vectors(text: str) -> np.ndarray:
+        ids = torch.tensor([alignment.tokenizer(text).input_ids])
+        states = alignment.networks[1](ids, output_hidden_states=True).hidden_states[1]
+        return states[0].detach().double().numpy()
+
+    for n in range(3):
+        best = []
+        for piece in vectors(prompts[n])[1:-1]:
+            cosines = [
+                piece @ other / np.linalg.norm(piece) / np.linalg.norm(other)
+                for other in vectors(answers[n])
+            ]
+            best.append(max(cosines))
+        assert recall[n].item() == pytest.approx(np.mean(best), abs=1e-5)
+    assert alignment.recall(["a cat"], ["a cat"]).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_papers_prompts():
+    """DDPO, Sec. 2.2: 45 animals x 3 activities."""
+    import prdp
+
+    prompts = prdp.load_prompts(ROOT / "prompts" / "animal_activities.txt")
+    animals = prdp.load_prompts(ROOT / "prompts" / "animal_names.txt")
+    assert len(prompts) == 135 and "a dolphin riding a bike" in prompts
+    for activity in ("riding a bike", "playing chess", "washing dishes"):
+        own = [p.split(" ", 1)[1] for p in prompts if p.endswith(activity)]
+        assert own == [f"{animal} {activity}" for animal in animals]
+
+
+def test_a_server_scores(cli, tmp_path, monkeypatch):
+    """And one that is down, or answers otherwise, ends the run in a sentence."""
+    seen = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            pictures = [Image.open(io.BytesIO(base64.b64decode(x))) for x in asked["images"]]
+            seen.extend(picture.size for picture in pictures)
+            scores = [float(np.asarray(picture).mean()) for picture in pictures]
+            self.send_response(200 if self.path == "/score" else 503)
+            self.end_headers()
+            self.wfile.write(json.dumps({"scores": scores}).encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    reward = ["--reward", f"{ROOT}/examples/http_reward.py:score", "--epochs", 1]
+    monkeypatch.setenv("REWARD_URL", f"{address}/score")
+    assert cli(*reward)[::2] == (0, "")
+    assert set(seen) == {(16, 16)}
+    monkeypatch.setenv("REWARD_URL", f"{address}/busy")
+    said = only_sentence(cli(*reward, "--out", tmp_path / "busy"))
+    assert f"the server at {address}/busy: HTTP Error 503" in said
+    server.shutdown()
+    server.server_close()
+    monkeypatch.setenv("REWARD_URL", f"{address}/score")
+    said = only_sentence(cli(*reward, "--out", tmp_path / "down"))
+    assert f"the server at {address}/score: " in said and "refused" in said
