@@ -4,9 +4,9 @@ noise for every model.
     python evaluate.py runs/toy --prompts prompts/shapes.txt --samples-per-prompt 8
     python evaluate.py MODEL OTHER --against BASE --reward hpsv2=1 aesthetic=0 --max-prompts 500
 
-A model is a run, a folder or a hub id. What is not given is the first run's, or Table 4's. Prints
-and stores in evaluation.json, for each file, reward and model: mean, standard error over prompts,
-paired difference to the base, share of images that win (ties count half).
+A model is a run, a folder or a hub id. What is not given is the first run's, or Table 4's. For each
+file, reward and model: mean, standard error over prompts, paired difference to the base, share of
+images that win (ties count half).
 """
 
 import argparse
@@ -46,14 +46,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def find_model(name: str) -> tuple[str, dict]:
     """The folder or hub id of a model; of a run its pipeline's, and the run's settings."""
-    run, made = Path(name).expanduser(), 0
+    run = Path(name).expanduser()
     if not (run / "config.json").is_file() or (run / "model_index.json").is_file():
         return name, {}
     record = run_folder.as_today(run_folder.read_json(run / "config.json", f"{name}: config.json"))
-    done = [0, *(row["epoch"] for row in run_folder.read_metrics(run))][-1]
-    if (run / "pipeline" / "prdp.json").is_file():
-        made = run_folder.read_json(run / "pipeline" / "prdp.json", name)["epoch"]
-    if made < done or not (run / "pipeline").is_dir():
+    done, made = [0, *(row["epoch"] for row in run_folder.read_metrics(run))][-1], 0
+    card = run / "pipeline" / "prdp.json"
+    if card.is_file():
+        made = run_folder.read_json(card, name)["epoch"]
+    if made < done or not card.parent.is_dir():
         remedy = f"python {record['program']} --resume {run} --epochs {done} makes that of {done}"
         raise InputError(f"{run}: has no pipeline/ yet, or of epoch {made}; {remedy}.")
     return str(run / "pipeline"), {"run": str(run), **record}

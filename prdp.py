@@ -78,18 +78,18 @@ class Config(RunSettings):
     presets: ClassVar = PRESETS
     least: ClassVar = {"images_per_prompt": 2}  # PRDP compares a prompt's images
     resolve_reward: ClassVar = staticmethod(resolve_reward)
-    epochs: int = flag(100, "E, rounds of sampling and learning", group="Table 4")
+    epochs: int = flag(100, "E, rounds", group="Table 4")
     updates_per_epoch: int = flag(10, "K, gradient updates per epoch")
     prompts_per_epoch: int = flag(32, "N, drawn with replacement")
     images_per_prompt: int = flag(16, "B")
     kl_weight: float = flag(3e-5, "beta; unit: reward per nat per latent dimension")
     ddpm_steps: int = flag(50, "T, denoising steps")
     clip_range: float = flag(1e-6, "epsilon of Eq. 20, nats per latent dimension; inf: no clipping")
-    guidance_scale: float = flag(5.0, "of classifier-free guidance, in sampling and in training")
+    guidance_scale: float = flag(5.0, "of classifier-free guidance")
     learning_rate: float = flag(1e-5, "of AdamW")
     weight_decay: float = flag(1e-4, "of AdamW")
     max_grad_norm: float = flag(1.0, "gradients longer than this are scaled down to it")
-    offline: bool = flag(False, "learn from images of the pretrained model alone (Sec. 4.3)")
+    offline: bool = flag(False, "learn from the pretrained model's images (Sec. 4.3)")
 
     def passes(self) -> tuple[float, float]:
         """How many an epoch makes of an image: without gradient, to draw it, under the reference
@@ -332,7 +332,7 @@ def prdp_loss(
     log_probs_old: Tensor,  # (..., B, T), under pi_theta_old, which drew the trajectories
     log_probs_ref: Tensor,  # (..., B, T), under pi_ref
     rewards: Tensor,  # (..., B)
-    clip_range: float,  # epsilon of Eq. 20, in the unit of log_probs; inf: the RDP loss of Eq. 14
+    clip_range: float,  # epsilon of Eq. 20, in the unit of log_probs; inf: Eq. 14
     kl_weight: float,  # beta
 ) -> Tensor:
     """The PRDP loss of Eqs. 10 to 12, 14 and 17 to 21, as App. G computes it: a scalar.
@@ -346,9 +346,9 @@ def prdp_loss(
     clipped_log_ratio = torch.clamp(log_ratio, low, high)  # Eq. 20
 
     def pairwise_diff(x: Tensor) -> Tensor:
-        return x.unsqueeze(-1) - x.unsqueeze(-2)  # (..., B) -> (..., B, B): [a, b] is x_a - x_b
+        return x.unsqueeze(-1) - x.unsqueeze(-2)  # [..., a, b] is x_a - x_b
 
-    log_ratio_diff = pairwise_diff(log_ratio.mean(-1))  # Eqs. 10 and 11, with App. G's mean over T
+    log_ratio_diff = pairwise_diff(log_ratio.mean(-1))  # Eqs. 10 and 11; App. G's mean
     clipped_log_ratio_diff = pairwise_diff(clipped_log_ratio.mean(-1))  # Eq. 21
     reward_diff = pairwise_diff(rewards.to(log_probs.dtype))  # Eq. 12
 
@@ -609,7 +609,7 @@ def run(
         models.sd.save(Path(config.out), record, config.epochs)
 
 
-parse_args = functools.partial(parse_settings, Config)  # a command line -> Config
+parse_args = functools.partial(parse_settings, Config)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -312,10 +312,8 @@ def fetch(reward: str, repository: str, file: str) -> str:
 
 
 def load_pickscore(path: str) -> Scorer:
-    """PickScore (Kirstain et al. 2023): cosine in a CLIP ViT-H/14, about 0.2.
-
-    `path`: any CLIPModel folder, tokenizer included.
-    """
+    """PickScore (Kirstain et al. 2023): cosine in a CLIP ViT-H/14, about 0.2. `path`: any CLIPModel
+    folder, tokenizer included."""
     from transformers import CLIPModel
 
     folder = path or "yuvalkirstain/PickScore_v1"

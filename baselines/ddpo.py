@@ -4,10 +4,9 @@
     python baselines/ddpo.py --reward hpsv2 --prompts prompts/animals.txt --out runs/hps-ddpo
     python baselines/ddpo.py --resume runs/hps-ddpo
 
-Read it beside their Sec. 4.3 and Apps. C.3, F.1 and F.3. Sampling, scoring, gradient, rewards and
-the run's folder are prdp.py's. Their settings where they are not PRDP's Table 4: K = 4 minibatches
-an epoch, each image in one, clip range 1e-4; at large scale one image for each of 512 prompts
-(PRDP, App. B). There is no KL term.
+Read it beside their Sec. 4.3 and Apps. C.3, F.1 and F.3. Their settings where they are not
+PRDP's Table 4: K = 4 minibatches an epoch, each image in one, clip range 1e-4; at large scale one
+image for each of 512 prompts (PRDP, App. B). There is no KL term.
 
 Paper                       Here
 the importance weight       ratio, of theta to theta_old, which drew the minibatch
@@ -56,7 +55,6 @@ class Config(prdp.Config):
     advantage: str = flag("per-prompt", "whose mean rewards are held against: the prompt's last "
                           "32, all of the epoch's, or those of the prompt's images of this epoch, "
                           "as GRPO", "per-prompt", "global", "group")  # fmt: skip
-
     measure_kl: bool = flag(False, "also measure the KL to the pretrained model: one more pass")
 
     def check(self) -> None:
@@ -91,8 +89,7 @@ def ddpo_loss(
 
 
 def ddpo_sf_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
-    """DDPO_SF (App. C.3), REINFORCE: log_probs (..., T), advantages (...). It holds for the
-    on-policy update alone."""
+    """DDPO_SF (App. C.3), REINFORCE, for the on-policy update alone: (..., T) and (...)."""
     return -(log_probs * advantages.to(log_probs.dtype).unsqueeze(-1)).mean()
 
 

@@ -18,7 +18,7 @@ def prdp_loss(
     log_probs_old: Tensor,  # (..., B, T), under pi_theta_old, which drew the trajectories
     log_probs_ref: Tensor,  # (..., B, T), under pi_ref
     rewards: Tensor,  # (..., B)
-    clip_range: float,  # epsilon of Eq. 20, in the unit of log_probs; inf: the RDP loss of Eq. 14
+    clip_range: float,  # epsilon of Eq. 20, in the unit of log_probs; inf: Eq. 14
     kl_weight: float,  # beta
 ) -> Tensor:
     log_ratio = log_probs - log_probs_ref  # Eq. 19
@@ -27,9 +27,9 @@ def prdp_loss(
     clipped_log_ratio = torch.clamp(log_ratio, low, high)  # Eq. 20
 
     def pairwise_diff(x: Tensor) -> Tensor:
-        return x.unsqueeze(-1) - x.unsqueeze(-2)  # (..., B) -> (..., B, B): [a, b] is x_a - x_b
+        return x.unsqueeze(-1) - x.unsqueeze(-2)  # [..., a, b] is x_a - x_b
 
-    log_ratio_diff = pairwise_diff(log_ratio.mean(-1))  # Eqs. 10 and 11, with App. G's mean over T
+    log_ratio_diff = pairwise_diff(log_ratio.mean(-1))  # Eqs. 10 and 11; App. G's mean
     clipped_log_ratio_diff = pairwise_diff(clipped_log_ratio.mean(-1))  # Eq. 21
     reward_diff = pairwise_diff(rewards.to(log_probs.dtype))  # Eq. 12
 

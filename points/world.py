@@ -40,8 +40,8 @@ UNSEEN = range(100_000, 100_256)
 class Arm:
     """One way to train: Table 4's rows (defaults: its small-scale column), and what is compared."""
 
-    # "prdp", "ddpo", "ddpo-sf", "trajectory-rwr", "trajectory-rwr-sparse", "trajectory-dpo",
-    # "diffusion-dpo" or "pathwise"
+    # "prdp", "ddpo", "ddpo-sf", "rwr", "rwr-sparse", "trajectory-rwr", "trajectory-rwr-sparse",
+    # "trajectory-dpo", "diffusion-dpo" or "pathwise"
     method: str = "prdp"
     prompts: str = "few"  # or "many"
     E: int = 100  # epochs
@@ -422,9 +422,11 @@ def train(arm: Arm, seeds: list[int]) -> tuple[Tensor, Tensor]:
         order = torch.randperm(arm.N * arm.B, generator=shuffle)
         parts = order.chunk(arm.K) if arm.minibatches else [slice(None)] * arm.K
         for part in parts:  # line 9
+            x_0 = latents[:, :, -1]
             if arm.method == "diffusion-dpo":
-                x_0 = latents[:, :, -1]
                 loss = noise_preference_loss(arm, weights, base, prompts, x_0, rewards, generators)
+            elif arm.method in ("rwr", "rwr-sparse"):
+                loss = noise_rwr_loss(arm, weights, prompts, x_0, rewards, generators)
             else:
                 if not log_probs.requires_grad:
                     log_probs = chain.score(weights, prompts[:, part], latents[:, part])
@@ -463,6 +465,25 @@ def noise_preference_loss(
 
     rewards = rewards.unflatten(1, (arm.N, arm.B))
     return diffusion_dpo_loss(errors(weights), errors(base).detach(), rewards, arm.beta)
+
+
+def noise_rwr_loss(
+    arm: Arm, weights: Tensor, prompts: Tensor, x_0: Tensor, rewards: Tensor,
+    generators: list[torch.Generator],
+) -> Tensor:  # fmt: skip
+    """Reward-weighted regression as its authors have it (Black et al. 2024, Apps. C.2, F.2, F.3):
+    the denoising loss of x_0 (S, M, D), each point at a timestep of its own, weighted over a
+    prompt's B by exp(r / beta), or from their 0.9 quantile up; prompts, rewards (S, M): a scalar."""
+    rows = rewards.unflatten(1, (arm.N, arm.B))
+    weight = torch.softmax(rows / arm.beta, dim=-1)
+    if arm.method == "rwr-sparse":
+        weight = (rows >= rows.quantile(0.9, dim=-1, keepdim=True)).to(rows.dtype)
+    t = torch.stack([torch.randint(1000, (arm.N * arm.B,), generator=g) for g in generators])
+    noise = draw_normal(generators, arm.N * arm.B, arm.dims)
+    x_t = diffuse(x_0, t, noise)
+    noise_pred = network(weights, EMBEDDINGS[prompts], arm)(x_t, time_features(t))
+    error = (noise_pred - noise).square().mean(-1).unflatten(1, (arm.N, arm.B))
+    return (weight / weight.mean(-1, keepdim=True) * error).mean()
 
 
 def pathwise(arm: Arm, seeds: list[int]) -> tuple[Tensor, Tensor]:

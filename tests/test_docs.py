@@ -16,7 +16,7 @@ import torch
 import evaluate
 import prdp
 import rewards
-from baselines import ddpo
+from baselines import ddpo, diffusion_dpo, rwr
 from conftest import ROOT, checkpoint, script, tiny_config
 from support.inputs import load_module
 from support.settings import parse_settings
@@ -27,7 +27,14 @@ RUNNING, PAPER, HACKING = (
     (ROOT / "docs" / name).read_text() for name in ("running.md", "paper.md", "hacking.md")
 )
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]
-PROGRAMS = {"prdp.py": prdp, "baselines/ddpo.py": ddpo, "evaluate.py": evaluate}
+PROGRAMS = {
+    "prdp.py": prdp,
+    "evaluate.py": evaluate,
+    "baselines/ddpo.py": ddpo,
+    "baselines/rwr.py": rwr,
+    "baselines/diffusion_dpo.py": diffusion_dpo,
+}
+COMMAND = r"(prdp|evaluate|baselines/\w+)\.py"
 
 
 def anchors(page: Path) -> set[str]:
@@ -116,22 +123,23 @@ def test_commands_are_parsed(tmp_path, monkeypatch):
     found = []
     for page in PAGES:
         for block in blocks(page.read_text(), "bash"):
-            found += re.findall(
-                r"(?:python|\d) (prdp|evaluate|baselines/ddpo)\.py ([^&#|\n]*)", block
-            )
-    assert {name for name, _ in found} == {"prdp", "evaluate"} and len(found) >= 8
-    for name, arguments in found:
+            found += re.findall(rf"(?:python|\d) {COMMAND} ([^&#|\n]*)", block)
+    assert {name for name, _ in found} >= {"prdp", "evaluate"} and len(found) >= 8
+    systems = re.findall(rf"`python {COMMAND}([^`]*)`", PAPER.split("## The systems")[1])
+    assert len(systems) >= 8
+    for name, arguments in found + systems:
         if "--resume" not in arguments:
             arguments_of(f"{name}.py", shlex.split(arguments))
 
 
 def commands(row: str) -> list[list[str]]:
     """The arguments of each `python ...` of a table row, with files for $UNSEEN."""
-    found = re.findall(r"`python ((?:prdp|evaluate|baselines/ddpo)\.py[^`]*)`", row)
-    return [shlex.split(command.replace("$UNSEEN", SHAPES)) for command in found]
+    found = re.finditer(rf"`python ({COMMAND}[^`]*)`", row)
+    return [shlex.split(command[1].replace("$UNSEEN", SHAPES)) for command in found]
 
 
-ROWS = [row for row in PAPER.split("\n") if row.startswith("| ") and commands(row)]
+TABLES = PAPER.split("## The systems")[0].split("\n")
+ROWS = [row for row in TABLES if row.startswith("| ") and commands(row)]
 
 
 def at_tiny_size(argv: list[str], tiny_sd: str) -> list[str]:
