@@ -8,6 +8,7 @@ import torch
 import prdp
 from baselines import ddpo
 from conftest import ROOT, call, checkpoint, metrics_of, script, small_run
+from support import distributed
 
 BRIGHT = "def f(images, prompts):\n    return images.double().mean((1, 2, 3))\n"
 
@@ -90,3 +91,15 @@ def test_failure_of_one_process_stops_all(tiny_sd, tmp_path):
     assert "prdp.py (process 1): " in errors
     assert "reward fails returned nan for the prompt" in errors
     assert checkpoint(tmp_path / "run")["epoch"] == 1
+
+
+def test_a_process_that_is_shown_one_gpu_takes_it(monkeypatch):
+    """As `srun --gpus-per-task=1` has it: LOCAL_RANK is then no GPU's number."""
+    taken = []
+    for name in distributed.TORCHRUN:
+        monkeypatch.setenv(name, "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **options: None)
+    assert distributed.start_processes() == torch.device("cuda") and taken == [0]

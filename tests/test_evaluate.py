@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 import evaluate
 import prdp
 from conftest import ROOT, call, edit_json, only_sentence, script, small_run
+from support.cli import InputError
 
 
 @pytest.fixture(scope="module")
@@ -302,3 +303,32 @@ def test_it_says_what_it_does(evaluation, finished):
     _, out, _ = evaluation(finished)
     assert "base: 3 prompts of p.txt, 2 images each\n  takes about " in out
     assert "run: 3 prompts of p.txt, 2 images each\n  takes about " in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "compiles"),
+    [([], "bf16", False), (["--dtype", "fp32", "--compile"], "fp32", True)],
+)
+def test_on_a_gpu_it_computes_in_bf16_unless_asked(
+    evaluation, finished, monkeypatch, flags, dtype, compiles
+):
+    """The run itself was in fp32."""
+    seen = []
+
+    def load_models(config, *rest, **options):
+        seen.append(config)
+        raise InputError("seen")
+
+    monkeypatch.setattr(prdp, "load_models", load_models)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert only_sentence(evaluation(finished, *flags)) == "evaluate.py: seen"
+    assert (seen[0].dtype, seen[0].compile) == (dtype, compiles)
+
+
+def test_prompt_files_of_one_name_are_told_apart(evaluation, finished, tmp_path):
+    files = [tmp_path / folder / "p.txt" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(f"a red circle {file.parent.name}\na ring\n")
+    assert evaluation(finished, "--prompts", *files)[0] == 0
+    assert {row["prompts"] for row in record_in(tmp_path / "out")["table"]} == {*map(str, files)}
