@@ -11,7 +11,6 @@ images that win (ties count half).
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import fields, replace
 from functools import partial
@@ -24,15 +23,15 @@ import prdp
 from rewards import load_reward, python_files
 from support import report, run_folder
 from support.cli import InputError, Parser, command
-from support.distributed import end_processes, gather_objects, on_rank_0, processes, rank, say
-from support.distributed import start_processes
+from support.distributed import end_processes, gather_objects, on_rank_0, processes, rank
+from support.distributed import say, start_processes
 
 # Fields of prdp.Config: what decides the result, and what may be asked for.
 SETTINGS = ("reward", "prompts", "seed", "ddpm_steps", "guidance_scale", "dtype", "microbatch")
 ASKED = (*SETTINGS, "offload", "compile")
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line; fields of prdp.Config that are not given are absent."""
     parser = Parser(description=__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="run, folder or hub id")
@@ -66,21 +65,6 @@ def last_parts(paths: list[str]) -> list[str]:
     return names if len(set(names)) == len(names) else paths
 
 
-def label_models(names: list[str], folders: list[str], base: str | None) -> dict[str, str]:
-    """Label -> folder, the base first."""
-    models = dict(zip(last_parts(names), folders, strict=True))
-    if base is None or base in folders:
-        return models
-    return {"pretrained" if "base" in models else "base": base, **models}
-
-
-def choose_prompts(path: str, limit: int | None, seed: int) -> list[tuple[int, str]]:
-    """A file's prompts and their places in it: all, or `limit` of them, drawn by the seed."""
-    prompts = prdp.load_prompts(path)
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
-    return [(n, prompts[n]) for n in sorted(order[:limit].tolist())]
-
-
 def draw(
     seed: int, models: prdp.Models, chosen: list[tuple[int, str]], images: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -95,8 +79,8 @@ def draw(
 
 
 def measure(seed: int, models: prdp.Models, chosen: list, samples: int, done: dict, save) -> None:
-    """Fill `done`, prompt -> {reward: its S numbers}, and `save` whenever it has grown. A chunk is
-    always of the same prompts, whatever the processes and wherever an evaluation was stopped."""
+    """Fill `done`, prompt -> {reward: its S numbers}, and `save` it, by chunks: of the same prompts
+    whatever the processes, and wherever an evaluation was stopped."""
     size, started = max(1, models.policy.microbatch // samples), time.perf_counter()
     chunks = [chosen[first : first + size] for first in range(0, len(chosen), size)]
     todo = [chunk for chunk in chunks if chunk[0][1] not in done]
@@ -125,9 +109,9 @@ def tabulate(rewards: dict, chosen: dict, labels: list[str], base: str | None) -
                       for label, rows in zip(labels, done, strict=True)}  # fmt: skip
             for label, x in scores.items():
                 mean, error = report.mean_and_error(x)
-                row = {"prompts": shown, "reward": name, "model": label}
-                row |= {"images": x.numel(), "mean": mean, "standard_error": error}
-                cells = [*list(row.values())[:4], f"{mean:.4f} +- {error:.4f}", "", ""]
+                row = {"prompts": shown, "reward": name, "model": label, "images": x.numel()}
+                cells = [*row.values(), f"{mean:.4f} +- {error:.4f}", "", ""]
+                row |= {"mean": mean, "standard_error": error}
                 if base not in (None, label):
                     rise = x - scores[base]
                     mean, error = report.mean_and_error(rise)
@@ -143,7 +127,9 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     found = [find_model(name) for name in args.models]
     settings = next((settings for _, settings in found if settings), {})
     base = find_model(args.against)[0] if args.against else settings.get("model")
-    folders = label_models(args.models, [folder for folder, _ in found], base)
+    folders = dict(zip(last_parts(args.models), [folder for folder, _ in found], strict=True))
+    if base not in (None, *folders.values()):
+        folders = {"pretrained" if "base" in folders else "base": base, **folders}
     kinds = {f.name: type(f.default) for f in fields(prdp.Config)}
     given = {name: kinds[name](settings[name]) for name in SETTINGS if name in settings}
     given |= {"dtype": "bf16"} if torch.cuda.is_available() else {}
@@ -153,7 +139,11 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     if not config.prompts or not config.reward:
         raise InputError(f"{settings['run']}: began from Python: give --prompts and --reward.")
     config = config.resolved()
-    chosen = {file: choose_prompts(file, limit, config.seed) for file in config.prompts}
+    chosen = {}  # of each file some prompts, and their places in it
+    for file in config.prompts:
+        prompts = prdp.load_prompts(file)
+        order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(config.seed))
+        chosen[file] = [(n, prompts[n]) for n in sorted(order[:limit].tolist())]
     fewest = min(map(len, chosen.values()))
     if min(samples, fewest, limit or 1) < 1 or samples == fewest == 1:
         raise InputError(f"--samples-per-prompt {samples}, --max-prompts {limit}: too few.")
@@ -197,8 +187,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     with command("evaluate.py"):
-        args = parse_args(sys.argv[1:] if argv is None else argv)
-        evaluate(args, start_processes())
+        evaluate(parse_args(argv), start_processes())
         end_processes()
 
 

@@ -40,7 +40,7 @@ from support.report import epoch_metrics, phase
 from support.settings import absolute, run_command
 
 PUBLISHED = dict(epochs=100, updates_per_epoch=10, learning_rate=8.192e-9)
-TOY = dict(batch_size=64, beta=500.0, warmup=0)
+TOY = dict(batch_size=64, updates_per_epoch=16, warmup=0)
 
 
 @dataclass

@@ -37,7 +37,7 @@ from support.settings import run_command
 
 PUBLISHED = dict(epochs=5, updates_per_epoch=400, prompts_per_epoch=625, images_per_prompt=16,
                  learning_rate=1e-5)  # fmt: skip
-TOY = dict(batch_size=64, inverse_temperature=100.0)
+TOY = dict(batch_size=64, updates_per_epoch=16, inverse_temperature=100.0)
 
 
 @dataclass
