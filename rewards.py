@@ -196,7 +196,7 @@ def load_reward(reward: str | tuple | list | Scorer, device: torch.device | str)
     return Reward(components).to(device)
 
 
-# ---- JPEG size (DDPO, Sec. 5) ------------------------------------------------------------------
+# ---- JPEG size (DDPO, App. D.1) ----------------------------------------------------------------
 
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:

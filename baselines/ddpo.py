@@ -1,10 +1,9 @@
-"""DDPO: denoising diffusion policy optimization (Black et al., ICLR 2024).
+"""DDPO: denoising diffusion policy optimization (Black et al. 2023).
 
     python baselines/ddpo.py --preset toy --out runs/toy-ddpo
     python baselines/ddpo.py --reward hpsv2 --prompts prompts/animals.txt --out runs/hps-ddpo
-    python baselines/ddpo.py --resume runs/hps-ddpo
 
-Read it beside their Sec. 4.3 and Apps. C.3, F.1 and F.3. Their settings where they are not
+Read it beside Apps. C.3, F.1 and F.3 of the workshop's edition. Their settings where they are not
 PRDP's Table 4: K = 4 minibatches an epoch, each image in one, clip range 1e-4; at large scale one
 image for each of 512 prompts (PRDP, App. B). There is no KL term.
 
@@ -94,10 +93,10 @@ def ddpo_sf_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
 
 
 class RewardStatistics:
-    """Rewards normalised (App. F.3): minus a mean, over a deviation, and no larger than 10.
+    """Rewards normalised (App. F.3): minus a mean, over a deviation, within 10 of 0 (their code).
 
     "global": of this epoch's rewards; "per-prompt": of the prompt's last 32, this epoch's included
-    (while they are fewer than 16, as in DDPO's code, of the epoch's); "group": of the prompt's B.
+    (while they are fewer than 16, of the epoch's); "group": of the prompt's B.
     `latest` holds the last rewards by prompt: what a checkpoint has to keep.
     """
 
@@ -113,6 +112,7 @@ class RewardStatistics:
 
     def advantages(self, rewards: Tensor, prompts: list[str]) -> Tensor:
         """Rewards (N*B,) of B images for each of N prompts -> (N*B,)."""
+        rewards = rewards.double()  # so that of equal ones the deviation is 0
         rows = rewards.unflatten(0, (len(prompts), -1))  # (N, B)
         if self.kind == "per-prompt":
             for prompt, row in zip(prompts, rows.tolist(), strict=True):
@@ -121,14 +121,13 @@ class RewardStatistics:
         for prompt, row in zip(prompts, rows, strict=True):
             seen = row if self.kind == "group" else rewards
             if len(self.latest.get(prompt, [])) >= 16:
-                seen = torch.tensor(self.latest[prompt], device=row.device)
+                seen = row.new_tensor(self.latest[prompt])
             advantages.append((row - seen.mean()) / (seen.std(correction=0) + 1e-6))
         return torch.cat(advantages).clamp(-10, 10)
 
 
 def minibatches(config: Config, epoch: int) -> list[list[int]]:
-    """Which of this process's images, by their places, are in each of the epoch's K random
-    minibatches: each image of the N*B is in one."""
+    """This process's images, by place, in each of the epoch's K random minibatches: each in one."""
     images = config.prompts_per_epoch * config.images_per_prompt
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
     order = torch.randperm(images, generator=generator)
@@ -145,7 +144,7 @@ def update(
     of an epoch theta is theta_old. Means are over the minibatch of all processes."""
     entries = config.prompts_per_epoch * config.images_per_prompt * config.ddpm_steps
     entries = entries / config.updates_per_epoch / processes()  # if all had as many
-    metrics = dict.fromkeys(METRICS, torch.zeros(()))
+    metrics = dict.fromkeys(METRICS, torch.zeros((), device=models.sd.device))
     weights, backward = torch.zeros(0), lambda weights: None
     if batch is not None:
         old, policy = batch.log_probs, models.policy
@@ -158,7 +157,8 @@ def update(
         (weights,) = torch.autograd.grad(loss, log_probs)
         backward = functools.partial(prdp.backward_trajectories, policy, batch)
         moved = (log_probs.detach() - old).abs()
-        measured = (loss.detach(), moved, moved > config.clip_range, weights == 0)
+        clips = torch.expm1(log_probs.detach() - old).abs() > config.clip_range
+        measured = (loss.detach(), moved, clips, weights == 0)
         for name, x in zip(METRICS, measured, strict=True):
             metrics[name] = x if name == "loss" else share * x.double().mean()
 
@@ -209,8 +209,8 @@ def train(
 def measure_kl(models: prdp.Models, batches: list[prdp.Trajectories]) -> dict[str, Tensor]:
     """Of theta_old to the pretrained model, a step's mean and a trajectory's sum, as prdp.py's."""
     reference, ratios = models.reference, []
-    for batch in batches:
-        with models.sd.in_use(reference.unet):
+    with models.sd.in_use(reference.unet):
+        for batch in batches:
             ratios.append(batch.log_probs - prdp.score_trajectories(reference, batch, "reference"))
     ratio = torch.cat(ratios)
     numel = ratio.shape[1] * math.prod(models.sd.latent_shape)

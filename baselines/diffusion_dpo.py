@@ -9,9 +9,10 @@ pair, of `prompt`, `chosen` and `rejected`, two pictures' paths from the file's 
 feedback: images of the pretrained model (--online: of the current one) ranked by --reward, all
 pairs of a prompt. An epoch is K updates of --batch-size pairs; a pair shares timestep and noise.
 
-Paper                        Here
-||eps - eps_theta||^2        error, without guidance, a mean over latent dimensions
-beta T omega, Eq. 14         beta / 2, both as in their code
+Paper                    Here
+||eps - eps_theta||^2    error, without guidance; a mean over latent dimensions, as in their code
+beta T omega             beta / 2, as in their code
+eps^w, eps^l             one draw, which a pair shares, as in their code
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Config(prdp.Config):
                          type=str)  # fmt: skip
     prompts: tuple = flag((), "files (default: animals.txt; with --pairs theirs)", nargs="+",
                           type=str)  # fmt: skip
+    learning_rate: float = flag(8.192e-9, "of AdamW (Sec. 5.1); their code's is 2.048e-5")
     pairs: str = flag("", "people's choices, .jsonl", group="Diffusion-DPO")
     online: bool = flag(False, "rank images of the current model, not of the pretrained one")
     beta: float = flag(5000.0, "of Eq. 14")
@@ -121,24 +123,25 @@ def train(
     for epoch in range(start, config.epochs + 1):
         if people:
             owner, load = people.owner(), functools.partial(people.load, sd, config.seed, epoch)
-            rewards = torch.full((config.updates_per_epoch * config.batch_size,), math.nan)
+            count = config.updates_per_epoch * config.batch_size // processes()
+            rewards, parts = torch.full((max(1, count),), math.nan), {}
         else:
             drawn, trajectories = prdp.sample_epoch(config, models, sampler, prompts, epoch)
             x_0, text = trajectories.latents[:, -1].clone(), trajectories.text
             del trajectories
             _, rewards = prdp.score_images(models, x_0, drawn)
+            parts = models.reward.parts
             pairs = ranked_pairs(gather(rewards).cpu(), config.images_per_prompt)
             owner, load = pairs[:, 0] // len(x_0), functools.partial(own_pairs, pairs, x_0, text)
 
-        updates, shape = [], sd.latent_shape
-        every = torch.arange(len(owner))
-        for k, batch in enumerate(batches(config, epoch, every, shape)):
+        updates = []
+        for k, batch in enumerate(batches(config, epoch, torch.arange(len(owner)), sd)):
             made = (epoch - 1) * config.updates_per_epoch + k + 1
             rate = config.learning_rate * min(1, made / max(1, config.warmup))
             optimizer.param_groups[0]["lr"] = rate
             updates.append(update(config, models, optimizer, owner, load, *batch))
         none = {"loss": torch.tensor(math.nan), "accuracy": torch.tensor(math.nan)}
-        yield epoch_metrics(rewards, models.reward.parts, updates or [none])  # if all rewards tie
+        yield epoch_metrics(rewards, parts, updates or [none])  # if all rewards tie
 
 
 def own_pairs(pairs: Tensor, x_0: Tensor, text: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,33 +152,35 @@ def own_pairs(pairs: Tensor, x_0: Tensor, text: Tensor, numbers: Tensor) -> tupl
 
 def update(
     config: Config, models: prdp.Models, optimizer: torch.optim.Optimizer, owner: Tensor,
-    load: Callable, pairs: Tensor, timesteps: Tensor, noise: Tensor,
+    load: Callable, numbers: Tensor, timesteps: Tensor, noise: Tensor,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Learn from a batch of pairs, of which this process loads its own."""
     policy, reference, scheduler = models.policy, models.reference, models.sd.pipe.scheduler
-    own = (owner[pairs] == rank()).nonzero()[:, 0]
-    microbatches, losses = [], torch.zeros(len(own))
+    own = (owner[numbers] == rank()).nonzero()[:, 0]
+    microbatches, losses = [], torch.zeros(len(own), dtype=torch.float64)
     if len(own):
-        x_0, text = load(pairs[own])
+        with phase("pictures"):
+            x_0, text = load(numbers[own])
         drawn = (x[own].to(x_0.device) for x in (timesteps, noise))
         inputs = (torch.arange(len(own)), x_0, text, *drawn)
         microbatches = [*zip(*(x.split(policy.microbatch) for x in inputs), strict=True)]
-    with torch.no_grad(), models.sd.in_use(reference.unet):
+    with torch.no_grad(), phase("reference"), models.sd.in_use(reference.unet):
         references = [denoising_errors(reference, scheduler, *x) for _, *x in microbatches]
 
-    def backward(weights: Tensor) -> None:  # of losses / beta
+    def backward(weights: Tensor) -> None:
         for (part, *x), error_ref in zip(microbatches, references, strict=True):
             error = denoising_errors(policy, scheduler, *x)
             loss = diffusion_dpo_loss(error, error_ref, config.beta)
-            (weights[part].to(loss.device) / config.beta * loss).sum().backward()
-            losses[part] = loss.detach().float().cpu()
+            (weights[part].to(loss.device) * loss).sum().backward()
+            losses[part] = loss.detach().cpu()
 
     with phase("update"):
-        share = torch.full((len(own),), processes() / len(pairs))
-        options = (config.max_grad_norm, policy.autocast, noise[0].numel())
-        norm = gradient_step(optimizer, backward, config.beta * share, *options)
+        share = torch.full((len(own),), processes() / len(numbers), dtype=torch.float64)
+        numel = noise[0].numel() / config.beta  # a loss is at most beta / 2 as steep as an error
+        options = (config.max_grad_norm, policy.autocast, numel)
+        norm = gradient_step(optimizer, backward, share, *options)
     right = losses < math.log(2)
-    return {"loss": share @ losses, "accuracy": share @ right.float(), "grad_norm": norm}
+    return {"loss": share @ losses, "accuracy": share @ right.double(), "grad_norm": norm}
 
 
 class NoReward(Reward):

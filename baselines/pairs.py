@@ -67,12 +67,13 @@ class People:
         records, latents = [self.records[n] for n in numbers], []
         pictures = [picture for record in records for picture in self.pictures(record)]
         generators = prdp.image_generators(seed, epoch, numbers.tolist(), 2)
-        with sd.in_use(sd.vae):
+        autocast = torch.autocast(sd.device.type, sd.autocast, enabled=sd.autocast is not None)
+        with sd.in_use(sd.vae), autocast:
             for picture, generator in zip(pictures, generators, strict=True):
                 pixels = prepare(picture, sd, generator).to(sd.device)
                 found = sd.vae.encode(pixels[None]).latent_dist
                 noise = torch.randn(sd.latent_shape, generator=generator).to(sd.device)
-                latents.append(found.mean[0] + found.std[0] * noise)
+                latents.append(found.mean[0].float() + found.std[0].float() * noise)
         x_0 = sd.vae.config.scaling_factor * torch.stack(latents)
         return x_0.unflatten(0, (-1, 2)), sd.encode([record["prompt"] for record in records])
 
@@ -86,7 +87,7 @@ class People:
 
 def prepare(picture: Tensor, sd, generator: torch.Generator) -> Tensor:
     """(3, H, W) uint8 -> floats in [-1, 1] of the model's size, as in Diffusion-DPO's code: the
-    shorter side scaled to it, the centre, and every other time mirrored."""
+    shorter side scaled to it, the centre, and at random mirrored."""
     height, width = (side * sd.pipe.vae_scale_factor for side in sd.latent_shape[1:])
     image = Image.fromarray(picture.permute(1, 2, 0).numpy())
     image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)

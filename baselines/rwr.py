@@ -1,16 +1,17 @@
-"""RWR: reward-weighted regression on the denoising loss (Black et al., ICLR 2024, App. C.2).
+"""RWR: reward-weighted regression on the denoising loss (DDPO's baseline, Black et al. 2023).
 
     python baselines/rwr.py --preset toy --out runs/toy-rwr
     python baselines/rwr.py --reward hpsv2 --prompts prompts/animals.txt --out runs/hps-rwr
     python baselines/rwr.py --resume runs/hps-rwr
 
-Read it beside their Apps. C.2, F.2, F.3, F.6 and G.1. An epoch is one of their iterations: N*B
-images of the current model (10,000), then K updates (400) of the denoising loss, each on
---batch-size of them (128) at random timesteps, weighted by their rewards. What is learned is the
-guided noise prediction, with the guidance of sampling (G.1). There is no reference and no clip.
+Read it beside Apps. C.2, F.2, F.3, F.6 and G.1 of the workshop's edition. An epoch is one of their
+iterations: N*B images of the current model (10,000), then K updates (400) of the denoising loss,
+each on --batch-size of them (128) at random timesteps, weighted by their rewards. What is learned
+is the guided noise prediction, with the guidance of sampling (G.1). Nothing is held against the
+pretrained model, and nothing is clipped.
 
 Paper                        Here
-w_RWR, w_sparse              weights, of an image, with mean 1 over those of a prompt
+w_RWR, w_sparse              weights, of an image; w_RWR's mean over a prompt is 1, as in their code
 beta, inverse temperature    inverse_temperature, in units of 1 / reward
 p                            percentile
 """
@@ -35,7 +36,7 @@ from support.distributed import gather, gradient_step, own_share, processes, ran
 from support.report import epoch_metrics, phase
 from support.settings import run_command
 
-PUBLISHED = dict(epochs=5, updates_per_epoch=400, prompts_per_epoch=625, images_per_prompt=16,
+PUBLISHED = dict(epochs=5, updates_per_epoch=400, prompts_per_epoch=400, images_per_prompt=25,
                  learning_rate=1e-5)  # fmt: skip
 TOY = dict(batch_size=64, updates_per_epoch=16, inverse_temperature=100.0)
 
@@ -50,12 +51,13 @@ class Config(prdp.Config):
         for name, settings in prdp.PRESETS.items()
     }
     unused: ClassVar = ("kl_weight", "clip_range", "offline")
-    least: ClassVar = {"images_per_prompt": 2, "percentile": 0}
+    least: ClassVar = {"percentile": 0}
     keeps_trajectories: ClassVar = False
     weighting: str = flag("softmax", "softmax: exp(beta r) over a prompt's images; sparse: 1 from "
                           "--percentile up, else 0", "softmax", "sparse",
                           group="reward-weighted regression")  # fmt: skip
-    inverse_temperature: float = flag(0.2, "beta of softmax")
+    inverse_temperature: float = flag(0.2, "beta of softmax; as published, for rewards that differ "
+                                      "by some units: cosines want about 100")  # fmt: skip
     percentile: float = flag(0.9, "sparse drops this share of a prompt's images")
     batch_size: int = flag(128, "images an update")
 
@@ -72,8 +74,8 @@ class Config(prdp.Config):
 def rwr_weights(rewards: Tensor, prompts: list[str], inverse_temperature: float) -> Tensor:
     """w_RWR (Apps. C.2, F.2, F.3): exp(beta r), normalised over all images of a prompt.
 
-    Rewards (M,), prompts M strings -> (M,) float64, with mean 1 over a prompt's images: where all
-    rewards are equal this is the denoising loss itself. The paper does not say how large Z is.
+    Rewards (M,), prompts M strings -> (M,) float64, with mean 1 over a prompt's images, as in their
+    code: where all rewards are equal this is the denoising loss itself.
     """
     weights = torch.empty(len(rewards), dtype=torch.float64)
     for rows in rows_by_prompt(prompts):
@@ -102,8 +104,8 @@ def rows_by_prompt(prompts: list[str]) -> list[list[int]]:
 def denoising_error(
     policy: prdp.Policy, scheduler, x_0: Tensor, text: Tensor, timesteps: Tensor, noise: Tensor
 ) -> Tensor:
-    """The denoising loss (Eq. 1) of the guided prediction (Eq. 5, App. G.1), with gradient: (m,)
-    float64, a mean over latent dimensions.
+    """The denoising loss (Eq. 1, of noise in place of means, as in their code) of the guided
+    prediction (Eq. 5, App. G.1), with gradient: (m,) float64, a mean over latent dimensions.
 
     x_0 and noise (m, C, H, W), text (m, L, D), timesteps (m,) of the 1,000; `scheduler` is
     diffusers', of the model's noise schedule.
@@ -125,11 +127,9 @@ def noised(scheduler, x_0: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Te
     return scheduler.add_noise(x_0, noise, timesteps), target
 
 
-def batches(
-    config, epoch: int, pool: Tensor, shape: tuple[int, int, int]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def batches(config, epoch: int, pool: Tensor, sd) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """K batches from `pool`, in a random order, each member once before any a second time: members,
-    timesteps (batch_size,) and noise. All processes draw the same; of an empty pool there is none.
+    and of each a timestep and noise. All processes draw the same; of an empty pool there is none.
     """
     if len(pool) == 0:
         return
@@ -138,25 +138,31 @@ def batches(
     rounds = -(-count * size // len(pool))
     orders = [pool[torch.randperm(len(pool), generator=generator)] for _ in range(rounds)]
     for members in torch.cat(orders).split(size)[:count]:
-        timesteps = torch.randint(1000, (size,), generator=generator)
-        yield members, timesteps, torch.randn(size, *shape, generator=generator)
+        timesteps = torch.randint(
+            sd.noise_settings["num_train_timesteps"], (size,), generator=generator
+        )
+        yield members, timesteps, torch.randn(size, *sd.latent_shape, generator=generator)
 
 
 def sample_pool(
     config: Config, models: prdp.Models, drawn: list[str], epoch: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
     """This process's share of an epoch's images (App. F.2): x_0 (M, C, H, W), the text of each of
-    its prompts, and rewards (M,). Trajectories are not kept: of 10,000 images they take 33 GB."""
+    its prompts, rewards (M,) and their parts. Of trajectories, which would take 33 GB, 512 at a
+    time are there."""
     own, count = own_share(len(drawn)), config.images_per_prompt
-    latents, rewards = [], []
+    latents, rewards, parts = [], [], []
     for numbers in torch.arange(len(drawn))[own].split(max(1, 512 // count)):
         prompts = [drawn[n] for n in numbers]
         generators = prdp.image_generators(config.seed, epoch, numbers.tolist(), count)
         trajectories = prdp.sample_prompts(models, models.policy, prompts, generators)
         latents.append(trajectories.latents[:, -1].clone())
+        del trajectories
         of_each = [prompt for prompt in prompts for _ in range(count)]
         rewards.append(prdp.score_images(models, latents[-1], of_each)[1])
-    return torch.cat(latents), models.sd.encode(drawn[own]), torch.cat(rewards)
+        parts.append(models.reward.parts)
+    parts = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return torch.cat(latents), models.sd.encode(drawn[own]), torch.cat(rewards), parts
 
 
 def train(
@@ -164,20 +170,22 @@ def train(
     start: int,
 ) -> Iterator[dict[str, float]]:  # fmt: skip
     """RWR from epoch `start` on; yields each epoch's metrics."""
-    shape = models.sd.latent_shape
     for epoch in range(start, config.epochs + 1):
         drawn = prdp.draw_prompts(config, prompts, epoch)
-        x_0, text, rewards = sample_pool(config, models, drawn, epoch)
+        x_0, text, rewards, parts = sample_pool(config, models, drawn, epoch)
 
         every = gather(rewards).cpu()
         of_each = [prompt for prompt in drawn for _ in range(config.images_per_prompt)]
-        weights = rwr_weights(every, of_each, config.inverse_temperature)
         if config.weighting == "sparse":
             weights = sparse_weights(every, of_each, config.percentile)
+            pool = weights.nonzero()[:, 0]
+        else:
+            weights = rwr_weights(every, of_each, config.inverse_temperature)
+            pool = torch.arange(len(weights))
 
-        updates, pool = [], weights.nonzero()[:, 0]
+        updates = []
         with phase("update", config.updates_per_epoch) as done:
-            for images, timesteps, noise in batches(config, epoch, pool, shape):
+            for images, timesteps, noise in batches(config, epoch, pool, models.sd):
                 share = processes() * weights[images] / len(images)
                 errors = torch.zeros(len(images))
                 batch = (x_0, text, images, timesteps, noise, errors)
@@ -187,7 +195,7 @@ def train(
                 updates.append({"loss": (share * errors).sum(), "grad_norm": norm})
                 done(1)
         del x_0, text, batch, backward
-        yield epoch_metrics(rewards, models.reward.parts, updates)
+        yield epoch_metrics(rewards, parts, updates)
 
 
 def backward_batch(

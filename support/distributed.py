@@ -77,13 +77,13 @@ def on_rank_0(read: Callable):
 
 def gradient_step(
     optimizer: torch.optim.Optimizer, backward: Callable[[Tensor], None], weights: Tensor,
-    max_grad_norm: float, autocast: torch.dtype | None, numel: int,
+    max_grad_norm: float, autocast: torch.dtype | None, numel: float,
 ) -> Tensor:  # fmt: skip
     """Take a step along the gradient that backward(weights) adds to each `.grad`, averaged over
     processes, and scaled down to max_grad_norm where it is longer; returns its norm before that.
 
-    weights are of means over `numel` numbers. In fp16 a power of two brings what would underflow to
-    at most 2**-6 a number, and leaves the rest for sums; should they overflow, 2**-14.
+    weights are of means over `numel` numbers. In fp16 the loss is scaled by a power of two, so that
+    the largest weight is about 2**-6 for each of its numbers; if that overflows, 1/256 of it.
     """
     parameters, scale = optimizer.param_groups[0]["params"], 1.0
     if autocast == torch.float16 and weights.any():

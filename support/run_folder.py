@@ -23,7 +23,7 @@ from support.inputs import imported_from
 # What a run and its continuation may differ in; paths, because digests tell what they hold.
 MAY_DIFFER = {"resume", "out", "epochs", "save_every", "keep_every", "sample_every", "log_to"}
 MACHINE = {"microbatch", "gradient_checkpointing", "offload"}  # of these the bits may depend
-MAY_DIFFER |= MACHINE | {"model", "prompts", "tracker_id"}
+MAY_DIFFER |= MACHINE | {"model", "prompts", "pairs", "tracker_id"}
 VERSION = 4  # of the checkpoint's layout; 3 had "latest", DDPO's rewards, for "program"
 OF_LOSS = {"prdp": "prdp.py", "ddpo": "baselines/ddpo.py", "ddpo-sf": "baselines/ddpo.py"}
 STARTED = {"config.json", "metrics.jsonl", "checkpoint", "samples"}  # by a start that failed, too

@@ -5,16 +5,19 @@ import itertools
 import json
 import math
 import statistics
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import prdp
 from baselines import diffusion_dpo, rwr
+from baselines.pairs import People
 from conftest import CPU, PROMPTS, assert_same_run, call, checkpoint, gradient_of, metrics_of
 from conftest import only_sentence, script, small_run, tiny_config
+from rewards import load_reward
 from support.cli import InputError
 from support.settings import parse_settings
 
@@ -110,14 +113,14 @@ def test_denoising_errors_by_hand(models, predicts):
 # ---- An epoch ------------------------------------------------------------------------------------
 
 
-def page(config, models: prdp.Models) -> list[float]:
+def page(config, models: prdp.Models, optimizer, epoch: int) -> list[float]:
     """An epoch by the letter, one graph an update: gradient norms."""
     policy, reference, norms = models.policy, models.reference, []
-    optimizer = torch.optim.AdamW(policy.unet.parameters(), config.learning_rate)
-    drawn = prdp.draw_prompts(config, PROMPTS, 1)
+    drawn = prdp.draw_prompts(config, PROMPTS, epoch)
     texts = [prompt for prompt in drawn for _ in range(4)]
-    noise = prdp.image_generators(config.seed, 1, range(3), 4)
-    x_0 = prdp.sample_prompts(models, policy, texts, noise).latents[:, -1]
+    noise = prdp.image_generators(config.seed, epoch, range(3), 4)
+    sampler = reference if name_of(config) == "diffusion_dpo" and not config.online else policy
+    x_0 = prdp.sample_prompts(models, sampler, texts, noise).latents[:, -1]
     rewards = brightness(models.sd.decode(x_0, 6), []).tolist()
     text = models.sd.encode(texts)
 
@@ -132,7 +135,12 @@ def page(config, models: prdp.Models) -> list[float]:
         of_prompt = [[j for j in range(12) if texts[j] == texts[i]] for i in range(12)]
         exps = [math.exp(config.inverse_temperature * r) for r in rewards]
         weights = [exps[i] / statistics.fmean(exps[j] for j in of_prompt[i]) for i in range(12)]
-        pool = torch.arange(12)
+        if config.weighting == "sparse":
+            weights = []
+            for i in range(12):
+                best = np.percentile([rewards[j] for j in of_prompt[i]], 100 * config.percentile)
+                weights.append(float(rewards[i] >= best))
+        pool = torch.tensor([i for i in range(12) if weights[i] > 0])
     else:
         pairs = [
             (4 * n + a, 4 * n + b)
@@ -140,7 +148,7 @@ def page(config, models: prdp.Models) -> list[float]:
             if rewards[4 * n + a] > rewards[4 * n + b]
         ]
         pool = torch.arange(len(pairs))
-    for k, (members, steps, epsilon) in enumerate(rwr.batches(config, 1, pool, (4, 8, 8))):
+    for k, (members, steps, epsilon) in enumerate(rwr.batches(config, epoch, pool, models.sd)):
         terms = []
         for m, t, eps in zip(members.tolist(), steps, epsilon, strict=True):
             if isinstance(config, rwr.Config):
@@ -151,7 +159,8 @@ def page(config, models: prdp.Models) -> list[float]:
             now = error(policy, won, t, eps, 1.0) - error(policy, lost, t, eps, 1.0)
             rise = now - fixed.detach()
             terms.append(-torch.log(torch.sigmoid(-config.beta / 2 * rise)))
-            optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, (k + 1) / config.warmup)
+            made = 3 * (epoch - 1) + k + 1
+            optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, made / config.warmup)
         optimizer.zero_grad()
         torch.stack(terms).mean().backward()
         norms.append(gradient_of(policy.unet).norm().item())
@@ -160,16 +169,32 @@ def page(config, models: prdp.Models) -> list[float]:
     return norms
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_train_is_the_papers_page(tiny_sd, name):
+def name_of(config) -> str:
+    return type(config).__module__.rpartition(".")[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("rwr", {"inverse_temperature": 2.0}),
+        ("rwr", {"weighting": "sparse", "percentile": 0.5}),
+        ("diffusion_dpo", {"warmup": 5, "beta": 50.0}),
+        ("diffusion_dpo", {"warmup": 5, "beta": 50.0, "online": True}),
+    ],
+)
+def test_train_is_the_papers_page(tiny_sd, name, own):
+    """Two epochs: offline Diffusion-DPO draws from the pretrained model in the second too."""
     module = PROGRAMS[name]
-    own = {"inverse_temperature": 2.0} if name == "rwr" else {"warmup": 5, "beta": 50.0}
-    config = tiny(module.Config, tiny_sd, **own)
+    config = tiny(module.Config, tiny_sd, epochs=2, **own)
     ours, theirs = (prdp.load_models(config, CPU, brightness) for _ in range(2))
-    optimizer = torch.optim.AdamW(ours.policy.unet.parameters(), config.learning_rate)
+    optimizer, other = (
+        torch.optim.AdamW(models.policy.unet.parameters(), config.learning_rate)
+        for models in (ours, theirs)
+    )
     rest = () if name == "rwr" else (None,)
-    (row,) = module.train(config, ours, optimizer, PROMPTS, 1, *rest)
-    assert row["grad_norm"] == pytest.approx(np.mean(page(config, theirs)), rel=1e-3)
+    for epoch, row in enumerate(module.train(config, ours, optimizer, PROMPTS, 1, *rest), 1):
+        norms = page(config, theirs, other, epoch)
+        assert row["grad_norm"] == pytest.approx(np.mean(norms), rel=2e-3)
     networks = (ours.policy.unet, theirs.policy.unet, ours.reference.unet)
     a, b, start = (torch.cat([p.flatten() for p in unet.parameters()]) for unet in networks)
     assert (a - b).norm() < 0.02 * (a - start).norm()
@@ -177,12 +202,23 @@ def test_train_is_the_papers_page(tiny_sd, name):
 
 def test_every_member_is_learned_from_before_any_twice():
     config = tiny(rwr.Config, "", updates_per_epoch=5, batch_size=4)
-    found = [members.tolist() for members, *_ in rwr.batches(config, 1, torch.arange(3, 12), (1,))]
+    sd = SimpleNamespace(latent_shape=(1,), noise_settings={"num_train_timesteps": 1000})
+    found = [members.tolist() for members, *_ in rwr.batches(config, 1, torch.arange(3, 12), sd)]
     assert [len(part) for part in found] == [4] * 5
     flat = list(itertools.chain(*found))
     assert sorted(flat[:9]) == sorted(flat[9:18]) == list(range(3, 12))
-    again, other = (rwr.batches(config, epoch, torch.arange(3, 12), (1,)) for epoch in (1, 2))
+    again, other = (rwr.batches(config, epoch, torch.arange(3, 12), sd) for epoch in (1, 2))
     assert next(again)[0].tolist() == found[0] != next(other)[0].tolist()
+
+
+def test_each_member_has_a_timestep_and_noise_of_its_own():
+    config = tiny(rwr.Config, "", updates_per_epoch=10, batch_size=200)
+    sd = SimpleNamespace(latent_shape=(2, 3), noise_settings={"num_train_timesteps": 700})
+    _, steps, noise = map(torch.cat, zip(*rwr.batches(config, 1, torch.arange(9), sd), strict=True))
+    assert steps.min() < 5 and steps.max() in range(695, 700)
+    assert abs(steps.double().mean() - 349.5) < 25
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    assert len(noise.flatten(1).unique(dim=0)) == 2000
 
 
 def test_presets_are_the_papers():
@@ -246,7 +282,8 @@ def flags_of(name: str, tiny_sd: str, people) -> list:
     flags = [*small_run(tiny_sd), "--batch-size", 5]
     if name == "people":  # without scores
         cut = flags.index("--reward")
-        flags = [*flags[:cut], *flags[cut + 2 :], "--pairs", people(), "--warmup", 5, "--beta", 50]
+        flags = [*flags[:cut], *flags[cut + 2 :], "--pairs", people(), "--learning-rate", 1e-4]
+        flags += ["--warmup", 5, "--beta", 50]
         flags[flags.index("--preset") + 1] = "small"
     return flags
 
@@ -279,9 +316,13 @@ def test_two_processes_equal_one(tiny_sd, tmp_path, capsys, people, name):
     assert code == 0, errors
     (one,), (two,) = (metrics_of(tmp_path / name) for name in ("one", "two"))
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    assert two.get("accuracy") == one.get("accuracy")
     a, b = (checkpoint(tmp_path / name)["unet"] for name in ("one", "two"))
-    moved = max((a[key] - b[key]).abs().max() for key in a)
-    assert moved < 1e-5
+    start = prdp.load_models(tiny_config(tiny_sd), CPU).policy.unet.state_dict()
+    apart = sum((a[key] - b[key]).square().sum() for key in a).sqrt()
+    learned = sum((a[key] - start[key]).square().sum() for key in a).sqrt()
+    assert apart < 0.02 * learned
 
 
 @pytest.mark.parametrize(
@@ -300,6 +341,75 @@ def test_bad_pairs_are_named(tiny_sd, tmp_path, capsys, people, changes, sentenc
     said = only_sentence(result)
     assert sentence in said.replace(f"{tmp_path}/", "") and str(file) in said
     assert not (tmp_path / "run").exists()
+
+
+def test_peoples_pictures_by_hand(models, people):
+    """Scaled to [-1, 1] and the model's size, half of them mirrored; the VAE's mean and deviation;
+    the chosen first, each with its prompt."""
+    loaded, file = models(), people()
+    numbers = torch.tensor([7, 2, 4])
+    x_0, text = People(str(file)).load(loaded.sd, 3, 1, numbers)
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert torch.equal(text, loaded.sd.encode([records[n]["prompt"] for n in numbers]))
+    mirrored = 0
+    for m, n in enumerate(numbers.tolist()):
+        generators = prdp.image_generators(3, 1, [n], 2)
+        for side, name in enumerate(("chosen", "rejected")):
+            picture = Image.open(file.parent / records[n][name])
+            width, height = picture.size
+            edge = min(picture.size)
+            left, top = (width - edge) / 2, (height - edge) / 2
+            box = (left, top, left + edge, top + edge)
+            picture = picture.resize((16, 16), Image.Resampling.BILINEAR, box)
+            if torch.rand((), generator=generators[side]) < 0.5:
+                picture, mirrored = ImageOps.mirror(picture), mirrored + 1
+            pixels = torch.from_numpy(np.asarray(picture) / 127.5 - 1).float().permute(2, 0, 1)
+            found = loaded.sd.vae.encode(pixels[None]).latent_dist
+            noise = torch.randn(4, 8, 8, generator=generators[side])
+            expected = 0.18215 * (found.mean + found.std * noise)[0]
+            torch.testing.assert_close(x_0[m, side], expected, atol=2e-3, rtol=0)
+    assert 0 < mirrored < 6
+
+
+def test_the_loss_of_people_falls(tiny_sd, people):
+    """And more pairs are told apart than not."""
+    config = tiny(diffusion_dpo.Config, tiny_sd, epochs=6, updates_per_epoch=10, batch_size=10)
+    config.warmup, config.beta, config.learning_rate = 0, 500.0, 1e-4
+    models = prdp.load_models(config, CPU, diffusion_dpo.NoReward())
+    optimizer = torch.optim.AdamW(models.policy.unet.parameters(), 1e-3)
+    rows = list(diffusion_dpo.train(config, models, optimizer, PROMPTS, 1, People(str(people()))))
+    print([(r["loss"], r["accuracy"]) for r in rows])
+    assert rows[-1]["loss"] < rows[0]["loss"] < 1
+    assert rows[-1]["accuracy"] > max(0.6, rows[0]["accuracy"])
+
+
+def test_rwr_logs_every_image(tiny_sd, monkeypatch):
+    """Of a sum of rewards each part too, though images are drawn some hundreds at a time."""
+    config = tiny(rwr.Config, tiny_sd, prompts_per_epoch=150, updates_per_epoch=1, ddpm_steps=1)
+    rewards = load_reward(["incompressibility=2", "compressibility"], CPU)
+    models = prdp.load_models(config, CPU, rewards)
+    optimizer = torch.optim.AdamW(models.policy.unet.parameters(), 1e-5)
+    (row,) = rwr.train(config, models, optimizer, PROMPTS, 1)
+    assert row["images"] == 600
+    parts = (row["reward_mean/incompressibility"], row["reward_mean/compressibility"])
+    assert 2 * parts[0] + parts[1] == pytest.approx(row["reward_mean"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_adapters_in_16_bits(tiny_sd, name):
+    """In the first update of adapters, which begin at 0, the reference is the policy."""
+    module, own = PROGRAMS[name], {"lora_rank": 2, "dtype": "bf16"}
+    config = tiny(module.Config, tiny_sd, gradient_checkpointing="on", **own)
+    models = prdp.load_models(config, CPU, brightness)
+    learned = [p for p in models.sd.unet.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in learned]
+    optimizer = torch.optim.AdamW(learned, 1e-3)
+    rest = () if name == "rwr" else (None,)
+    config.updates_per_epoch = 1
+    (row,) = module.train(config, models, optimizer, PROMPTS, 1, *rest)
+    assert row["grad_norm"] > 0 and any(map(lambda p, q: (p != q).any(), learned, before))
+    if name == "diffusion_dpo":
+        assert row["loss"] == pytest.approx(math.log(2), abs=1e-12)
 
 
 def test_settings_that_do_not_go_together(tmp_path):

@@ -89,9 +89,15 @@ def test_reward_statistics():
                 expected = (reward - statistics.fmean(values)) / (statistics.pstdev(values) + 1e-6)
                 assert ours[kind][i].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert cases == {(False, False), (True, False), (True, True)}
-    rewards = torch.zeros(400)
-    rewards[7] = 1.0
-    assert ddpo.RewardStatistics("global").advantages(rewards, ["a"])[7] == 10
+    for outlier in (1.0, -1.0):
+        rewards = torch.zeros(400)
+        rewards[7] = outlier
+        advantages = ddpo.RewardStatistics("global").advantages(rewards, ["a"])
+        assert advantages[7] == 10 * outlier
+    for value in (5.123, 1000.3, 0.27133):  # where all are the same nothing is learned
+        for kind in kinds:
+            same = torch.full((24,), value)
+            assert not ddpo.RewardStatistics(kind).advantages(same, ["a", "b"]).any()
 
 
 def test_every_image_is_in_one_minibatch():
