@@ -371,16 +371,26 @@ def test_peoples_pictures_by_hand(models, people):
     assert 0 < mirrored < 6
 
 
-def test_the_loss_of_people_falls(tiny_sd, people):
-    """And more pairs are told apart than not."""
-    config = tiny(diffusion_dpo.Config, tiny_sd, epochs=6, updates_per_epoch=10, batch_size=10)
-    config.warmup, config.beta, config.learning_rate = 0, 500.0, 1e-4
+def test_peoples_choices_are_learned(tiny_sd, people):
+    """On the draws of an epoch, after its updates, the loss is below that of the pretrained model,
+    log 2 a pair."""
+    config = tiny(diffusion_dpo.Config, tiny_sd, updates_per_epoch=20, batch_size=10)
+    config.warmup, config.beta = 0, 500.0
     models = prdp.load_models(config, CPU, diffusion_dpo.NoReward())
-    optimizer = torch.optim.AdamW(models.policy.unet.parameters(), 1e-3)
-    rows = list(diffusion_dpo.train(config, models, optimizer, PROMPTS, 1, People(str(people()))))
-    print([(r["loss"], r["accuracy"]) for r in rows])
-    assert rows[-1]["loss"] < rows[0]["loss"] < 1
-    assert rows[-1]["accuracy"] > max(0.6, rows[0]["accuracy"])
+    chosen = People(str(people()))
+    optimizer = torch.optim.AdamW(models.policy.unet.parameters(), config.learning_rate)
+    list(diffusion_dpo.train(config, models, optimizer, PROMPTS, 1, chosen))
+    losses = []
+    for numbers, *drawn in rwr.batches(config, 1, torch.arange(10), models.sd):
+        x_0, text = chosen.load(models.sd, config.seed, 1, numbers)
+        inputs = (models.sd.pipe.scheduler, x_0, text, *drawn)
+        with torch.no_grad():
+            errors = (
+                diffusion_dpo.denoising_errors(policy, *inputs)
+                for policy in (models.policy, models.reference)
+            )
+            losses.append(diffusion_dpo.diffusion_dpo_loss(*errors, config.beta))
+    assert torch.cat(losses).mean() < math.log(2) - 0.01
 
 
 def test_rwr_logs_every_image(tiny_sd, monkeypatch):
