@@ -19,7 +19,8 @@ So the beta of Eq. 5 is kl_weight / (T*C*H*W). Table 4 is read in these units.
 
 Departures from the paper, and choices where it is silent (docs/paper.md says why):
  1. The mean over T (App. G), where Eqs. 3, 10, 21 sum: loss_sum(b) == T**2 * loss_mean(b * T).
- 2. log_prob is a mean over latent dimensions, as in DDPO's code, whose clip range Table 4 shares.
+ 2. log_prob is a mean over latent dimensions, as in DDPO's code, whose clip range (1e-4) is Table
+    4's at large scale.
  3. The mean is over pairs whose rewards differ (App. G; Alg. 1, line 10: all); 0 if none do.
  4. Steps are "leading"-spaced, sigma_t is the posterior's, alpha-bar ends at alphas_cumprod[0].
  5. The gradient runs through both branches of guidance.
@@ -78,7 +79,7 @@ class Config(RunSettings):
     presets: ClassVar = PRESETS
     least: ClassVar = {"images_per_prompt": 2}  # PRDP compares a prompt's images
     resolve_reward: ClassVar = staticmethod(resolve_reward)
-    epochs: int = flag(100, "E, rounds", group="Table 4")
+    epochs: int = flag(100, "E, training epochs", group="Table 4")
     updates_per_epoch: int = flag(10, "K, gradient updates per epoch")
     prompts_per_epoch: int = flag(32, "N, drawn with replacement")
     images_per_prompt: int = flag(16, "B")
@@ -92,17 +93,18 @@ class Config(RunSettings):
     offline: bool = flag(False, "learn from the pretrained model's images (Sec. 4.3)")
 
     def passes(self) -> tuple[float, float]:
-        """How many an epoch makes of an image: without gradient, to draw it, under the reference
-        and before each update but the first; with gradient, in each update."""
-        return 1 + self.updates_per_epoch, self.updates_per_epoch
+        """Network passes per image and epoch: without gradient (sampling, the reference, scoring
+        before every update but the first; offline before it too), and with (one per update)."""
+        return 1 + self.updates_per_epoch + self.offline, self.updates_per_epoch
 
 
 # ---- 2. The policy: DDPM ancestral sampling, a chain of Gaussians (Sec. 2) -----------------------
 
 
 def guided_mean(
-    noise_pred: Tensor, x_t: Tensor, coef_sample: Tensor, coef_noise: Tensor, guidance_scale: float
-) -> Tensor:
+    noise_pred: Tensor, x_t: Tensor, coef_sample: Tensor, coef_noise: Tensor,
+    guidance_scale: float,
+) -> Tensor:  # fmt: skip
     """mu_theta(x_t, c) of Eq. 2 under classifier-free guidance (Sec. 4.1): (M, C, H, W) float64."""
     unconditional, conditional = noise_pred.double().chunk(2)
     guided = unconditional + guidance_scale * (conditional - unconditional)
@@ -147,7 +149,7 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     stride = train_steps // max(num_steps, 1)
     timesteps = torch.arange(num_steps - 1, -1, -1) * stride + config["steps_offset"]
     if stride * num_steps < 0.8 * train_steps or timesteps[0] >= train_steps:
-        raise InputError(f"--ddpm-steps {num_steps}: no whole strides of {train_steps}; 50 has.")
+        raise InputError(f"--ddpm-steps {num_steps}: must span {train_steps} timesteps; 50 does.")
     previous = timesteps - stride
     alpha_bar = alphas_cumprod[timesteps]  # of x_t
     alpha_bar_previous = alphas_cumprod[previous.clamp(min=0)]
@@ -183,7 +185,7 @@ class Policy(NamedTuple):
         return [*(column[steps] for column in self.schedule[1:]), self.guidance_scale]
 
     def casting(self, device: torch.device) -> torch.autocast:
-        """--dtype; also around a whole pass without gradient, which then casts weights once."""
+        """As --dtype says. Entered around a whole pass without gradient, it casts weights once."""
         return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
 
 
@@ -213,11 +215,12 @@ def load_kernels() -> tuple[object, str]:
 
 
 def or_kernel(function: Callable) -> Callable:
-    """On CUDA tensors the kernel of this name runs, which computes the same."""
+    """On CUDA tensors the Triton kernel of the same name runs instead; the result is the same."""
 
     @functools.wraps(function)
     def chosen(noise_pred: Tensor, x_t: Tensor, *rest, **named):
-        kernels = load_kernels()[0] if x_t.is_cuda and noise_pred.dtype != torch.float64 else None
+        usable = x_t.is_cuda and noise_pred.dtype != torch.float64
+        kernels = load_kernels()[0] if usable else None
         return getattr(kernels, function.__name__, function)(noise_pred, x_t, *rest, **named)
 
     return chosen
@@ -244,7 +247,7 @@ def guided_sample(
     sigma: Tensor, guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x_{t-1} ~ N(mean, sigma^2 I) of Eq. 2 from standard normal noise, rounded to float32, and the
-    log-prob of the rounded: what `guided_log_prob` says of it, in every bit."""
+    log-prob of the rounded, bit for bit what `guided_log_prob` returns for it."""
     mean = guided_mean(noise_pred, x_t, coef_sample, coef_noise, guidance_scale)
     x_prev = (mean + sigma.view(-1, 1, 1, 1) * noise).float()
     return x_prev, gaussian_log_prob(x_prev, mean, sigma)
@@ -259,7 +262,7 @@ class Trajectories(NamedTuple):
 
 
 def image_generators(seed: int, epoch: int, prompts: Sequence[int], images: int) -> list:
-    """A CPU torch.Generator an image: its noise depends on no microbatch, device or other image."""
+    """One CPU generator per image: its noise depends on no microbatch, device or other image."""
     names = [f"{seed} {epoch} {prompt} {image}" for prompt in prompts for image in range(images)]
     keys = [hashlib.sha256(name.encode()).digest()[:8] for name in names]
     return [torch.Generator().manual_seed(int.from_bytes(k, "little", signed=True)) for k in keys]
@@ -281,7 +284,7 @@ def sample_trajectories(
 
     with policy.casting(text.device), phase("sample", num_images * num_steps) as done:
         for rows in torch.arange(num_images, device=text.device).split(policy.microbatch):
-            # x_T and what each step adds, drawn at once: at every step a GPU would wait for it.
+            # All noise at once, x_T and each step's: drawing at each step would stall a GPU.
             own = [generators[m] for m in rows.tolist() for _ in range(num_steps + 1)]
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in own])
             noise = noise.unflatten(0, (len(rows), -1)).to(text.device)  # (m, T+1, C, H, W)
@@ -373,23 +376,17 @@ def backward_trajectories(policy: Policy, trajectories: Trajectories, weights: T
     (clipped, where the clipped error wins Eq. 18 in every pair) are skipped, and the rest packed.
     """
     assert weights.shape == trajectories.log_probs.shape, weights.shape
-    entries = entries_to_run(policy, weights)
+    entries = weights.nonzero()  # (image, step)
+    # On a GPU, or compiled, a new batch size takes seconds to prepare: entries of weight 0 fill up.
+    if weights.is_cuda or hasattr(policy.unet, "_orig_mod"):
+        fill = (weights == 0).nonzero()
+        entries = torch.cat([entries, fill[: -len(entries) % policy.microbatch]])
     with phase("update", len(entries)) as done:
         for chunk in entries.split(policy.microbatch) if len(entries) else ():
             rows, steps = chunk.unbind(1)
             log_prob = step_log_prob(policy, trajectories, rows, steps)
             (weights[rows, steps] * log_prob).sum().backward()
             done(len(chunk))
-
-
-def entries_to_run(policy: Policy, weights: Tensor) -> Tensor:
-    """(image, step) of each weight that is not 0. On a GPU, or compiled, where a new batch size
-    takes seconds to prepare, entries of weight 0 fill up the last microbatch."""
-    entries = weights.nonzero()
-    if weights.is_cuda or hasattr(policy.unet, "_orig_mod"):
-        missing = -len(entries) % policy.microbatch
-        entries = torch.cat([entries, (weights == 0).nonzero()[:missing]])
-    return entries
 
 
 # ---- 6. Online optimisation (Sec. 3.2, Algorithm 1) ----------------------------------------------
@@ -493,7 +490,7 @@ def score_images(models: Models, x_0: Tensor, prompts: list[str]) -> tuple[Tenso
 
 
 class Models(NamedTuple):
-    """Everything with weights. Scoring with `reference` is scoring with the pretrained model."""
+    """A run's networks. Scoring with `reference` is scoring with the pretrained model."""
 
     policy: Policy
     reference: Policy
@@ -511,11 +508,11 @@ def load_models(
     schedule = Schedule(*(column.to(device) for column in columns))
     images = config.prompts_per_epoch * config.images_per_prompt // processes()
     how = (config.guidance_scale, min(config.microbatch or 8, images), autocast)
-    policy = Policy(sd.unet, schedule, sd.encode([""])[0], *how)
     reward = load_reward(config.reward if reward is None else reward, sd.idle)
 
     reference = sd.frozen(config.compile) if learns and not config.lora_rank else None  # line 1
     sd.unfreeze(config.lora_rank, config.seed, config.gradient_checkpointing == "on")
+    policy = Policy(sd.unet, schedule, sd.encode([""])[0], *how)
     if config.compile:
         policy = policy._replace(unet=compiled(sd.unet))
     if learns and config.lora_rank:
@@ -526,7 +523,7 @@ def load_models(
 def load_what_fits(
     config: Config, device: torch.device, reward: Callable | None, prompts: list[str]
 ) -> tuple[Config, Models, tuple[float, float]]:
-    """The settings, with what memory decides; models, checked; the seconds of their passes."""
+    """The settings completed for this GPU, the checked models, and the seconds of their passes."""
 
     def attempt(plan: Config) -> tuple:
         models = load_models(plan, device, reward)

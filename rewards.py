@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import html
 import io
-import itertools
 import math
 import os
 import re
@@ -46,9 +45,6 @@ CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # of HPSv2 and PickScore
 
 
-# ---- The callable --------------------------------------------------------------------------------
-
-
 class Reward:
     """A weighted sum of scorers, by label. After a call `parts` holds the scores of each, (M,);
     `networks` are those that scorers list in an attribute of this name."""
@@ -59,9 +55,8 @@ class Reward:
         self.networks: list[nn.Module] = []
         for label, (_, scorer) in components.items():
             networks = getattr(scorer, "networks", ())
-            if not isinstance(networks, (list, tuple)) or not all(
-                hasattr(n, "to") for n in networks
-            ):
+            listed = isinstance(networks, (list, tuple))
+            if not (listed and all(hasattr(n, "to") for n in networks)):
                 raise InputError(f"reward {label}: `networks` must be a list of torch modules.")
             self.networks += networks
 
@@ -100,9 +95,6 @@ def checked(label: str, scorer: Scorer, images: Tensor, prompts: list[str]) -> T
     return scores
 
 
-# ---- Words of --reward ---------------------------------------------------------------------------
-
-
 class Component(NamedTuple):
     """One term of a reward."""
 
@@ -138,17 +130,15 @@ def parse_word(word: str) -> Component:
 
 def parse_reward(words: str | tuple | list) -> list[Component]:
     """The components that words name, each with its own label; InputError if one is named twice."""
-    components, labels, seen = [], Counter(), set()
+    components, labels = [], Counter()
     for word in [words] if isinstance(words, str) else words:
-        component = parse_word(word)
-        if component[2:] in seen:
+        label, weight, *names = parse_word(word)
+        if names in [[*other[2:]] for other in components]:
             raise InputError(f"--reward {word}: is named twice.")
-        seen.add(component[2:])
-        label = component.label
         labels[label] += 1
         if labels[label] > 1:
-            component = component._replace(label=f"{label}-{labels[label]}")
-        components.append(component)
+            label = f"{label}-{labels[label]}"
+        components.append(Component(label, weight, *names))
     return components
 
 
@@ -162,13 +152,8 @@ def absolute(word: str, path: str) -> str:
 
 def resolve_reward(words: str | tuple | list) -> tuple[str, ...]:
     """The same words with absolute paths, which mean the same in another folder."""
-    resolved = []
-    for component in parse_reward(words):
-        word = component.source + (component.detail and f":{component.detail}")
-        if component.weight != 1 or "=" in word:
-            word += f"={component.weight}"
-        resolved.append(word)
-    return tuple(resolved)
+    named = {f"{c.source}:{c.detail}".rstrip(":"): c.weight for c in parse_reward(words)}
+    return tuple(word + f"={w}" * (w != 1 or "=" in word) for word, w in named.items())
 
 
 def python_files(words: tuple) -> list[str]:
@@ -196,9 +181,6 @@ def load_reward(reward: str | tuple | list | Scorer, device: torch.device | str)
     return Reward(components).to(device)
 
 
-# ---- JPEG size (DDPO, App. D.1) ----------------------------------------------------------------
-
-
 def jpeg_kilobytes(images: Tensor) -> Tensor:
     """Size of each image as a JPEG of quality 95, in 1,000 bytes: (M, 3, H, W) uint8 -> (M,)."""
     from PIL import Image
@@ -210,9 +192,6 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
     return torch.tensor(sizes)
 
 
-# ---- Preprocessing -----------------------------------------------------------------------------
-
-
 def normalise(pixels: Tensor) -> Tensor:
     """(M, 3, H, W) floats in [0, 1], with the mean and deviation CLIP was trained with."""
     return (pixels - CLIP_MEAN.to(pixels.device)) / CLIP_STD.to(pixels.device)
@@ -222,8 +201,7 @@ def preprocess_clip(images: Tensor, size: int = 224) -> Tensor:
     """CLIP's own: Pillow's bicubic on uint8 to shortest edge `size`, centre crop, normalise.
 
     (M, 3, H, W) uint8 -> (M, 3, size, size) float32. Pillow itself: resizing tensors differs from
-    it by up to 10 levels.
-    """
+    it by up to 10 levels."""
     import numpy as np
     from PIL import Image
 
@@ -244,8 +222,7 @@ def preprocess_hpsv2(images: Tensor, size: int = 224) -> Tensor:
     """HPSv2's own: longest edge to `size`, zero padding to a square, normalise.
 
     (M, 3, H, W) uint8 -> (M, 3, size, size) float32. Bicubic on floats, neither clamped nor
-    rounded, padded *before* normalising: borders are not zero.
-    """
+    rounded, padded *before* normalising: borders are not zero."""
     height, width = images.shape[-2:]
     scale = size / max(height, width)
     pixels = images.float() / 255
@@ -261,8 +238,7 @@ def clean_text(prompt: str) -> str:
     """open_clip's cleaning: mend Unicode, unescape HTML twice, fold spaces, lower case.
 
     ftfy mends where it is installed. Names of control tokens are cut out: transformers' tokenizer
-    would obey them, and pool the text at the wrong place.
-    """
+    would obey them, and pool the text at the wrong place."""
     try:
         from ftfy import fix_text
     except ImportError:
@@ -275,9 +251,6 @@ def clean_text(prompt: str) -> str:
     control = r"<\|(start|end)oftext\|>|<(start|end)_of_text>"
     text = re.sub(control, " ", text, flags=re.IGNORECASE)
     return re.sub(r"\s+", " ", text).strip().lower()
-
-
-# ---- CLIP scorers --------------------------------------------------------------------------------
 
 
 def cosine_scorer(
@@ -325,8 +298,7 @@ def load_pickscore(path: str) -> Scorer:
 def load_hpsv2(version: str, file: str, path: str) -> Scorer:
     """HPSv2 (Wu et al. 2023): cosine in a finetuned open_clip ViT-H/14, about 0.27.
 
-    `path`: the official .pt file; the tokenizer beside it is used if there is one.
-    """
+    `path`: the official .pt file; the tokenizer beside it is used if there is one."""
     path = path or fetch(version, "xswu/HPSv2", file)
     model = hpsv2_model(version, load_tensors(f"--reward {version}", path))
     beside = Path(path).parent
@@ -338,8 +310,7 @@ def load_hpsv2(version: str, file: str, path: str) -> Scorer:
 def vit_h_14_config():
     """open_clip's ViT-H-14 as a transformers config.
 
-    Exact GELU in both towers; 16 heads, of 64 in the text's, of 80 in the image's.
-    """
+    Exact GELU in both towers; 16 heads, of 64 in the text's, of 80 in the image's."""
     from transformers import CLIPConfig
 
     shared = {"hidden_act": "gelu", "projection_dim": 1024, "num_attention_heads": 16}
@@ -412,8 +383,7 @@ def open_clip_to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor
 def load_aesthetic(path: str) -> Scorer:
     """LAION aesthetic predictor v2 on CLIP ViT-L/14, about 5; ignores the prompt.
 
-    `path`: the official .pth file of its head.
-    """
+    `path`: the official .pth file of its head."""
     from transformers import CLIPVisionModelWithProjection
 
     path = path or fetch("aesthetic", "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
@@ -435,12 +405,11 @@ def load_aesthetic(path: str) -> Scorer:
 
 def aesthetic_head(state_dict: dict[str, Tensor]) -> nn.Sequential:
     """The head 768-1024-128-64-16-1, in float32: its dropout is off, and it has no activations."""
-    sizes, layers = (768, 1024, 128, 64, 16, 1), []
-    for fan_in, fan_out in itertools.pairwise(sizes):
-        layers.append(nn.Linear(fan_in, fan_out))
-        if fan_out > 16:
-            layers.append(nn.Dropout())
-    head = nn.ModuleDict({"layers": nn.Sequential(*layers)})
+    layers = nn.Sequential(
+        nn.Linear(768, 1024), nn.Dropout(), nn.Linear(1024, 128), nn.Dropout(),
+        nn.Linear(128, 64), nn.Dropout(), nn.Linear(64, 16), nn.Linear(16, 1),
+    )  # fmt: skip
+    head = nn.ModuleDict({"layers": layers})
     load_strictly("--reward aesthetic: the head sac+logos+ava1-l14-linearMSE", head, state_dict)
     return head["layers"].eval().requires_grad_(False)
 
@@ -453,9 +422,6 @@ LOADERS: dict[str, Callable[[str], Scorer]] = {
     "compressibility": lambda path: lambda images, prompts: -jpeg_kilobytes(images),
     "incompressibility": lambda path: lambda images, prompts: jpeg_kilobytes(images),
 }
-
-
-# ---- Scores by hand ------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,10 +22,8 @@ SD_SCHEDULER = dict(  # what a model's scheduler_config.json leaves open
     num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
     steps_offset=1, set_alpha_to_one=False, prediction_type="epsilon",
 )  # fmt: skip
-SAMPLERS = (
-    "DDIM DDPM PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete DEISMultistep"
-)
-SAMPLERS += " DPMSolverMultistep DPMSolverSinglestep UniPCMultistep KDPM2Discrete"
+SAMPLERS = """DDIM DDPM PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete
+    DEISMultistep DPMSolverMultistep DPMSolverSinglestep UniPCMultistep KDPM2Discrete"""
 SUPPORTED = dict(  # of such samplers only the noise schedule is read
     beta_schedule=("scaled_linear", "linear"), prediction_type=("epsilon", "v_prediction"),
     trained_betas=(None,), rescale_betas_zero_snr=(None, False), use_flow_sigmas=(None, False),
@@ -87,8 +85,7 @@ class StableDiffusion:
     those are on `device` while they work, and else on `idle`.
 
     `pipe` is the diffusers pipeline around them; its scheduler is DDIM's, which with eta = 1 is the
-    chain that prdp.py samples. `autocast` is what the VAE computes in, None its own float32.
-    """
+    chain that prdp.py samples. `autocast` is what the VAE computes in, None its own float32."""
 
     @quiet()
     def __init__(
@@ -113,10 +110,8 @@ class StableDiffusion:
 
         kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
         kinds["text_encoder"] = transformers.CLIPTextModel
-        parts = {
-            name: load_network(f"{what}: its {name}", kind, self.folder, subfolder=name)
-            for name, kind in kinds.items()
-        }
+        parts = {name: load_network(f"{what}: its {name}", kind, self.folder, subfolder=name)
+                 for name, kind in kinds.items()}  # fmt: skip
         parts["tokenizer"] = load_tokenizer(what, self.folder, subfolder="tokenizer")
         places = parts["text_encoder"].config.max_position_embeddings
         parts["tokenizer"].model_max_length = min(parts["tokenizer"].model_max_length, places)
@@ -129,9 +124,7 @@ class StableDiffusion:
         self.unet, self.vae = parts["unet"], parts["vae"]
         size, channels = self.unet.config.sample_size, self.unet.config.in_channels
         if size is None or channels != self.vae.config.latent_channels:
-            raise InputError(
-                f"{what}: its unet has no sample_size, or other channels than its vae."
-            )
+            raise InputError(f"{what}: its unet has no sample_size, or not its vae's channels.")
         sizes = size if isinstance(size, (list, tuple)) else (size, size)
         self.latent_shape = (channels, *sizes)
         self.unet.to(device)  # in eval(): with dropout passes would differ
@@ -208,7 +201,12 @@ class StableDiffusion:
         if rank() != 0:
             return
         if hasattr(self.unet, "peft_config"):
-            self.save_adapters(run)
+            from diffusers.utils import convert_state_dict_to_diffusers
+            from peft import get_peft_model_state_dict
+
+            adapters = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
+            with writing(run / "lora") as folder:
+                self.pipe.save_lora_weights(folder, unet_lora_layers=adapters)
             if not merge:
                 return
             self.unet.fuse_lora()
@@ -247,18 +245,6 @@ class StableDiffusion:
                 with contextlib.suppress(OSError):  # of disks without modes
                     file.chmod(mode)  # they are for their owner alone
 
-    def save_adapters(self, run: Path) -> None:
-        """lora/, for diffusers' `load_lora_weights`."""
-        from diffusers.utils import convert_state_dict_to_diffusers
-        from peft import get_peft_model_state_dict
-
-        adapters = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
-        with writing(run / "lora") as folder:
-            self.pipe.save_lora_weights(folder, unet_lora_layers=adapters)
-
-
-# ---- Networks ------------------------------------------------------------------------------------
-
 
 def compiled(network: nn.Module) -> nn.Module:
     """torch.compile with a graph a shape: no pass changes another's bits, nor does a process."""
@@ -271,8 +257,7 @@ class WithoutAdapters:
     with B = 0, so that both give the same bits where B is 0.
 
     No nn.Module: moving it would move the policy. It writes through `.data`, so that a call between
-    a forward pass and its backward pass does not disturb autograd.
-    """
+    a forward pass and its backward pass does not disturb autograd."""
 
     def __init__(self, network: Callable, unet: nn.Module) -> None:
         self.network = network  # `unet`, or what torch.compile made of it

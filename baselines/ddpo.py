@@ -36,6 +36,7 @@ from support.settings import run_command
 
 MINIBATCHES = dict(updates_per_epoch=4, clip_range=1e-4)
 MANY = dict(prompts_per_epoch=512, images_per_prompt=1, learning_rate=1e-5)
+OF_PRESET = dict(large=MANY, multi=MANY, toy=dict(epochs=100, clip_range=1e-3, learning_rate=6e-4))
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Config(prdp.Config):
 
     program: ClassVar = "baselines/ddpo.py"
     presets: ClassVar = {
-        name: settings | MINIBATCHES | (MANY if name in ("large", "multi") else {})
+        name: settings | MINIBATCHES | OF_PRESET.get(name, {})
         for name, settings in prdp.PRESETS.items()
     }
     unused: ClassVar = ("kl_weight", "offline")

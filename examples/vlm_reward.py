@@ -4,8 +4,8 @@
 
 LLaVA answers "what is happening in this image?"; the reward is BERTScore's recall of the prompt in
 the answer. From the hub: llava-hf/llava-1.5-7b-hf (14 GB) and roberta-large. Not run here with
-either: tests make small ones. bert-score 0.3.13 calls what transformers 5 has no more, so its
-recall is computed here, as it does for English: layer 17, without idf and rescaling.
+either: tests make small ones. bert-score 0.3.13 does not work with transformers 5, so its recall is
+computed here, as it does for English: layer 17, without idf and rescaling.
 """
 
 import functools
@@ -46,7 +46,7 @@ class Alignment:
         )  # fmt: skip
 
     def describe(self, images: Tensor) -> list[str]:
-        """What the VLM says, word by word its likeliest."""
+        """What the VLM says, by greedy decoding."""
         pictures = [Image.fromarray(x.permute(1, 2, 0).cpu().numpy()) for x in images]
         llava = self.networks[0]
         questions = {"text": [QUESTION] * len(pictures), "return_tensors": "pt"}

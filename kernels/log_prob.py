@@ -37,8 +37,6 @@ def missing() -> str:
     return "" if header.is_file() else "no Python.h"
 
 
-# ---- Kernels -------------------------------------------------------------------------------------
-#
 # Floats are passed as tl.float64: unannotated, Triton would round them to float32.
 
 
@@ -61,27 +59,17 @@ def forward_kernel(
     x_t,  # (M, D) fp32
     given,  # (M, D) fp32: x_prev, or with `draw` the noise to make it from
     x_prev,  # (M, D) fp32: written with `draw`
-    coef_sample,  # (M,) fp64, and so are all that follow
-    coef_noise,
-    sigma,
-    log_prob_ref,  # read with `clip`, as is the next
-    log_prob_old,
+    coef_sample, coef_noise, sigma,  # (M,) fp64, and so are those of the next three lines
+    log_prob_ref, log_prob_old,  # read with `clip`
     log_prob,  # written
-    log_ratio,  # written with `clip`, as is the next
-    clipped_log_ratio,
-    guidance_scale: tl.float64,
-    clip_range: tl.float64,
-    D,
-    draw,
-    clip,
-    BLOCK: tl.constexpr,
-):
+    log_ratio, clipped_log_ratio,  # written with `clip`
+    guidance_scale: tl.float64, clip_range: tl.float64, D, draw, clip, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program a row: guidance, mean, residual, square, sum.
 
     With `draw` x_prev first, with `clip` Eqs. 19 and 20. Both are known at run time only. So the
     three operations share one binary, with one order of summation, and a sample's log-prob has the
-    same bits as its later re-scoring.
-    """
+    same bits as its later re-scoring."""
     row = tl.program_id(0).to(tl.int64)
     a, b, s = tl.load(coef_sample + row), tl.load(coef_noise + row), tl.load(sigma + row)
     total = tl.zeros((BLOCK,), tl.float64)
@@ -113,25 +101,16 @@ def forward_kernel(
 @triton.jit(do_not_specialize_on_alignment=["upstream", *ROWS])
 def backward_kernel(
     upstream,  # (M,) fp64: dloss/dlog_prob
-    u,  # (M, D): as above
-    c,
-    x_t,
-    x_prev,
-    coef_sample,  # (M,) fp64
-    coef_noise,
-    sigma,
-    grad_u,  # (M, D): written, in the dtype of u
-    grad_c,  # (M, D): written, in the dtype of c
-    guidance_scale: tl.float64,
-    D,
-    BLOCK: tl.constexpr,
-):
+    u, c, x_t, x_prev,  # (M, D): as above
+    coef_sample, coef_noise, sigma,  # (M,) fp64
+    grad_u, grad_c,  # (M, D): written, in the dtype of u and c
+    guidance_scale: tl.float64, D, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One program a block of a row.
 
     dlog_prob/dmean = (x_prev - mean) / (sigma^2 D); dmean/dc = coef_noise * guidance_scale;
     dmean/du = coef_noise * (1 - guidance_scale). The mean is computed again: reading one would cost
-    more.
-    """
+    more."""
     row = tl.program_id(0).to(tl.int64)
     a, b, s = tl.load(coef_sample + row), tl.load(coef_noise + row), tl.load(sigma + row)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -149,8 +128,6 @@ def backward_kernel(
     tl.store(grad_u + row * D + column, grad_u_block, inside)
 
 
-# ---- Launchers -----------------------------------------------------------------------------------
-#
 # One program a row, without a second stage to join partial sums, which would cost a launch. In 64
 # registers two programs of 16 warps share a processor: one loads while one computes. No multiply
 # and add is fused (enable_fp_fusion=False), so that each operation rounds as in plain torch.
@@ -195,21 +172,6 @@ def launch_forward(
     return tuple(out)
 
 
-def launch_backward(upstream, noise_pred, x_t, x_prev, coefs, guidance_scale) -> Tensor:
-    """The gradient of noise_pred, given that of log_prob."""
-    gradient = torch.empty_like(noise_pred)
-    size = math.prod(x_t.shape[1:])
-    with torch.cuda.device_of(x_t):
-        backward_kernel[(len(x_t), triton.cdiv(size, 1024))](
-            upstream, *noise_pred.chunk(2), x_t, x_prev, *coefs, *gradient.chunk(2),
-            guidance_scale, size, BLOCK=1024, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-    return gradient
-
-
-# ---- Gradient ------------------------------------------------------------------------------------
-
-
 class GuidedLogProb(torch.autograd.Function):
     """log_prob; with clipping = (log_prob_ref, log_prob_old, clip_range) both ratios too."""
 
@@ -231,11 +193,13 @@ class GuidedLogProb(torch.autograd.Function):
             grad_clipped = torch.where(inside, grad_clipped, 0.0)
         used = [g for g in (grad_log_prob, grad_log_ratio, grad_clipped) if g is not None]
         upstream = functools.reduce(torch.add, used).contiguous()
-        step = (noise_pred, x_t, x_prev, ctx.coefs, ctx.guidance_scale)
-        return launch_backward(upstream, *step), None, None, None, None, None
-
-
-# ---- Public functions ----------------------------------------------------------------------------
+        gradient, size = torch.empty_like(noise_pred), math.prod(x_t.shape[1:])
+        with torch.cuda.device_of(x_t):
+            backward_kernel[(len(x_t), triton.cdiv(size, 1024))](
+                upstream, *noise_pred.chunk(2), x_t, x_prev, *ctx.coefs, *gradient.chunk(2),
+                ctx.guidance_scale, size, BLOCK=1024, num_warps=4, enable_fp_fusion=False,
+            )  # fmt: skip
+        return gradient, None, None, None, None, None
 
 
 def guided_log_prob(
@@ -276,8 +240,7 @@ def guided_log_ratio(
     log_prob, r-hat of Eq. 19 and its clipped form of Eq. 20, each (M,) float64, in one kernel.
 
     PRDP's loss squares a mean over T, so prdp.py needs all log-probs before it can weigh one, and
-    clips on that small matrix. The gradient passes at the clip range's edge, as torch.clamp's.
-    """
+    clips on that small matrix. The gradient passes at the clip range's edge, as torch.clamp's."""
     rows = (coef_sample, coef_noise, sigma, log_prob_ref, log_prob_old)
     noise_pred, x_t, x_prev, rows = prepare(noise_pred, x_t, x_prev, *rows)
     clipping = (*rows[3:], clip_range)

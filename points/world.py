@@ -473,7 +473,7 @@ def noise_rwr_loss(
 ) -> Tensor:  # fmt: skip
     """Reward-weighted regression as its authors have it (Black et al. 2024, Apps. C.2, F.2, F.3):
     the denoising loss of x_0 (S, M, D), each point at a timestep of its own, weighted over a
-    prompt's B by exp(r / beta), or from their 0.9 quantile up; prompts, rewards (S, M): a scalar."""
+    prompt's B by exp(r / beta), or from their 0.9 quantile up; prompts, rewards (S, M)."""
     rows = rewards.unflatten(1, (arm.N, arm.B))
     weight = torch.softmax(rows / arm.beta, dim=-1)
     if arm.method == "rwr-sparse":

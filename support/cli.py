@@ -15,9 +15,6 @@ class InputError(Exception):
     """Something the user gave cannot be used; the message names it and the remedy."""
 
 
-# ---- Flags ---------------------------------------------------------------------------------------
-
-
 def flag(default, text: str, *choices: str, **options):
     """A dataclass field that is a flag too; options are argparse's, `group` begins a heading."""
     options |= {"help": text, "choices": choices or None}
@@ -49,11 +46,10 @@ class Parser(argparse.ArgumentParser):
             if field.default is False:
                 options = {"action": "store_true", "help": options["help"]}
             elif field.default not in ("", ()):
-                options["help"] += f" (default: {field.default})"
+                default = field.default
+                shown = " ".join(default) if isinstance(default, tuple) else default
+                options["help"] += f" (default: {shown})"
             group.add_argument(option(field.name), default=argparse.SUPPRESS, **options)
-
-
-# ---- Errors --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

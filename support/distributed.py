@@ -83,12 +83,11 @@ def gradient_step(
     processes, and scaled down to max_grad_norm where it is longer; returns its norm before that.
 
     weights are of means over `numel` numbers. In fp16 the loss is scaled by a power of two, so that
-    the largest weight is about 2**-6 for each of its numbers; if that overflows, 1/256 of it.
-    """
+    the largest weight is about 2**-6 for each of its numbers; if that overflows, 1/256 of it."""
     parameters, scale = optimizer.param_groups[0]["params"], 1.0
     if autocast == torch.float16 and weights.any():
         scale = 2.0 ** round(math.log2(numel / weights.abs().max().item()) - 6)
-    for factor in (scale, scale / 256):
+    for factor in (scale, scale / 256) if autocast == torch.float16 else (1.0,):
         optimizer.zero_grad(set_to_none=True)
         backward(factor * weights)
         for p in parameters:
@@ -108,7 +107,5 @@ def gradient_step(
 def require_finite(what: str, values: Tensor) -> None:
     """Stop before anything is learned from NaN or infinity."""
     if not values.isfinite().all():
-        remedy = (
-            "a lower --learning-rate or --guidance-scale, a higher --kl-weight, another --dtype"
-        )
-        raise InputError(f"{what} is not finite; try, in a new run, {remedy}.")
+        todo = "a lower --learning-rate or --guidance-scale, a higher --kl-weight, another --dtype"
+        raise InputError(f"{what} is not finite; try, in a new run, {todo}.")

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -14,8 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from support.cli import InputError, reading
-
-# ---- Texts and pictures --------------------------------------------------------------------------
 
 
 def load_prompts(path: str | Path) -> list[str]:
@@ -78,9 +77,6 @@ def read_picture(path: str | Path, what: str) -> Tensor:
     except Exception as error:  # Pillow's are of many kinds
         why = getattr(error, "strerror", None) or f"no picture that can be read ({error})"
         raise InputError(f"{what} {path}: {why}.") from error
-
-
-# ---- Networks ------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -146,9 +142,6 @@ def load_tensors(what: str, path: str) -> dict[str, Tensor]:
     return state
 
 
-# ---- Code of users -------------------------------------------------------------------------------
-
-
 def load_module(name: str, file: str):
     """A Python file as the module of that name."""
     spec = importlib.util.spec_from_file_location(name, file)
@@ -201,8 +194,7 @@ def running(what: str) -> Iterator[None]:
     """Run a user's code: what it changes of this process is as before afterwards.
 
     What it raises is an InputError that says where, SystemExit too, which would end the run as if
-    all were well; running out of memory is no fault of that code.
-    """
+    all were well; running out of memory is no fault of that code."""
     before = [get() for get, _ in PROCESS]
     for place, (ours, theirs) in left_by_users.items():
         if before[place] == ours:  # else it was changed since, for their code too
@@ -212,10 +204,8 @@ def running(what: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except (Exception, SystemExit) as error:
-        trace = error.__traceback__
-        while trace.tb_next is not None:
-            trace = trace.tb_next
-        where = f"{os.path.basename(trace.tb_frame.f_code.co_filename)}, line {trace.tb_lineno}"
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{os.path.basename(last.filename)}, line {last.lineno}"
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{what}: {told} ({where}).") from error
     finally:

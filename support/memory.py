@@ -28,14 +28,12 @@ def needed_gigabytes(config, weights: float) -> float:
     """The peak of a run whose UNet has `weights` GB in float32: counted by benchmarks/memory.py for
     SD v1.4 (3.44 GB) and HPSv2, and what a UNet keeps is taken in proportion to its weights."""
     half = config.dtype in ("fp16", "bf16")
-    learned = 0 if config.lora_rank else 3 * weights  # gradients and Adam's moments
+    # Gradients and Adam's moments; the reference. Adapters need neither.
+    learned, reference = (0, 0) if config.lora_rank else (3 * weights, weights / (1 + half))
     an_image = {(True, "off"): 2.5, (True, "on"): 0.46, (False, "off"): 3.74, (False, "on"): 0.96}
     kept = config.microbatch * an_image[half, config.gradient_checkpointing] * weights / 3.44
     casts = weights / 2 if half else 0
-    others = 0.0
-    if config.offload == "off":
-        reference = 0 if config.lora_rank else weights / (1 + half)
-        others = reference + 4.8  # VAE, text encoder, HPSv2
+    others = reference + 4.8 if config.offload == "off" else 0  # VAE, text encoder, HPSv2
     # While HPSv2 works, 4 GB at the least; beside it all trajectories and pictures.
     return weights + learned + max(kept + casts, 4.0) + others + 2.5
 
@@ -43,9 +41,8 @@ def needed_gigabytes(config, weights: float) -> float:
 def plans(config, weights_gigabytes: Callable[[str], float]) -> list:
     """The settings to try, one after another: as given where they are given, else what should fit.
     InputError where nothing does."""
-    given = (config.microbatch, config.gradient_checkpointing, config.offload)
     free = free_gigabytes()
-    if free is None or (0 not in given and "auto" not in given):
+    if free is None or with_plan(config, PLANS[0]) == config:
         return [with_plan(config, (8, "off", "off"))]
     found, size = [], weights_gigabytes(config.model)
     for plan in PLANS:
@@ -63,13 +60,8 @@ def plans(config, weights_gigabytes: Callable[[str], float]) -> list:
 
 def with_plan(config, plan: tuple):
     """`config` with what it leaves open taken from `plan`."""
-    microbatch, checkpointing, offload = plan
-    if config.gradient_checkpointing != "auto":
-        checkpointing = config.gradient_checkpointing
-    if config.offload != "auto":
-        offload = config.offload
-    chosen = {"gradient_checkpointing": checkpointing, "offload": offload}
-    return replace(config, microbatch=config.microbatch or microbatch, **chosen)
+    chosen = zip(("microbatch", "gradient_checkpointing", "offload"), plan, strict=True)
+    return replace(config, **{n: x for n, x in chosen if getattr(config, n) in (0, "auto")})
 
 
 def first_that_fits(config, weights_gigabytes: Callable[[str], float], attempt: Callable):
@@ -77,7 +69,9 @@ def first_that_fits(config, weights_gigabytes: Callable[[str], float], attempt: 
     weights_gigabytes: model -> size of its UNet in float32."""
     configs = plans(config, weights_gigabytes)
     for number, config in enumerate(configs, 1):
-        result = None
+        result = None  # and its memory, where another process had none
+        gc.collect()
+        torch.cuda.empty_cache()
         try:
             result = attempt(config)
         except torch.OutOfMemoryError:
@@ -85,9 +79,6 @@ def first_that_fits(config, weights_gigabytes: Callable[[str], float], attempt: 
                 raise
         if not any(gather_objects(result is None)):
             return result
-        result = None
-        gc.collect()
-        torch.cuda.empty_cache()
         say("out of GPU memory; trying the next smaller settings")
 
 

@@ -58,9 +58,6 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2g} s"
 
 
-# ---- Lines ---------------------------------------------------------------------------------------
-
-
 def introduce(config, sd, log_probs: str, prompts: list[str]) -> None:
     """What is about to run."""
     millions = sum(p.numel() for p in sd.unet.parameters() if p.requires_grad) / 1e6
@@ -179,9 +176,6 @@ def open_tracker(config, record: dict, start: int) -> Callable:
             say(f"warning: {what}: epoch {epoch} was not sent ({type(error).__name__}: {error}).")
 
     return send
-
-
-# ---- Pictures ------------------------------------------------------------------------------------
 
 
 class Samples(NamedTuple):

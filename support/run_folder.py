@@ -30,9 +30,6 @@ STARTED = {"config.json", "metrics.jsonl", "checkpoint", "samples"}  # by a star
 OURS = STARTED | {"reward.png", "before_after.png", "pipeline", "lora", "epochs"}
 
 
-# ---- Files ---------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold a lock in `folder` within this block; InputError if another process does. The system
@@ -69,8 +66,7 @@ def writing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, for a file or folder that replaces it when it is whole.
 
     When killed there is the old one or the new one; of a folder, for a moment neither. What
-    cannot be written leaves nothing behind, and is an InputError that names `path`.
-    """
+    cannot be written leaves nothing behind, and is an InputError that names `path`."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         remove(temporary)  # of a run that was killed
@@ -126,9 +122,6 @@ def weights_digest(networks: Iterable[nn.Module]) -> str:
     named = [named for network in networks for named in network.named_parameters()]
     weights = [p.detach().flatten() for name, p in named if "lora_" not in name]
     return digest(w[:: max(1, len(w) // 64)].float().cpu().numpy().tobytes() for w in weights)
-
-
-# ---- config.json: program, settings, digests of what a result depends on beside them -------------
 
 
 def digests(models, prompts: list[str], files: list[str]) -> dict[str, str]:
@@ -189,9 +182,6 @@ def require_same(then: dict, now: dict, what: str) -> None:
             raise InputError(f"{what}: {change}; restore that, or choose a new --out.")
 
 
-# ---- A run's epochs ------------------------------------------------------------------------------
-
-
 def open_run(config) -> dict:
     """The last checkpoint of a run that goes on, epoch 0 of a new one; InputError where --out is in
     use, or the checkpoint is not this run's."""
@@ -233,9 +223,7 @@ def begin(config, digests: dict, saved: dict, learning: tuple) -> tuple[dict, li
         require_same(saved["record"], record, what)
         then = as_today(saved["record"])
         if any(then.get(name, record[name]) != record[name] for name in MACHINE):
-            say(
-                "warning: another microbatch, checkpointing or offload: digits may differ from now."
-            )
+            say("warning: another microbatch, checkpointing or offload: digits may differ now.")
     epoch = saved["epoch"]
     if epoch:
         restore(saved, *learning, what)
@@ -281,8 +269,8 @@ def read_state(run: Path) -> dict:
     if not isinstance(state, dict) or not {"version", "record", "epoch"} <= state.keys():
         raise InputError(f"{what}: {path} is no checkpoint of a run.")
     if state["version"] not in (3, VERSION):
-        version = f"of version {state['version']}, and this is {VERSION}"
-        raise InputError(f"{what}: its checkpoint is {version}.")
+        found = state["version"]
+        raise InputError(f"{what}: its checkpoint is of version {found}, and this is {VERSION}.")
     return state
 
 

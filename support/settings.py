@@ -18,7 +18,7 @@ from support.distributed import end_processes, processes, say, start_processes
 ROOT = Path(__file__).resolve().parents[1]
 UNBOUNDED = ("clip_range", "max_grad_norm")  # inf: neither clips
 LEAST = dict.fromkeys(("seed", "weight_decay", "microbatch", "lora_rank", "keep_every"), 0)
-LEAST["guidance_scale"] = 1  # no guidance; what is less is 1 to diffusers' pipelines
+LEAST["guidance_scale"] = 1  # no guidance; below it diffusers' pipelines use none either
 
 
 @dataclasses.dataclass
@@ -49,7 +49,9 @@ class RunSettings:
     lora_rank: int = flag(0, "train adapters of the attention layers alone; 0: the full UNet")
     gradient_checkpointing: str = flag("auto", "recompute activations; auto: if memory is short",
                                        "auto", "on", "off", nargs="?", const="on")  # fmt: skip
-    offload: str = flag("auto", "idle networks on the CPU; auto: likewise", "auto", "on", "off")
+    offload: str = flag(
+        "auto", "idle networks on the CPU; auto: if memory is short", "auto", "on", "off"
+    )
     compile: bool = flag(False, "torch.compile the UNet's passes; minutes of start-up")
 
     def check(self) -> None:
@@ -62,9 +64,7 @@ class RunSettings:
         self.check()
         acting = {"out": absolute(self.resume or self.out or "runs/run")}
         acting["reward"] = () if reward is not None else self.resolve_reward(self.reward)
-        acting["prompts"] = ()
-        if prompts is None:
-            acting["prompts"] = tuple(absolute(file) for file in self.prompts)
+        acting["prompts"] = () if prompts is not None else tuple(map(absolute, self.prompts))
         if Path(self.model).expanduser().exists():
             acting["model"] = absolute(self.model)
         if self.dtype == "auto":

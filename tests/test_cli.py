@@ -36,7 +36,7 @@ BAD_INPUT = [
     (["--epochs", "many"], "invalid int value"),
     (["--epoch", "3"], "unrecognized arguments: --epoch"),
     (["--loss", "ddpo"], "unrecognized arguments: --loss"),
-    (["--ddpm-steps", "600"], "--ddpm-steps 600: no whole strides of 1000; 50 has"),
+    (["--ddpm-steps", "600"], "--ddpm-steps 600: must span 1000 timesteps; 50 does"),
     (["--reward", "beauty"], "no reward 'beauty'; choose from hpsv2"),
     (["--reward", "pickscore=10,hpsv2=2"], "--reward pickscore=10 hpsv2=2"),
     (["--model", "/nowhere/sd"], "--model /nowhere/sd: "),

@@ -213,11 +213,12 @@ def test_settings_that_do_not_go_together(flags, why):
 def test_presets_are_the_papers():
     """K = 4 and clip range 1e-4 (App. F.6); at large scale 512 prompts of one image (PRDP, App. B),
     at its own rate."""
-    small, large = (parse_settings(ddpo.Config, ["--preset", p]) for p in ("small", "toy"))
+    small, toy = (parse_settings(ddpo.Config, ["--preset", p]) for p in ("small", "toy"))
     assert (small.updates_per_epoch, small.clip_range, small.learning_rate) == (4, 1e-4, 1e-5)
     many = ddpo.Config.presets["large"]
     assert (many["prompts_per_epoch"], many["images_per_prompt"]) == (512, 1)
-    assert many["learning_rate"] == 1e-5 and large.model.endswith("toy/sd")
+    assert many["learning_rate"] == 1e-5
+    assert toy.model.endswith("toy/sd") and (toy.epochs, toy.clip_range) == (100, 1e-3)
 
 
 def test_run_goes_on_to_the_bit(tiny_sd, tmp_path, capsys):

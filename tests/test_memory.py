@@ -175,6 +175,7 @@ def test_without_a_gpu_a_large_model_is_warned_of(monkeypatch, capsys):
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 12040).")
 
     monkeypatch.setattr(torch.cuda, "init", too_old)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     for unet, warned in ((small, False), (large, True)):
         sd = SimpleNamespace(unet=unet, pipe=SimpleNamespace(tokenizer=tokenizer))
         report.introduce(prdp.Config(), sd, "eager", ["a cat"])
