@@ -21,6 +21,7 @@ from torch import Tensor
 
 import prdp
 from rewards import load_reward, python_files
+from stable_diffusion import find_folder
 from support import report, run_folder
 from support.cli import InputError, Parser, command
 from support.distributed import end_processes, gather_objects, on_rank_0, processes, rank
@@ -61,7 +62,7 @@ def find_model(name: str) -> tuple[str, dict]:
 
 def last_parts(paths: list[str]) -> list[str]:
     """What tells them apart: their last parts, or where two are the same the whole."""
-    names = [Path(path).name for path in paths]
+    names = [Path(path).resolve().name for path in paths]
     return names if len(set(names)) == len(names) else paths
 
 
@@ -74,8 +75,8 @@ def draw(
     latents = prdp.sample_prompts(models, models.policy, prompts, generators).latents[:, -1]
     of_each = [prompt for prompt in prompts for _ in range(images)]
     pictures, total = prdp.score_images(models, latents, of_each)
-    parts = models.reward.parts | ({"sum": total} if len(models.reward.parts) > 1 else {})
-    return pictures.cpu(), {name: x.cpu().view(-1, images) for name, x in parts.items()}
+    scores = models.reward.with_sum(total)
+    return pictures.cpu(), {name: x.cpu().view(-1, images) for name, x in scores.items()}
 
 
 def measure(seed: int, models: prdp.Models, chosen: list, samples: int, done: dict, save) -> None:
@@ -129,7 +130,10 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     base = find_model(args.against)[0] if args.against else settings.get("model")
     folders = dict(zip(last_parts(args.models), [folder for folder, _ in found], strict=True))
     if base not in (None, *folders.values()):
-        folders = {"pretrained" if "base" in folders else "base": base, **folders}
+        label = next(x for x in ("base", "pretrained", "the base model") if x not in folders)
+        folders = {label: base, **folders}
+    for folder in folders.values():  # before hours of drawing
+        find_folder(folder)
     kinds = {f.name: type(f.default) for f in fields(prdp.Config)}
     given = {name: kinds[name](settings[name]) for name in SETTINGS if name in settings}
     given |= {"dtype": "bf16"} if torch.cuda.is_available() else {}

@@ -47,8 +47,8 @@ from rewards import Reward, load_reward, python_files, resolve_reward
 from stable_diffusion import StableDiffusion, WithoutAdapters, compiled, noise_settings
 from support import memory, report, run_folder
 from support.cli import InputError, flag
-from support.distributed import gradient_step, own_share, processes, require_finite, say
-from support.distributed import start_processes
+from support.distributed import gather, gradient_step, own_share, processes, require_finite
+from support.distributed import say, start_processes
 from support.inputs import as_prompts, load_module, load_prompts
 from support.report import Samples, epoch_metrics, phase
 from support.settings import RunSettings, parse_settings, run_command, set_precision
@@ -441,7 +441,9 @@ def update_metrics(
     """Of one update, before it is made; docs/running.md defines the fields."""
     fixed = (log_probs_old, log_probs_ref, rewards, math.inf, config.kl_weight)
     loss_unclipped = prdp_loss(log_probs, *fixed)  # Eq. 14
-    explained = 1 - loss_unclipped / prdp_loss(log_probs_ref, *fixed)
+    losses = torch.stack([loss_unclipped, prdp_loss(log_probs_ref, *fixed)])
+    of_policy, of_reference = gather(losses[None]).mean(0)  # over all processes
+    explained = 1 - of_policy / of_reference
     moved = (log_probs - log_probs_old).abs()
     metrics = {"loss_unclipped": loss_unclipped, "explained": explained, "log_ratio_old": moved}
     return metrics | {"clip_fraction": moved > config.clip_range}

@@ -73,6 +73,11 @@ class Reward:
                       for label, (_, scorer) in self.components.items()}  # fmt: skip
         return sum(weight * self.parts[label] for label, (weight, _) in self.components.items())
 
+    def with_sum(self, total: Tensor) -> dict[str, Tensor]:
+        """The parts, and of several what a call returned, under a label that none of them has."""
+        name = "weighted sum" if "sum" in self.parts else "sum"
+        return self.parts | ({name: total} if len(self.parts) > 1 else {})
+
 
 def checked(label: str, scorer: Scorer, images: Tensor, prompts: list[str]) -> Tensor:
     """Scores of one component, float32 (M,) on the images' device; (M, 1) will do. InputError
@@ -435,7 +440,7 @@ def main(argv: list[str] | None = None) -> None:
         reward = load_reward(args.reward, "cuda" if torch.cuda.is_available() else "cpu")
         for file, picture in zip(args.images, pictures, strict=True):
             total = reward(picture, [args.prompt])
-            scores = reward.parts | ({"sum": total} if len(reward.parts) > 1 else {})
+            scores = reward.with_sum(total)
             if picture is pictures[0]:
                 print("".join(f"{name:>18}" for name in scores) + "  image")
             print("".join(f"{score.item():>18.6g}" for score in scores.values()) + f"  {file}")

@@ -55,10 +55,10 @@ class Config(prdp.Config):
     }
     unused: ClassVar = ("kl_weight", "clip_range", "offline")
     least: ClassVar = {"images_per_prompt": 2, "warmup": 0}
-    reward: tuple = flag((), "what ranks images (default: hpsv2; with --pairs none)", nargs="+",
-                         type=str)  # fmt: skip
-    prompts: tuple = flag((), "files (default: animals.txt; with --pairs theirs)", nargs="+",
-                          type=str)  # fmt: skip
+    reward: tuple = flag((), "what ranks images (default: the preset's or hpsv2; for --pairs alone "
+                         "none)", nargs="+", type=str)  # fmt: skip
+    prompts: tuple = flag((), "files (default: the preset's or animals.txt; for --pairs alone "
+                          "theirs)", nargs="+", type=str)  # fmt: skip
     learning_rate: float = flag(8.192e-9, "of AdamW (Sec. 5.1); their code's is 2.048e-5")
     pairs: str = flag("", "people's choices, .jsonl", group="Diffusion-DPO")
     online: bool = flag(False, "rank images of the current model, not of the pretrained one")

@@ -14,30 +14,35 @@ from torch import Tensor
 
 import prdp
 from support.cli import InputError, reading
-from support.distributed import processes, rank
-from support.inputs import read_picture
+from support.distributed import gather_objects, processes, rank
+from support.inputs import as_prompts, read_picture
 from support.report import phase
 
 COLUMNS = {"prompt", "chosen", "rejected"}
 
 
 class People:
-    """People's choices, from a file; what a checkpoint keeps of them is the file's digest."""
+    """People's choices, from a file; a checkpoint keeps a digest of them and of the pictures."""
 
     def __init__(self, file: str) -> None:
         self.file, self.records = file, []
         with reading(f"--pairs {file}"):
             data = Path(file).read_bytes()
             lines = data.decode("utf-8-sig").split("\n")
-        self.digest = hashlib.sha256(data).hexdigest()
         for number, line in enumerate(lines, 1):
             if line.strip():
                 self.records.append(self.read(f"--pairs {file}, line {number}", line))
         if not self.records:
             raise InputError(f"--pairs {file}: has no pair.")
-        with phase("pictures", len(self.records)) as done, ThreadPoolExecutor() as pool:
-            for _ in pool.map(self.pictures, self.records[rank() :: processes()]):
+        own, digests = range(len(self.records))[rank() :: processes()], {}
+        with phase("pictures", len(own)) as done, ThreadPoolExecutor() as pool:
+            for number, found in zip(own, pool.map(self.check, own), strict=True):
+                digests[number] = found
                 done(1)
+        for part in gather_objects(digests):
+            digests |= part
+        every = b"".join(digests[number] for number in sorted(digests))
+        self.digest = hashlib.sha256(every).hexdigest()
 
     def read(self, what: str, line: str) -> dict:
         with reading(what):
@@ -45,7 +50,14 @@ class People:
         found = set(record) if isinstance(record, dict) else set()
         if found != COLUMNS or not all(isinstance(x, str) and x for x in record.values()):
             raise InputError(f"{what}: must have prompt, chosen and rejected, texts, and no more.")
-        return record | {"what": what}
+        (prompt,) = as_prompts([record["prompt"]], what)
+        return {**record, "prompt": prompt, "what": what}
+
+    def check(self, number: int) -> bytes:
+        """A digest of a pair, whose pictures can be used; else InputError."""
+        record = self.records[number]
+        parts = [record["prompt"].encode(), *(x.numpy().tobytes() for x in self.pictures(record))]
+        return hashlib.sha256(b"".join(parts)).digest()
 
     def pictures(self, record: dict) -> list[Tensor]:
         """Both, (3, H, W) uint8; InputError for what cannot be read or compared."""
@@ -82,7 +94,7 @@ class People:
 
     def load_state_dict(self, state: dict) -> None:
         if state != self.state_dict():
-            raise InputError(f"--pairs {self.file}: is not the file that the run began with.")
+            raise InputError(f"--pairs {self.file}: has other pairs than the run began with.")
 
 
 def prepare(picture: Tensor, sd, generator: torch.Generator) -> Tensor:

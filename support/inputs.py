@@ -4,8 +4,11 @@ import codecs
 import contextlib
 import csv
 import importlib.util
+import io
 import json
+import modulefinder
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -26,15 +29,23 @@ def load_prompts(path: str | Path) -> list[str]:
         data = Path(path).read_bytes()
         wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text = data.decode("utf-16" if wide else "utf-8-sig")
-        lines = text.split("\n")  # not splitlines(): JSON strings may hold other separators
+        lines = re.split(
+            r"\r\n?|\n", text
+        )  # not splitlines(): JSON strings may hold other separators
         if kind == ".json":
             records = json.loads(text)
-        elif kind == ".jsonl":
-            records = [json.loads(line) for line in lines if line.strip()]
         elif kind == ".csv":
-            records = list(csv.DictReader(text.splitlines()))
+            records = list(csv.DictReader(io.StringIO(text, newline="")))
         else:
             records = [line for line in lines if not line.lstrip().startswith("#")]
+    if kind == ".jsonl":
+        records = []
+        for number, line in enumerate(lines, 1):
+            with reading(f"{what}, line {number}"):
+                records += [json.loads(line)] if line.strip() else []
+    for number, record in enumerate(records if kind == ".csv" else (), 2):
+        if None in record or None in record.values():
+            raise InputError(f"{what}: row {number} has not the header's cells; quote its commas.")
     header = {cell.strip(' "\r').lower() for cell in lines[0].split(",")}
     if "\0" in text or text.startswith("version https://git-lfs"):
         raise InputError(f"{what}: is no text, or a Git LFS pointer in place of one.")
@@ -47,6 +58,8 @@ def load_prompts(path: str | Path) -> list[str]:
 
 def as_prompts(records: Iterable, what: str = "prompts") -> list[str]:
     """The text of each, stripped, blanks and repeats dropped; InputError for what is no prompt."""
+    if isinstance(records, os.PathLike) or hasattr(records, "items"):
+        raise InputError(f"{what}: must be texts, in a list; load_prompts reads a file.")
     texts = [records] if isinstance(records, str) else list(records)
     texts = [r.get("prompt") or r.get("caption") if isinstance(r, dict) else r for r in texts]
     for number, text in enumerate(texts, 1):
@@ -167,10 +180,12 @@ def load_function(what: str, file: str, function: str) -> Callable:
     return found
 
 
-def imported_from(folders: set[str]) -> list[Path]:
-    """The Python files of these folders that have been imported: code that a result depends on."""
-    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    return sorted(Path(file) for file in files if file and os.path.dirname(file) in folders)
+def imported_by(file: str) -> list[Path]:
+    """The Python files of its folder that a file imports, and those that they import."""
+    finder = modulefinder.ModuleFinder([os.path.dirname(file)])
+    finder.run_script(file)
+    found = {module.__file__ for module in finder.modules.values()} - {file, None}
+    return sorted(Path(name) for name in found)
 
 
 cudnn = torch.backends.cudnn

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from support.cli import InputError
 from support.distributed import gather, processes, rank, say
-from support.inputs import read_picture
+from support.inputs import quiet, read_picture
 from support.run_folder import writing
 
 # ---- Time ----------------------------------------------------------------------------------------
@@ -71,7 +71,9 @@ def introduce(config, sd, log_probs: str, prompts: list[str]) -> None:
     say(f"reward {reward}; {len(prompts)} prompts; to {config.out}")
     tokenizer, some = sd.pipe.tokenizer, prompts[:1000]
     context = tokenizer.model_max_length
-    if long := sum(len(ids) > context for ids in tokenizer(some).input_ids):
+    with quiet():
+        long = sum(len(ids) > context for ids in tokenizer(some).input_ids)
+    if long:
         say(f"warning: {long} of {len(some)} prompts exceed {context} tokens, and are cut there.")
     if not torch.cuda.is_available() and sum(p.numel() for p in sd.unet.parameters()) > 1e8:
         say(f"warning: on the CPU, which may take months: {why_no_gpu()}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from support.cli import InputError, reading
 from support.distributed import on_rank_0, rank, say
-from support.inputs import imported_from
+from support.inputs import imported_by
 
 # What a run and its continuation may differ in; paths, because digests tell what they hold.
 MAY_DIFFER = {"resume", "out", "epochs", "save_every", "keep_every", "sample_every", "log_to"}
@@ -27,7 +27,14 @@ MAY_DIFFER |= MACHINE | {"model", "prompts", "pairs", "tracker_id"}
 VERSION = 4  # of the checkpoint's layout; 3 had "latest", DDPO's rewards, for "program"
 OF_LOSS = {"prdp": "prdp.py", "ddpo": "baselines/ddpo.py", "ddpo-sf": "baselines/ddpo.py"}
 STARTED = {"config.json", "metrics.jsonl", "checkpoint", "samples"}  # by a start that failed, too
-OURS = STARTED | {"reward.png", "before_after.png", "pipeline", "lora", "epochs"}
+OURS = STARTED | {
+    "reward.png",
+    "before_after.png",
+    "pipeline",
+    "lora",
+    "epochs",
+    "model_index.json",
+}
 
 
 @contextlib.contextmanager
@@ -128,13 +135,15 @@ def digests(models, prompts: list[str], files: list[str]) -> dict[str, str]:
     """Of what a result depends on beside the settings: prompts as read, a reward's Python files and
     networks, pretrained weights and the configs that go with them."""
     sd, reward = models.sd, models.reward
-    beside = imported_from({os.path.dirname(file) for file in files})
+    beside = [path for file in files for path in imported_by(file)]
+    vocabulary = json.dumps(sd.pipe.tokenizer.get_vocab(), sort_keys=True)
     return {
         "prompts_digest": digest(prompt.encode() for prompt in prompts),
         "reward_digest": digest(Path(file).read_bytes() for file in files),
         "reward_modules_digest": digest(file.read_bytes() for file in beside),
         "reward_weights_digest": weights_digest(reward.networks),
         "model_digest": weights_digest([sd.unet, sd.vae, sd.pipe.text_encoder]),
+        "tokenizer_digest": digest([vocabulary.encode()]),
         "model_configs_digest": digest([json.dumps(sd.configs, sort_keys=True).encode()]),
     }
 
@@ -173,7 +182,8 @@ def require_same(then: dict, now: dict, what: str) -> None:
     for name in sorted(then.keys() & now.keys() - same):
         was, is_now = then[name], now[name]
         if name == "reward":  # without paths: digests tell what they hold
-            was, is_now = ([re.sub("/[^:=]*", "", word) for word in x] for x in (was, is_now))
+            path = r"/(.*/)?[^:=]*|=1\.0$"  # and without the weight of a path with a "="
+            was, is_now = ([re.sub(path, "", word) for word in x] for x in (was, is_now))
         if was != is_now:
             change = f"{name} is {now[name]}, and was {then[name]}"
             if name.endswith("_digest"):
@@ -237,16 +247,17 @@ def begin(config, digests: dict, saved: dict, learning: tuple) -> tuple[dict, li
 
 
 def end_epoch(config, record: dict, rows: list[dict], learning: tuple, sd) -> None:
-    """The metrics, then every --save-every epochs the checkpoint, every --keep-every a model."""
+    """The metrics, every --keep-every epochs a model, then every --save-every the checkpoint, from
+    which a run goes on as if all before it had been done."""
     epoch, (weights, optimizer, program) = rows[-1]["epoch"], learning
     write_metrics(Path(config.out), rows)
+    if config.keep_every and epoch % config.keep_every == 0:
+        sd.save(Path(config.out, "epochs", f"{epoch:04d}"), record, epoch, merge=False)
     if epoch % config.save_every == 0 or epoch == config.epochs:
         state = {"unet": weights, "optimizer": optimizer.state_dict()}
         if program is not None:
             state["program"] = program.state_dict()
         save_state(Path(config.out), record, epoch, state)
-    if config.keep_every and epoch % config.keep_every == 0:
-        sd.save(Path(config.out, "epochs", f"{epoch:04d}"), record, epoch, merge=False)
 
 
 def save_state(run: Path, record: dict, epoch: int, state: dict) -> None:
@@ -279,8 +290,8 @@ def restore(state: dict, weights: dict[str, Tensor], optimizer, program, what: s
     is one for each weight, of its shape."""
     shapes = {name: weight.shape for name, weight in weights.items()}
     saved = {name: weight.shape for name, weight in state.get("unet", {}).items()}
-    moments = state.get("optimizer", {}).get("state", {}).values()
-    if saved != shapes or [x["exp_avg"].shape for x in moments] != list(shapes.values()):
+    moments = [x["exp_avg"].shape for x in state.get("optimizer", {}).get("state", {}).values()]
+    if saved != shapes or moments not in ([], list(shapes.values())):  # []: nothing was learned yet
         raise InputError(f"{what}: its checkpoint is of a network with other weights.")
     optimizer.load_state_dict(state["optimizer"])
     with torch.no_grad():

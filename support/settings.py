@@ -112,6 +112,8 @@ def parse_settings(kind: type[RunSettings], argv: list[str]) -> RunSettings:
     start_processes()
 
     preset = given.pop("preset")
+    if given.get("out") == "":
+        raise InputError("--out: is empty.")
     if "resume" not in given:
         settings = {"out": f"runs/{preset or 'small'}"} | kind.presets[preset or "small"]
         return kind(**settings | given).resolved()

@@ -301,9 +301,18 @@ def test_run_goes_on_to_the_bit(tiny_sd, tmp_path, capsys, people, name):
     assert len(rows) == 3 and all(row["loss"] > 0 and row["grad_norm"] > 0 for row in rows)
     assert [row["reward_mean"] is None for row in rows] == [name == "people"] * 3
     if name == "people":
-        (tmp_path / "pairs.jsonl").write_text((tmp_path / "pairs.jsonl").read_text() + "\n")
-        said = only_sentence(call(main, ["--resume", halves, "--epochs", 4], capsys))
-        assert "is not the file that the run began with" in said
+        moved = tmp_path / "moved"
+        moved.mkdir()
+        for file in [*tmp_path.glob("*.png"), tmp_path / "pairs.jsonl"]:
+            file.rename(moved / file.name)
+        again = ["--resume", halves, "--epochs", 4, "--pairs", moved / "pairs.jsonl"]
+        assert call(main, again, capsys)[::2] == (0, "")
+        one, other = moved / "chosen3.png", moved / "rejected3.png"
+        kept = one.read_bytes()
+        one.write_bytes(other.read_bytes())
+        other.write_bytes(kept)
+        said = only_sentence(call(main, ["--resume", halves, "--epochs", 5], capsys))
+        assert "has other pairs than the run began with" in said
 
 
 @pytest.mark.parametrize("name", [*PROGRAMS, "people"])
@@ -333,6 +342,8 @@ def test_two_processes_equal_one(tiny_sd, tmp_path, capsys, people, name):
         ({"rejected": "chosen9.png"}, "line 10: its two pictures are the same"),
         ({"label": 1}, "line 10: must have prompt, chosen and rejected"),
         ({"prompt": ""}, "line 10: must have prompt, chosen and rejected"),
+        ({"prompt": "  "}, "line 10: holds no prompt"),
+        ({"prompt": "\ud83d x"}, "line 10: "),
     ],
 )
 def test_bad_pairs_are_named(tiny_sd, tmp_path, capsys, people, changes, sentence):
@@ -437,3 +448,11 @@ def test_prompts_whose_images_all_tie_teach_nothing(tiny_sd):
     (row,) = diffusion_dpo.train(config, models, optimizer, PROMPTS, 1, None)
     after = torch.cat([p.detach().flatten() for p in models.policy.unet.parameters()])
     assert math.isnan(row["loss"]) and torch.equal(before, after)
+
+
+def test_a_run_that_has_learned_nothing_goes_on(tiny_sd, tmp_path, capsys):
+    (tmp_path / "tie.py").write_text("def f(images, prompts):\n    return [0.0] * len(prompts)\n")
+    flags = [*flags_of("diffusion_dpo", tiny_sd, None), "--reward", f"{tmp_path}/tie.py:f"]
+    assert call(diffusion_dpo.main, [*flags, "--out", tmp_path / "run"], capsys)[0] == 0
+    again = ["--resume", tmp_path / "run", "--epochs", 3]
+    assert call(diffusion_dpo.main, again, capsys)[::2] == (0, "")

@@ -279,6 +279,7 @@ def test_a_pipeline_of_an_earlier_epoch_is_refused(evaluation, finished, tmp_pat
         (["base"], ["pretrained", "base"]),
         (["a/run", "b/run"], ["base", "a/run", "b/run"]),
         (["a/run", "b/base"], ["pretrained", "run", "base"]),
+        (["a/base", "b/pretrained"], ["the base model", "base", "pretrained"]),
     ],
 )
 def test_every_model_that_is_named_is_in_the_table(

@@ -38,6 +38,7 @@ TOY_PICKSCORE = ROOT / "toy" / "pickscore"
         ("a.jsonl", b'{"prompt": null, "caption": "a cat"}\n\n"a dog"\n'),
         ("a.csv", b'id,Caption,prompt\n1,x,"a cat"\n2,y,a dog\n'.replace(b"Caption", b"note")),
         ("a.csv", b'caption\n"a cat"\n"a dog"\n'),
+        ("a.txt", b"a cat\ra dog\r"),
     ],
 )
 def test_prompt_files(tmp_path, name, data):
@@ -49,6 +50,29 @@ def test_prompt_files(tmp_path, name, data):
 def test_line_separators_inside_json_strings(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"prompt": "a\u2028cat"}\n', encoding="utf-8")
     assert load_prompts(tmp_path / "b.jsonl") == ["a\u2028cat"]
+
+
+def test_cells_of_a_table_are_whole(tmp_path):
+    """Commas, line ends and separators within quotes; a comma without quotes is refused."""
+    path = tmp_path / "b.csv"
+    path.write_text('id,prompt\n1,"a cat, a dog"\n2,"a\ncat"\n3,a\u2028dog\n', encoding="utf-8")
+    assert load_prompts(path) == ["a cat, a dog", "a\ncat", "a\u2028dog"]
+    for row in ("2,a cat, a dog", "3"):
+        path.write_text(f"id,prompt\n1,a cat\n{row}\n")
+        with pytest.raises(InputError, match="row 3 has not the header's cells"):
+            load_prompts(path)
+
+
+def test_a_line_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "b.jsonl").write_text('"a cat"\n\n{"prompt": \n')
+    with pytest.raises(InputError, match=r"b\.jsonl, line 3: "):
+        load_prompts(tmp_path / "b.jsonl")
+
+
+@pytest.mark.parametrize("given", [Path("p.txt"), {"prompt": ["a cat"]}])
+def test_what_is_no_list_of_prompts(given):
+    with pytest.raises(InputError, match="must be texts, in a list"):
+        as_prompts(given)
 
 
 def test_many_prompts_take_seconds(tmp_path):

@@ -174,6 +174,16 @@ def test_weighted_sum_with_functions_of_your_own(mine):
     assert reward.parts["lengths"].tolist() == [1, 2, 3] and total.dtype == torch.float32
 
 
+def test_the_sum_has_a_label_of_its_own():
+    """Also beside a function of that name."""
+    reward = rewards.Reward(
+        {"sum": (1.0, lambda images, prompts: [1.0]), "b": (2.0, lambda images, prompts: [3.0])}
+    )
+    total = reward(noise_images(1, 3, 8, 8), ["a"])
+    found = {name: x.item() for name, x in reward.with_sum(total).items()}
+    assert found == {"sum": 1.0, "b": 3.0, "weighted sum": 7.0}
+
+
 def test_column_of_numbers_will_do(mine):
     reward = rewards.load_reward(f"{mine}:column", "cpu")
     for count in (1, 3):

@@ -2,6 +2,7 @@
 with nothing lost."""
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -34,7 +35,10 @@ def world(tiny_sd, tmp_path_factory) -> Path:
     microbatches of 3, which do not divide its 4 images."""
     folder = tmp_path_factory.mktemp("world")
     shutil.copytree(tiny_sd, folder / "sd")
-    (folder / "helper.py").write_text("scale = 1.0\n")
+    (folder / "helper.py").write_text("from package.core import scale\n")
+    (folder / "package").mkdir()
+    (folder / "package" / "__init__.py").touch()
+    (folder / "package" / "core.py").write_text("scale = 1.0\n")
     (folder / "mine.py").write_text("import helper\n" + BRIGHT)
     (folder / "p.txt").write_text("a red circle\na green star\na blue ring\n")
     torch.set_num_threads(1)
@@ -181,10 +185,10 @@ def test_moved_run_with_moved_inputs_and_foreign_files_goes_on_to_the_bit(world,
         (run / "samples" / name).write_text('[{"rewards": ["a"]}]')
     (run / ".DS_Store").touch()
     run.rename(tmp_path / "moved")
-    for name in ("sd", "p.txt", "mine.py", "helper.py"):
+    for name in ("sd", "p.txt", "mine.py", "helper.py", "package"):
         place = tmp_path / f"new_{name}" if name in ("sd", "p.txt") else tmp_path / "new" / name
         place.parent.mkdir(exist_ok=True)
-        (shutil.copytree if name == "sd" else shutil.copy)(world / name, place)
+        (shutil.copytree if (world / name).is_dir() else shutil.copy)(world / name, place)
 
     again = ["--seed", 0, "--microbatch", 3, "--model", tmp_path / "new_sd"]
     again += ["--prompts", tmp_path / "new_p.txt", "--reward", f"{tmp_path}/new/mine.py:f"]
@@ -327,13 +331,24 @@ def test_damaged_run_is_refused_and_left_as_it_is(damage, sentence, run, cli):
 
 
 SCHEDULER = "sd/scheduler/scheduler_config.json"
+
+
+def swap_two_words(data: bytes) -> bytes:
+    fields = json.loads(data)
+    words = fields["model"]["vocab"]
+    words["red</w>"], words["blue</w>"] = words["blue</w>"], words["red</w>"]
+    return json.dumps(fields).encode()
+
+
 CHANGES = [
     ("p.txt", lambda text: text + b"a new one\n", "prompts"),
     ("mine.py", lambda text: text.replace(b"return ", b"return -"), "reward"),
-    ("helper.py", lambda text: text.replace(b"1.0", b"2.0"), "reward modules"),
+    ("helper.py", lambda text: text + b"scale = 2.0\n", "reward modules"),
     ("sd/vae/diffusion_pytorch_model.safetensors", lambda data: data[:-4] + b"\0\0\x80?", "model"),
     ("sd/vae/config.json", lambda text: text.replace(b"0.18215", b"0.2"), "model configs"),
     (SCHEDULER, lambda text: text.replace(b'"epsilon"', b'"v_prediction"'), "model configs"),
+    ("package/core.py", lambda text: text.replace(b"1.0", b"2.0"), "reward modules"),
+    ("sd/tokenizer/tokenizer.json", swap_two_words, "tokenizer"),
 ]
 
 
@@ -609,3 +624,43 @@ def test_kept_pipelines(cli, tmp_path):
     assert not torch.equal(weights[0], weights[1])
     assert torch.equal(weights[1], weights[2])
     assert math.isfinite(json.loads((models[0] / "prdp.json").read_text())["kl_weight"])
+
+
+def test_a_kept_model_is_there_before_its_checkpoint(cli, tmp_path, monkeypatch):
+    """So that none is missing where a run is killed in between."""
+    save = run_folder.save_state
+
+    def killed(run, record, epoch, state):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        save(run, record, epoch, state)
+
+    monkeypatch.setattr(run_folder, "save_state", killed)
+    assert cli("--keep-every", 1)[0] == 130
+    assert (tmp_path / "run" / "epochs" / "0001" / "pipeline").is_dir()
+
+
+def test_only_modules_that_a_reward_imports_count(cli, tmp_path, monkeypatch):
+    """Not the script beside it that began the run, nor what another reward of the folder needs; a
+    folder's name may hold a "=", and the reward moves on to one without."""
+    place, other = tmp_path / "lr=1e-4,b=3", tmp_path / "other"
+    place.mkdir()
+    (place / "bright.py").write_text(
+        "def f(images, prompts):\n    return images.float().mean((1, 2, 3))\n"
+    )
+    (place / "script.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(place)
+    importlib.import_module("script")
+    assert cli("--reward", f"{place}/bright.py:f", "--epochs", 1)[0] == 0
+    (place / "script.py").write_text("x = 2\n")
+    run = tmp_path / "run"
+    assert cli("--resume", run, "--epochs", 2)[::2] == (0, "")
+    place.rename(other)
+    again = ["--resume", run, "--epochs", 3, "--reward", f"{other}/bright.py:f"]
+    assert cli(*again)[::2] == (0, "")
+
+
+def test_a_models_folder_is_no_place_for_a_run(cli, tiny_sd, tmp_path):
+    model = shutil.copytree(tiny_sd, tmp_path / "model")
+    assert "in use; choose another" in only_sentence(cli("--model", model, "--out", model))
+    assert "--out: is empty" in only_sentence(cli("--out", ""))
