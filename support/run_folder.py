@@ -290,7 +290,8 @@ def restore(state: dict, weights: dict[str, Tensor], optimizer, program, what: s
     is one for each weight, of its shape."""
     shapes = {name: weight.shape for name, weight in weights.items()}
     saved = {name: weight.shape for name, weight in state.get("unet", {}).items()}
-    moments = [x["exp_avg"].shape for x in state.get("optimizer", {}).get("state", {}).values()]
+    learned = state.get("optimizer", {}).get("state", {"": {"exp_avg": torch.zeros(0)}})
+    moments = [x["exp_avg"].shape for x in learned.values()]
     if saved != shapes or moments not in ([], list(shapes.values())):  # []: nothing was learned yet
         raise InputError(f"{what}: its checkpoint is of a network with other weights.")
     optimizer.load_state_dict(state["optimizer"])

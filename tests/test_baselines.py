@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 import prdp
 from baselines import diffusion_dpo, rwr
 from baselines.pairs import People
-from conftest import CPU, PROMPTS, assert_same_run, call, checkpoint, gradient_of, metrics_of
+from conftest import CPU, PROMPTS, ROOT, assert_same_run, call, checkpoint, gradient_of, metrics_of
 from conftest import only_sentence, script, small_run, tiny_config
 from rewards import load_reward
 from support.cli import InputError
@@ -315,23 +315,40 @@ def test_run_goes_on_to_the_bit(tiny_sd, tmp_path, capsys, people, name):
         assert "has other pairs than the run began with" in said
 
 
-@pytest.mark.parametrize("name", [*PROGRAMS, "people"])
-def test_two_processes_equal_one(tiny_sd, tmp_path, capsys, people, name):
-    module = PROGRAMS.get(name, diffusion_dpo)
-    flags = [*flags_of(name, tiny_sd, people), "--epochs", 1]
-    assert call(module.main, [*flags, "--out", tmp_path / "one"], capsys)[0] == 0
-    program = f"baselines/{module.__name__.rpartition('.')[2]}.py"
-    code, _, errors = script(program, *flags, "--out", tmp_path / "two", processes=2)
+THREE = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from baselines import diffusion_dpo, rwr
+from support import distributed, settings
+settings.end_processes = lambda: None  # they are one group to the end
+for name, flags in json.loads(sys.argv[2]):
+    {"rwr": rwr}.get(name, diffusion_dpo).main(flags)
+distributed.end_processes()
+"""
+
+
+def test_two_processes_equal_one(tiny_sd, tmp_path, capsys, people):
+    """Each program in turn, for that starts them once."""
+    runs = []
+    for name in (*PROGRAMS, "people"):
+        flags = [str(flag) for flag in (*flags_of(name, tiny_sd, people), "--epochs", 1)]
+        main = PROGRAMS.get(name, diffusion_dpo).main
+        assert call(main, [*flags, "--out", tmp_path / "one" / name], capsys)[0] == 0
+        runs.append((name, [*flags, "--out", str(tmp_path / "two" / name)]))
+    (tmp_path / "three.py").write_text(THREE)
+    code, _, errors = script(tmp_path / "three.py", ROOT, json.dumps(runs), processes=2)
     assert code == 0, errors
-    (one,), (two,) = (metrics_of(tmp_path / name) for name in ("one", "two"))
-    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
-    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
-    assert two.get("accuracy") == one.get("accuracy")
-    a, b = (checkpoint(tmp_path / name)["unet"] for name in ("one", "two"))
+
     start = prdp.load_models(tiny_config(tiny_sd), CPU).policy.unet.state_dict()
-    apart = sum((a[key] - b[key]).square().sum() for key in a).sqrt()
-    learned = sum((a[key] - start[key]).square().sum() for key in a).sqrt()
-    assert apart < 0.02 * learned
+    for name, _ in runs:
+        (one,), (two,) = (metrics_of(tmp_path / folder / name) for folder in ("one", "two"))
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5), name
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3), name
+        assert two.get("accuracy") == one.get("accuracy"), name
+        a, b = (checkpoint(tmp_path / folder / name)["unet"] for folder in ("one", "two"))
+        apart = sum((a[key] - b[key]).square().sum() for key in a).sqrt()
+        learned = sum((a[key] - start[key]).square().sum() for key in a).sqrt()
+        assert apart < 0.02 * learned, name
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_the_page_beside_the_paper_is_the_code():
     """Every function, test and line of code that docs/paper.md shows is in the source; every
     equation has a place there, and one of prdp.py unless it is a step without code."""
     shown, source = 0, ""
-    for found in re.finditer(r"`([\w/.]+\.py): (\w+)`|```python\n(.*?)```", PAPER, re.DOTALL):
+    for found in re.finditer(r"`([\w/.]+\.py):\s(\w+)`|```python\n(.*?)```", PAPER, re.DOTALL):
         file, name, block = found.groups()
         if block is None:
             source = source_of(file, name)

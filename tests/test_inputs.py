@@ -107,7 +107,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:123\nsize 9\n"
 def test_what_is_no_prompt_file(tmp_path, name, data, sentence):
     path = tmp_path / name.rstrip("/")
     path.mkdir() if name.endswith("/") else path.write_bytes(data)
-    with pytest.raises(InputError, match=f"--prompts {path}: ") as error:
+    with pytest.raises(InputError, match=f"--prompts {path}[:,] ") as error:
         load_prompts(path)
     assert sentence in str(error.value)
 
@@ -115,7 +115,7 @@ def test_what_is_no_prompt_file(tmp_path, name, data, sentence):
 def test_prompts_from_python():
     """One string is one prompt; whatever holds strings is a list of them."""
     assert as_prompts("a red circle") == ["a red circle"]
-    for kind in (tuple, np.array, iter, dict.fromkeys):
+    for kind in (tuple, np.array, iter):
         assert as_prompts(kind(["a", "b", "a"])) == ["a", "b"]
     for records in ([], ["  "], [3], [None]):
         with pytest.raises(InputError):
