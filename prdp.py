@@ -80,17 +80,17 @@ class Config(RunSettings):
     least: ClassVar = {"images_per_prompt": 2}  # PRDP compares a prompt's images
     resolve_reward: ClassVar = staticmethod(resolve_reward)
     epochs: int = flag(100, "E, training epochs", group="Table 4")
-    updates_per_epoch: int = flag(10, "K, gradient updates per epoch")
+    updates_per_epoch: int = flag(10, "K, gradient updates")
     prompts_per_epoch: int = flag(32, "N, drawn with replacement")
     images_per_prompt: int = flag(16, "B")
-    kl_weight: float = flag(3e-5, "beta; unit: reward per nat per latent dimension")
+    kl_weight: float = flag(3e-5, "beta; reward per nat per latent dimension")
     ddpm_steps: int = flag(50, "T, denoising steps")
-    clip_range: float = flag(1e-6, "epsilon of Eq. 20, nats per latent dimension; inf: no clipping")
+    clip_range: float = flag(1e-6, "epsilon of Eq. 20, nats per latent dimension; inf: none")
     guidance_scale: float = flag(5.0, "of classifier-free guidance")
     learning_rate: float = flag(1e-5, "of AdamW")
     weight_decay: float = flag(1e-4, "of AdamW")
-    max_grad_norm: float = flag(1.0, "gradients longer than this are scaled down to it")
-    offline: bool = flag(False, "learn from the pretrained model's images (Sec. 4.3)")
+    max_grad_norm: float = flag(1.0, "longer gradients are scaled down to it")
+    offline: bool = flag(False, "draw from the pretrained model (Sec. 4.3)")
 
     def passes(self) -> tuple[float, float]:
         """Network passes per image and epoch: without gradient (sampling, the reference, scoring
@@ -445,8 +445,8 @@ def update_metrics(
     of_policy, of_reference = gather(losses[None]).mean(0)  # over all processes
     explained = 1 - of_policy / of_reference
     moved = (log_probs - log_probs_old).abs()
-    metrics = {"loss_unclipped": loss_unclipped, "explained": explained, "log_ratio_old": moved}
-    return metrics | {"clip_fraction": moved > config.clip_range}
+    metrics = {"loss_unclipped": loss_unclipped, "explained": explained}
+    return metrics | {"log_ratio_old": moved, "clip_fraction": moved > config.clip_range}
 
 
 def draw_prompts(config: Config, prompts: list[str], epoch: int) -> list[str]:
@@ -552,7 +552,7 @@ def check_on_policy(config: Config, models: Models, prompt: str) -> Trajectories
         say(f"on-policy gap{', with deterministic cuDNN' * deterministic}: {gap:.1e}")
         if gap == 0:
             return trajectories
-    raise InputError(f"on-policy gap: {gap:.1e}, so the clip would act on noise; try --dtype fp32.")
+    raise InputError(f"on-policy gap {gap:.1e}: the clip would act on noise; try --dtype fp32.")
 
 
 def draw_samples(config: Config, models: Models, policy: Policy, prompts: list[str]) -> Samples:
