@@ -67,7 +67,7 @@ class Config(prdp.Config):
             raise InputError("--advantage group: needs --images-per-prompt 2 or more.")
 
     def passes(self) -> tuple[float, float]:
-        """As prdp.py's: an image is learned from once, and scored before but in the first update."""
+        """As prdp.py's: an image is learned from once, and scored before unless update 1 does."""
         return 1 + (1 - 1 / self.updates_per_epoch) + self.measure_kl, 1
 
 
