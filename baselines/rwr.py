@@ -4,11 +4,11 @@
     python baselines/rwr.py --reward hpsv2 --prompts prompts/animals.txt --out runs/hps-rwr
     python baselines/rwr.py --resume runs/hps-rwr
 
-Read it beside Apps. C.2, F.2, F.3, F.6 and G.1 of the workshop's edition. An epoch is one of their
-iterations: N*B images of the current model (10,000), then K updates (400) of the denoising loss,
-each on --batch-size of them (128) at random timesteps, weighted by their rewards. What is learned
-is the guided noise prediction, with the guidance of sampling (G.1). Nothing is held against the
-pretrained model, and nothing is clipped.
+Read it beside Apps. C.2, F.2, F.3, F.6 and G.1 of DDPO's ICML-workshop edition. An epoch is one of
+its iterations: N*B images of the current model (10,000), then K updates (400) of the denoising
+loss, each on --batch-size of them (128) at random timesteps, weighted by their rewards. What is
+learned is the guided noise prediction, with the guidance of sampling (G.1). Nothing is held against
+the pretrained model, and nothing is clipped.
 
 Paper                        Here
 w_RWR, w_sparse              weights, of an image; w_RWR's mean over a prompt is 1, as in their code
@@ -206,7 +206,7 @@ def backward_batch(
     to each `.grad`, a microbatch at a time; and fill `errors`."""
     first = rank() * len(x_0)
     own = ((images >= first) & (images < first + len(x_0))).nonzero()[:, 0]
-    for part in own.split(models.policy.microbatch):
+    for part in own.split(models.policy.microbatch) if len(own) else ():
         rows = images[part] - first
         texts = text[rows // config.images_per_prompt]
         drawn = (timesteps[part].to(x_0.device), noise[part].to(x_0.device))

@@ -450,6 +450,19 @@ def test_adapters_in_16_bits(tiny_sd, name):
         assert row["loss"] == pytest.approx(math.log(2), abs=1e-12)
 
 
+def test_a_process_without_a_share_takes_part(tiny_sd, monkeypatch):
+    """It has none of a batch's images: no pass, and a gradient of 0."""
+    config = tiny(rwr.Config, tiny_sd)
+    models = prdp.load_models(config, CPU, brightness)
+    x_0, text = torch.randn(12, 4, 8, 8), models.sd.encode(PROMPTS)
+    others = torch.arange(12, 20)
+    drawn = (torch.zeros(8, dtype=torch.int64), torch.randn(8, 4, 8, 8))
+    rwr.backward_batch(
+        config, models, x_0, text, others, *drawn, torch.zeros(8), torch.ones(8).double()
+    )
+    assert all(p.grad is None for p in models.policy.unet.parameters())
+
+
 def test_settings_that_do_not_go_together(tmp_path):
     with pytest.raises(InputError, match="--online: not with --pairs"):
         parse_settings(diffusion_dpo.Config, ["--pairs", "x.jsonl", "--online"])
