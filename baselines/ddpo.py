@@ -3,7 +3,7 @@
     python baselines/ddpo.py --preset toy --out runs/toy-ddpo
     python baselines/ddpo.py --reward hpsv2 --prompts prompts/animals.txt --out runs/hps-ddpo
 
-Read it beside Apps. C.3, F.1 and F.3 of its ICML-workshop edition. Their settings where they are not
+Read it beside Apps. C.3, F.1 and F.3 of its ICML-workshop edition. Its settings where they are not
 PRDP's Table 4: K = 4 minibatches an epoch, each image in one, clip range 1e-4; at large scale one
 image for each of 512 prompts (PRDP, App. B). There is no KL term.
 
