@@ -130,7 +130,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     base = find_model(args.against)[0] if args.against else settings.get("model")
     folders = dict(zip(last_parts(args.models), [folder for folder, _ in found], strict=True))
     if base not in (None, *folders.values()):
-        label = next(x for x in ("base", "pretrained", "the base model") if x not in folders)
+        label = next((x for x in ("base", "pretrained") if x not in folders), base)
         folders = {label: base, **folders}
     for folder in folders.values():  # before hours of drawing
         find_folder(folder)

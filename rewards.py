@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.cli import InputError, Parser, command, reading
-from support.inputs import load_function, load_network, load_tensors, load_tokenizer, quiet
+from support.inputs import Users, load_function, load_network, load_tensors, load_tokenizer, quiet
 from support.inputs import read_picture, running
 
 Scorer = Callable[[Tensor, list[str]], Tensor]
@@ -174,6 +174,9 @@ def load_reward(reward: str | tuple | list | Scorer, device: torch.device | str)
     if callable(reward):
         label = getattr(reward, "__name__", type(reward).__name__)
         return Reward({label: (1.0, reward)})
+    if not isinstance(reward, (str, tuple, list)):
+        raise InputError(f"--reward: must be words or a function, not {type(reward).__name__}.")
+    Users.forget()
     components = {}
     for label, weight, source, detail in parse_reward(reward):
         if source in LOADERS:
@@ -277,7 +280,7 @@ def cosine_scorer(
             scores.append((F.normalize(image, dim=-1) * F.normalize(text, dim=-1)).sum(-1))
         return torch.cat(scores)
 
-    score.networks = (model,)
+    score.networks, score.tokenizer = (model,), tokenizer
     return score
 
 

@@ -6,13 +6,15 @@ import csv
 import importlib.util
 import io
 import json
-import modulefinder
 import os
 import re
+import site
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +37,12 @@ def load_prompts(path: str | Path) -> list[str]:
         if kind == ".json":
             records = json.loads(text)
         elif kind == ".csv":
-            records = list(csv.DictReader(io.StringIO(text, newline="")))
+            table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            try:
+                records = list(table)
+            except csv.Error as error:
+                why = f"line {table.line_num}: {error}; is a quote not closed?"
+                raise InputError(f"{what}, {why}") from error
         else:
             records = [line for line in lines if not line.lstrip().startswith("#")]
     if kind == ".jsonl":
@@ -46,7 +53,7 @@ def load_prompts(path: str | Path) -> list[str]:
     for number, record in enumerate(records if kind == ".csv" else (), 2):
         if None in record or None in record.values():
             raise InputError(f"{what}: row {number} has not the header's cells; quote its commas.")
-    header = {cell.strip(' "\r').lower() for cell in lines[0].split(",")}
+    header = {cell.strip(' "').lower() for cell in re.split("[,;\t]", lines[0])}
     if "\0" in text or text.startswith("version https://git-lfs"):
         raise InputError(f"{what}: is no text, or a Git LFS pointer in place of one.")
     if kind in (".txt", "") and header & {"prompt", "caption"}:
@@ -61,7 +68,11 @@ def as_prompts(records: Iterable, what: str = "prompts") -> list[str]:
     if isinstance(records, os.PathLike) or hasattr(records, "items"):
         raise InputError(f"{what}: must be texts, in a list; load_prompts reads a file.")
     texts = [records] if isinstance(records, str) else list(records)
-    texts = [r.get("prompt") or r.get("caption") if isinstance(r, dict) else r for r in texts]
+    named = ({"prompt": None, "caption": None} | r if isinstance(r, dict) else r for r in texts)
+    texts = [
+        r if not isinstance(r, dict) else r["caption"] if r["prompt"] is None else r["prompt"]
+        for r in named
+    ]
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
             raise InputError(f"{what}: entry {number} is neither a string nor has a prompt.")
@@ -180,18 +191,8 @@ def load_function(what: str, file: str, function: str) -> Callable:
     return found
 
 
-def imported_by(file: str) -> list[Path]:
-    """The Python files of its folder that a file imports, and those that they import."""
-    finder = modulefinder.ModuleFinder([os.path.dirname(file)])
-    finder.run_script(file)
-    found = {module.__file__ for module in finder.modules.values()} - {file, None}
-    return sorted(Path(name) for name in found)
-
-
 cudnn = torch.backends.cudnn
-PROCESS = [  # what of this process a user's code may change: for itself alone the first two
-    (os.getcwd, os.chdir),
-    (os.environ.copy, lambda then: (os.environ.clear(), os.environ.update(then))),
+PROCESS = [  # what of this process a user's code may change, beside directory and environment
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device, torch.set_default_device),
     (torch.is_grad_enabled, torch.set_grad_enabled),
@@ -201,7 +202,32 @@ PROCESS = [  # what of this process a user's code may change: for itself alone t
     (lambda: cudnn.deterministic, lambda then: setattr(cudnn, "deterministic", then)),
     (lambda: cudnn.allow_tf32, lambda then: setattr(cudnn, "allow_tf32", then)),
 ]
-left_by_users = {}  # place in PROCESS -> what it was for us, and what their code left there
+INSTALLED = (*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("stdlib"))
+
+
+class Users:
+    """What users' code has done since `forget`: the files of its modules by name; for itself alone
+    the variables of the environment that it set, None if it took them away, and its directory."""
+
+    modules: ClassVar[dict[str, str]] = {}
+    environ: ClassVar[dict[str, str | None]] = {}
+    folder: str | None = None
+
+    @classmethod
+    def forget(cls) -> None:
+        """Before other code is loaded: a module that was edited since is then read again."""
+        for name in cls.modules:
+            sys.modules.pop(name, None)
+        cls.modules.clear()
+        cls.environ.clear()
+        cls.folder = None
+
+
+def set_environment(values: dict[str, str | None]) -> None:
+    for name, value in values.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @contextlib.contextmanager
@@ -210,10 +236,10 @@ def running(what: str) -> Iterator[None]:
 
     What it raises is an InputError that says where, SystemExit too, which would end the run as if
     all were well; running out of memory is no fault of that code."""
-    before = [get() for get, _ in PROCESS]
-    for place, (ours, theirs) in left_by_users.items():
-        if before[place] == ours:  # else it was changed since, for their code too
-            PROCESS[place][1](theirs)
+    before, known = [get() for get, _ in PROCESS], set(sys.modules)
+    folder, environ = os.getcwd(), dict(os.environ)
+    set_environment(Users.environ)
+    os.chdir(Users.folder or folder)
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
@@ -224,7 +250,16 @@ def running(what: str) -> Iterator[None]:
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{what}: {told} ({where}).") from error
     finally:
-        left_by_users.update({place: (before[place], PROCESS[place][0]()) for place in (0, 1)})
+        for name in sys.modules.keys() - known:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and not file.startswith(INSTALLED):
+                Users.modules[name] = file
+        names = {*os.environ, *environ}
+        changed = {name for name in names if os.environ.get(name) != environ.get(name)}
+        Users.environ = {name: os.environ.get(name) for name in changed}
+        Users.folder = None if os.getcwd() == folder else os.getcwd()
+        set_environment({name: environ.get(name) for name in changed})
+        os.chdir(folder)
         for (get, restore), value in zip(PROCESS, before, strict=True):
             if get() != value:
                 restore(value)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from support.cli import InputError, reading
 from support.distributed import on_rank_0, rank, say
-from support.inputs import imported_by
+from support.inputs import Users
 
 # What a run and its continuation may differ in; paths, because digests tell what they hold.
 MAY_DIFFER = {"resume", "out", "epochs", "save_every", "keep_every", "sample_every", "log_to"}
@@ -135,17 +135,32 @@ def digests(models, prompts: list[str], files: list[str]) -> dict[str, str]:
     """Of what a result depends on beside the settings: prompts as read, a reward's Python files and
     networks, pretrained weights and the configs that go with them."""
     sd, reward = models.sd, models.reward
-    beside = [path for file in files for path in imported_by(file)]
-    vocabulary = json.dumps(sd.pipe.tokenizer.get_vocab(), sort_keys=True)
+    beside = sorted({*Users.modules.values()} - {*files}) if files else []
+    scorers = [scorer for _, scorer in reward.components.values()]
+    settings = [described(scorer.tokenizer) for scorer in scorers if hasattr(scorer, "tokenizer")]
+    settings += [described(network) for network in reward.networks if hasattr(network, "config")]
     return {
         "prompts_digest": digest(prompt.encode() for prompt in prompts),
         "reward_digest": digest(Path(file).read_bytes() for file in files),
-        "reward_modules_digest": digest(file.read_bytes() for file in beside),
+        "reward_modules_digest": digest(Path(file).read_bytes() for file in beside),
         "reward_weights_digest": weights_digest(reward.networks),
         "model_digest": weights_digest([sd.unet, sd.vae, sd.pipe.text_encoder]),
-        "tokenizer_digest": digest([vocabulary.encode()]),
+        "tokenizer_digest": digest([described(sd.pipe.tokenizer)]),
+        "reward_configs_digest": digest(settings),
         "model_configs_digest": digest([json.dumps(sd.configs, sort_keys=True).encode()]),
     }
+
+
+def described(part) -> bytes:
+    """A tokenizer, but for how it was last called, or a network's config, but for its place."""
+    if hasattr(part, "config"):
+        content = part.config.to_dict()
+        content = {name: x for name, x in content.items() if "version" not in name}
+        content.pop("_name_or_path", None)
+    else:
+        content = json.loads(part.backend_tokenizer.to_str())
+        content |= {"truncation": None, "padding": None, "places": part.model_max_length}
+    return json.dumps(content, sort_keys=True, default=str).encode()
 
 
 def as_today(record: dict) -> dict:
@@ -298,6 +313,8 @@ def restore(state: dict, weights: dict[str, Tensor], optimizer, program, what: s
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(state["unet"][name])
+    if program is None and "program" in state:
+        raise InputError(f"{what}: its checkpoint is of a run with --pairs.")
     if program is not None:
         program.load_state_dict(state.get("program", {"latest": state.get("latest", {})}))
 

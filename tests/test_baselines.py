@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 import prdp
 from baselines import diffusion_dpo, rwr
 from baselines.pairs import People
-from conftest import CPU, PROMPTS, ROOT, assert_same_run, call, checkpoint, gradient_of, metrics_of
+from conftest import CPU, PROMPTS, ROOT, assert_same_run, call, checkpoint, contents, gradient_of
+from conftest import metrics_of
 from conftest import only_sentence, script, small_run, tiny_config
 from rewards import load_reward
 from support.cli import InputError
@@ -313,6 +314,12 @@ def test_run_goes_on_to_the_bit(tiny_sd, tmp_path, capsys, people, name):
         other.write_bytes(kept)
         said = only_sentence(call(main, ["--resume", halves, "--epochs", 5], capsys))
         assert "has other pairs than the run began with" in said
+        before = contents(halves)
+        (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+        again = ["--resume", halves, "--epochs", 5, "--pairs", "", "--reward", "incompressibility"]
+        again += ["--prompts", tmp_path / "p.txt"]
+        assert "is of a run with --pairs" in only_sentence(call(main, again, capsys))
+        assert contents(halves) == before
 
 
 THREE = """

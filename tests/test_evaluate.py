@@ -279,7 +279,7 @@ def test_a_pipeline_of_an_earlier_epoch_is_refused(evaluation, finished, tmp_pat
         (["base"], ["pretrained", "base"]),
         (["a/run", "b/run"], ["base", "a/run", "b/run"]),
         (["a/run", "b/base"], ["pretrained", "run", "base"]),
-        (["a/base", "b/pretrained"], ["the base model", "base", "pretrained"]),
+        (["a/base", "b/pretrained"], [None, "base", "pretrained"]),
     ],
 )
 def test_every_model_that_is_named_is_in_the_table(
@@ -291,7 +291,11 @@ def test_every_model_that_is_named_is_in_the_table(
         shutil.copytree(finished, tmp_path / name)
     assert evaluation(names)[0] == 0
     table = record_in(tmp_path / "out")["table"]
-    assert [row["model"] for row in table] == labels
+    (base, *_) = labels = [
+        label or json.loads((tmp_path / names[0] / "config.json").read_text())["model"]
+        for label in labels
+    ]
+    assert [row["model"] for row in table] == labels and base
     assert ["difference" in row for row in table] == [False] + [True] * len(names)
     code, _, errors = evaluation(names, "--against", finished, "--out", "other")
     assert code == 0, errors

@@ -57,6 +57,14 @@ def test_cells_of_a_table_are_whole(tmp_path):
     path = tmp_path / "b.csv"
     path.write_text('id,prompt\n1,"a cat, a dog"\n2,"a\ncat"\n3,a\u2028dog\n', encoding="utf-8")
     assert load_prompts(path) == ["a cat, a dog", "a\ncat", "a\u2028dog"]
+    path.write_text('prompt\n"a cat\na dog\n')
+    with pytest.raises(InputError, match="is a quote not closed"):
+        load_prompts(path)
+    path.write_text('prompt\n"' + "a cat\n" * 40_000)
+    with pytest.raises(InputError, match="is a quote not closed"):
+        load_prompts(path)
+    path.write_text("id,prompt\n1,a cat\n2,\n")
+    assert load_prompts(path) == ["a cat"]
     for row in ("2,a cat, a dog", "3"):
         path.write_text(f"id,prompt\n1,a cat\n{row}\n")
         with pytest.raises(InputError, match="row 3 has not the header's cells"):
@@ -356,6 +364,29 @@ def f(images, prompts):
     with ProcessPoolExecutor(2, context) as pool:
         return list(pool.map(brightness, pixels))
 """
+
+
+def test_what_a_reward_leaves_behind_is_its_own(tmp_path, monkeypatch):
+    """A variable that it set is there at its next call, whatever else changes, and gone for the
+    next reward, whose modules are read anew."""
+    (tmp_path / "near.py").write_text("value = 1.0\n")
+    (tmp_path / "mine.py").write_text(
+        "import os, near\n"
+        "seen = os.environ.get('SCALE', '')\n"
+        "os.environ['SCALE'] = '3'\n"
+        "def f(images, prompts):\n"
+        "    return [near.value * float(os.environ['SCALE'] + seen)] * len(prompts)\n"
+    )
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    reward = rewards.load_reward(f"{tmp_path}/mine.py:f", "cpu")
+    assert reward(images, ["a"]).tolist() == [3.0]
+    monkeypatch.setenv("OTHER", "1")
+    assert reward(images, ["a"]).tolist() == [3.0] and "SCALE" not in os.environ
+    (tmp_path / "near.py").write_text("value = 20.0\n")
+    again = rewards.load_reward(f"{tmp_path}/mine.py:f", "cpu")
+    assert again(images, ["a"]).tolist() == [60.0]
+    with pytest.raises(InputError, match="must be words or a function, not dict"):
+        rewards.load_reward({"incompressibility": 2}, "cpu")
 
 
 def test_rewards_may_have_worker_processes(tmp_path, monkeypatch):

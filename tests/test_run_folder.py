@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 import prdp
 from conftest import PROMPTS, ROOT, assert_same_run, checkpoint, contents, edit_json, metrics_of
@@ -367,14 +367,25 @@ def test_inputs_that_changed_are_refused_by_name(file, change, what, world, run)
     assert contents(run) == before
 
 
-def test_changed_weights_of_a_reward_are_refused(cli, tmp_path):
+def test_a_changed_network_or_tokenizer_of_a_reward_is_refused(cli, tmp_path):
     folder = Path(shutil.copytree(ROOT / "toy" / "pickscore", tmp_path / "pick"))
     assert cli("--reward", f"pickscore:{folder}", "--epochs", 1)[0] == 0
     weights = load_file(folder / "model.safetensors")
     weights["text_projection.weight"] *= 1.01
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    said = only_sentence(cli("--resume", tmp_path / "run", "--epochs", 2))
-    assert "the reward weights changed since it began" in said
+    changes = {
+        "tokenizer.json": swap_two_words((folder / "tokenizer.json").read_bytes()),
+        "config.json": (folder / "config.json").read_bytes().replace(b"quick_gelu", b"gelu"),
+        "model.safetensors": save(weights, {"format": "pt"}),
+    }
+    for name, data in changes.items():
+        before = (folder / name).read_bytes()
+        assert data != before
+        (folder / name).write_bytes(data)
+        said = only_sentence(cli("--resume", tmp_path / "run", "--epochs", 2))
+        what = "weights" if name == "model.safetensors" else "configs"
+        assert f"the reward {what} changed since it began" in said
+        (folder / name).write_bytes(before)
+    assert cli("--resume", tmp_path / "run", "--epochs", 2)[::2] == (0, "")
 
 
 @pytest.mark.parametrize(
@@ -646,6 +657,7 @@ def test_only_modules_that_a_reward_imports_count(cli, tmp_path, monkeypatch):
     place, other = tmp_path / "lr=1e-4,b=3", tmp_path / "other"
     place.mkdir()
     (place / "bright.py").write_text(
+        "try:\n    import wandb.sdk\nexcept ImportError:\n    pass\n"
         "def f(images, prompts):\n    return images.float().mean((1, 2, 3))\n"
     )
     (place / "script.py").write_text("x = 1\n")
@@ -653,6 +665,7 @@ def test_only_modules_that_a_reward_imports_count(cli, tmp_path, monkeypatch):
     importlib.import_module("script")
     assert cli("--reward", f"{place}/bright.py:f", "--epochs", 1)[0] == 0
     (place / "script.py").write_text("x = 2\n")
+    (place / "wandb").mkdir()  # as wandb leaves one, without a module in it
     run = tmp_path / "run"
     assert cli("--resume", run, "--epochs", 2)[::2] == (0, "")
     place.rename(other)
