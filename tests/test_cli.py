@@ -275,4 +275,4 @@ def test_pip_says_that_it_is_no_package(tmp_path):
 def test_no_gpu_is_seen_unless_asked_for():
     """Backward passes on one do not repeat their bits, which tests of runs ask for."""
     asked = "gpu" in sys.argv
-    assert asked or os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available()
+    assert asked or (os.environ["CUDA_VISIBLE_DEVICES"] == "" and not torch.cuda.is_available())
