@@ -164,16 +164,29 @@ def test_preset_is_no_setting():
     assert config.resolved().epochs == 2
 
 
-@pytest.mark.parametrize("command", ["prdp.py", "evaluate.py", "rewards.py", "baselines/ddpo.py"])
-def test_help_needs_no_torchrun_and_no_docstrings(command, tmp_path):
+HELP = """
+import runpy, sys
+for command in sys.argv[1:]:
+    sys.argv = [command, "--help"]
+    try:
+        runpy.run_path(command, run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, command
+"""
+
+
+def test_help_needs_no_torchrun_and_no_docstrings(tmp_path):
     """Of other launchers some variables are set; and Python may leave docstrings out."""
     env = {**os.environ, "WORLD_SIZE": "4", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}
+    env["PYTHONPATH"] = str(ROOT)
+    programs = ("ddpo", "rwr", "diffusion_dpo")
+    names = ["prdp.py", "evaluate.py", "rewards.py", *(f"baselines/{name}.py" for name in programs)]
     done = subprocess.run(
-        [sys.executable, "-OO", str(ROOT / command), "--help"],
+        [sys.executable, "-OO", "-c", HELP, *(str(ROOT / name) for name in names)],
         cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "--reward" in done.stdout
+    assert done.stdout.count("usage: ") == done.stdout.count("  --reward ") == len(names)
 
 
 def test_another_launchers_variables_are_said(cli, monkeypatch):
