@@ -68,11 +68,10 @@ def as_prompts(records: Iterable, what: str = "prompts") -> list[str]:
     if isinstance(records, os.PathLike) or hasattr(records, "items"):
         raise InputError(f"{what}: must be texts, in a list; load_prompts reads a file.")
     texts = [records] if isinstance(records, str) else list(records)
-    named = ({"prompt": None, "caption": None} | r if isinstance(r, dict) else r for r in texts)
-    texts = [
-        r if not isinstance(r, dict) else r["caption"] if r["prompt"] is None else r["prompt"]
-        for r in named
-    ]
+    for n, record in enumerate(texts):
+        if isinstance(record, dict):
+            found = [record.get(name) for name in ("prompt", "caption")]
+            texts[n] = next((text for text in found if text is not None), None)
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
             raise InputError(f"{what}: entry {number} is neither a string nor has a prompt.")

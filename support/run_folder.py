@@ -27,14 +27,8 @@ MAY_DIFFER |= MACHINE | {"model", "prompts", "pairs", "tracker_id"}
 VERSION = 4  # of the checkpoint's layout; 3 had "latest", DDPO's rewards, for "program"
 OF_LOSS = {"prdp": "prdp.py", "ddpo": "baselines/ddpo.py", "ddpo-sf": "baselines/ddpo.py"}
 STARTED = {"config.json", "metrics.jsonl", "checkpoint", "samples"}  # by a start that failed, too
-OURS = STARTED | {
-    "reward.png",
-    "before_after.png",
-    "pipeline",
-    "lora",
-    "epochs",
-    "model_index.json",
-}
+OURS = STARTED | {"reward.png", "before_after.png", "pipeline", "lora", "epochs"}
+OURS |= {"model_index.json"}  # of a model, which is no place for a run
 
 
 @contextlib.contextmanager
@@ -305,16 +299,16 @@ def restore(state: dict, weights: dict[str, Tensor], optimizer, program, what: s
     is one for each weight, of its shape."""
     shapes = {name: weight.shape for name, weight in weights.items()}
     saved = {name: weight.shape for name, weight in state.get("unet", {}).items()}
-    learned = state.get("optimizer", {}).get("state", {"": {"exp_avg": torch.zeros(0)}})
-    moments = [x["exp_avg"].shape for x in learned.values()]
-    if saved != shapes or moments not in ([], list(shapes.values())):  # []: nothing was learned yet
+    moments = [x["exp_avg"].shape for x in state.get("optimizer", {}).get("state", {}).values()]
+    whole = "optimizer" in state and moments in ([], list(shapes.values()))  # []: nothing learned
+    if saved != shapes or not whole:
         raise InputError(f"{what}: its checkpoint is of a network with other weights.")
+    if program is None and "program" in state:
+        raise InputError(f"{what}: its checkpoint is of a run with --pairs.")
     optimizer.load_state_dict(state["optimizer"])
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(state["unet"][name])
-    if program is None and "program" in state:
-        raise InputError(f"{what}: its checkpoint is of a run with --pairs.")
     if program is not None:
         program.load_state_dict(state.get("program", {"latest": state.get("latest", {})}))
 
