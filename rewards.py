@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.cli import InputError, Parser, command, reading
-from support.inputs import Users, load_function, load_network, load_tensors, load_tokenizer, quiet
-from support.inputs import read_picture, running
+from support.inputs import forget_modules, load_function, load_network, load_tensors
+from support.inputs import load_tokenizer, quiet, read_picture, running
 
 Scorer = Callable[[Tensor, list[str]], Tensor]
 
@@ -176,7 +176,7 @@ def load_reward(reward: str | tuple | list | Scorer, device: torch.device | str)
         return Reward({label: (1.0, reward)})
     if not isinstance(reward, (str, tuple, list)):
         raise InputError(f"--reward: must be words or a function, not {type(reward).__name__}.")
-    Users.forget()
+    forget_modules()
     components = {}
     for label, weight, source, detail in parse_reward(reward):
         if source in LOADERS:

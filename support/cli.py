@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import os
-import pickle
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -98,34 +97,26 @@ def reading(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        kinds = (OSError, ValueError, EOFError, RuntimeError, ImportError, pickle.UnpicklingError)
-        foreign = type(error).__module__.startswith(("safetensors", "http", "huggingface_hub"))
-        memory = isinstance(error, torch.OutOfMemoryError)
-        if memory or not (foreign or isinstance(error, kinds)):
+        kinds = (OSError, ValueError, EOFError, RuntimeError, ImportError)
+        libraries = ("safetensors", "http", "huggingface_hub", "_pickle", "_csv")
+        foreign = isinstance(error, kinds) or type(error).__module__.startswith(libraries)
+        if isinstance(error, torch.OutOfMemoryError) or not foreign:
             raise
         raise InputError(f"{what}: {in_brief(error)}.") from error
-
-
-# What the hub answers, by HTTP status.
-ANSWERS = {
-    401: "the hub wants a login (`hf auth login`), or there is no such name",
-    403: "the hub wants its licence accepted, on the page of this name",
-    404: "the hub has nothing of this name",
-    429: "the hub's limit of requests is reached; try later, or log in (`hf auth login`)",
-}
 
 
 def in_brief(error: BaseException) -> str:
     """Why a file cannot be used, in the words of a sentence: by the kinds and the HTTP status of
     the errors that led to this one."""
     chain = [error]
-    while chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+    while link := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(link)
     kinds = {type(link).__name__ for link in chain}
     for link in reversed(chain):
         status = getattr(getattr(link, "response", None), "status_code", 0)
         if status >= 400:
-            return ANSWERS.get(status, f"the hub answered {status}; try later")
+            todo = "check the name, accept its licence on its page, log in by `hf auth login`"
+            return f"the hub answers {status}; {todo if status < 429 else 'try later'}"
     if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError"}:
         return "not cached, and the hub is out of reach"
     if "UnpicklingError" in kinds:

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 import json
+import logging
 import os
 import re
 import site
@@ -14,7 +15,6 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,33 +31,27 @@ def load_prompts(path: str | Path) -> list[str]:
         data = Path(path).read_bytes()
         wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         text = data.decode("utf-16" if wide else "utf-8-sig")
-        lines = re.split(
-            r"\r\n?|\n", text
-        )  # not splitlines(): JSON strings may hold other separators
-        if kind == ".json":
-            records = json.loads(text)
-        elif kind == ".csv":
-            table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-            try:
-                records = list(table)
-            except csv.Error as error:
-                why = f"line {table.line_num}: {error}; is a quote not closed?"
-                raise InputError(f"{what}, {why}") from error
-        else:
+    if "\0" in text or text.startswith("version https://git-lfs"):
+        raise InputError(f"{what}: is no text, or a Git LFS pointer in place of one.")
+    lines = re.split(r"\r\n?|\n", text)  # not splitlines(): JSON may hold other separators
+    header = {cell.strip(' "').lower() for cell in re.split("[,;\t]", lines[0])}
+    if kind in (".txt", "") and header & {"prompt", "caption"}:
+        raise InputError(f"{what}: begins as a table does; name it .csv, or take that line away.")
+
+    records = []
+    with reading(what):
+        if kind in (".txt", ""):
             records = [line for line in lines if not line.lstrip().startswith("#")]
-    if kind == ".jsonl":
-        records = []
-        for number, line in enumerate(lines, 1):
-            with reading(f"{what}, line {number}"):
-                records += [json.loads(line)] if line.strip() else []
+        elif kind == ".csv":
+            records = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        elif kind == ".json":
+            records = json.loads(text)
+    for number, line in enumerate(lines if kind == ".jsonl" else (), 1):
+        with reading(f"{what}, line {number}"):
+            records += [json.loads(line)] if line.strip() else []
     for number, record in enumerate(records if kind == ".csv" else (), 2):
         if None in record or None in record.values():
             raise InputError(f"{what}: row {number} has not the header's cells; quote its commas.")
-    header = {cell.strip(' "').lower() for cell in re.split("[,;\t]", lines[0])}
-    if "\0" in text or text.startswith("version https://git-lfs"):
-        raise InputError(f"{what}: is no text, or a Git LFS pointer in place of one.")
-    if kind in (".txt", "") and header & {"prompt", "caption"}:
-        raise InputError(f"{what}: begins as a table does; name it .csv, or take that line away.")
     if kind not in (".txt", "", ".csv", ".json", ".jsonl") or not isinstance(records, list):
         raise InputError(f"{what}: must be .txt, .csv, .json or .jsonl, a list of prompts.")
     return as_prompts(records, what)
@@ -67,17 +61,17 @@ def as_prompts(records: Iterable, what: str = "prompts") -> list[str]:
     """The text of each, stripped, blanks and repeats dropped; InputError for what is no prompt."""
     if isinstance(records, os.PathLike) or hasattr(records, "items"):
         raise InputError(f"{what}: must be texts, in a list; load_prompts reads a file.")
-    texts = [records] if isinstance(records, str) else list(records)
-    for n, record in enumerate(texts):
-        if isinstance(record, dict):
-            found = [record.get(name) for name in ("prompt", "caption")]
-            texts[n] = next((text for text in found if text is not None), None)
-    for number, text in enumerate(texts, 1):
+    texts = []
+    for number, text in enumerate([records] if isinstance(records, str) else records, 1):
+        if isinstance(text, dict):
+            found = [text.get(name) for name in ("prompt", "caption")]
+            text = next((text for text in found if text is not None), None)
         if not isinstance(text, str):
             raise InputError(f"{what}: entry {number} is neither a string nor has a prompt.")
+        texts.append(text.strip())
     with reading(what):
         "".join(texts).encode()  # half a surrogate pair is no character
-    prompts = list(dict.fromkeys(text.strip() for text in texts if text.strip()))
+    prompts = list(dict.fromkeys(filter(None, texts)))
     if not prompts:
         raise InputError(f"{what}: holds no prompt.")
     return prompts
@@ -104,34 +98,27 @@ def read_picture(path: str | Path, what: str) -> Tensor:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers and diffusers say nothing of loading: what matters is an InputError here.
-    Downloads keep their bars."""
+    """Libraries say nothing of loading: what matters is an InputError here. Downloads keep their
+    bars."""
     from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging as bars
 
-    logs = [importlib.import_module(f"{n}.utils.logging") for n in ("transformers", "diffusers")]
-    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
-    for log in logs:
-        log.set_verbosity(log.CRITICAL)
-        log.disable_progress_bar()
+    before, shown = logging.root.manager.disable, bars.is_progress_bar_enabled()
+    logging.disable()
+    bars.disable_progress_bar()
     enable_progress_bars()
     try:
         yield
     finally:
-        for log, (verbosity, bars) in zip(logs, before, strict=True):
-            log.set_verbosity(verbosity)
-            if bars:
-                log.enable_progress_bar()
+        logging.disable(before)
+        if shown:
+            bars.enable_progress_bar()
 
 
 def load_network(what: str, kind: type, folder: str, **options) -> nn.Module:
     """A diffusers or transformers network, frozen, in float32 whatever the file's; InputError where
     it cannot be read, lacks a weight, or has one of another shape or that is no number."""
     options |= {"dtype": torch.float32, "output_loading_info": True}
-    files = Path(folder, options.get("subfolder", "")).glob("*")
-    weights = [file.name for file in files if file.suffix in (".safetensors", ".bin")]
-    if weights and all(".fp16." in name for name in weights):
-        remedy = "load it with variant='fp16', then save_pretrained it"
-        raise InputError(f"{what}: is there as its fp16 variant alone; {remedy}.")
     with reading(what):
         network, found = kind.from_pretrained(folder, ignore_mismatched_sizes=True, **options)
     bad = {*found["missing_keys"], *(mismatch[0] for mismatch in found["mismatched_keys"])}
@@ -191,7 +178,7 @@ def load_function(what: str, file: str, function: str) -> Callable:
 
 
 cudnn = torch.backends.cudnn
-PROCESS = [  # what of this process a user's code may change, beside directory and environment
+PROCESS = [  # what of PyTorch in this process a user's code may change
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_default_device, torch.set_default_device),
     (torch.is_grad_enabled, torch.set_grad_enabled),
@@ -202,43 +189,23 @@ PROCESS = [  # what of this process a user's code may change, beside directory a
     (lambda: cudnn.allow_tf32, lambda then: setattr(cudnn, "allow_tf32", then)),
 ]
 INSTALLED = (*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("stdlib"))
+MODULES: dict[str, str] = {}  # that users' code has loaded, by name: their files
 
 
-class Users:
-    """What users' code has done since `forget`: the files of its modules by name; for itself alone
-    the variables of the environment that it set, None if it took them away, and its directory."""
-
-    modules: ClassVar[dict[str, str]] = {}
-    environ: ClassVar[dict[str, str | None]] = {}
-    folder: str | None = None
-
-    @classmethod
-    def forget(cls) -> None:
-        """Before other code is loaded: a module that was edited since is then read again."""
-        for name in cls.modules:
-            sys.modules.pop(name, None)
-        cls.modules.clear()
-        cls.environ.clear()
-        cls.folder = None
-
-
-def set_environment(values: dict[str, str | None]) -> None:
-    for name, value in values.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
+def forget_modules() -> None:
+    """Before other code of users is loaded: a module that was edited since is then read again."""
+    for name in MODULES:
+        sys.modules.pop(name, None)
+    MODULES.clear()
 
 
 @contextlib.contextmanager
 def running(what: str) -> Iterator[None]:
-    """Run a user's code: what it changes of this process is as before afterwards.
+    """Run a user's code: how PyTorch computes is as before afterwards.
 
     What it raises is an InputError that says where, SystemExit too, which would end the run as if
     all were well; running out of memory is no fault of that code."""
     before, known = [get() for get, _ in PROCESS], set(sys.modules)
-    folder, environ = os.getcwd(), dict(os.environ)
-    set_environment(Users.environ)
-    os.chdir(Users.folder or folder)
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
@@ -252,13 +219,7 @@ def running(what: str) -> Iterator[None]:
         for name in sys.modules.keys() - known:
             file = getattr(sys.modules[name], "__file__", None)
             if file and not file.startswith(INSTALLED):
-                Users.modules[name] = file
-        names = {*os.environ, *environ}
-        changed = {name for name in names if os.environ.get(name) != environ.get(name)}
-        Users.environ = {name: os.environ.get(name) for name in changed}
-        Users.folder = None if os.getcwd() == folder else os.getcwd()
-        set_environment({name: environ.get(name) for name in changed})
-        os.chdir(folder)
+                MODULES[name] = file
         for (get, restore), value in zip(PROCESS, before, strict=True):
             if get() != value:
                 restore(value)

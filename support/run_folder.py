@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
@@ -18,12 +17,12 @@ from torch import Tensor, nn
 
 from support.cli import InputError, reading
 from support.distributed import on_rank_0, rank, say
-from support.inputs import Users
+from support.inputs import MODULES
 
 # What a run and its continuation may differ in; paths, because digests tell what they hold.
 MAY_DIFFER = {"resume", "out", "epochs", "save_every", "keep_every", "sample_every", "log_to"}
 MACHINE = {"microbatch", "gradient_checkpointing", "offload"}  # of these the bits may depend
-MAY_DIFFER |= MACHINE | {"model", "prompts", "pairs", "tracker_id"}
+MAY_DIFFER |= MACHINE | {"model", "prompts", "pairs", "reward", "tracker_id"}
 VERSION = 4  # of the checkpoint's layout; 3 had "latest", DDPO's rewards, for "program"
 OF_LOSS = {"prdp": "prdp.py", "ddpo": "baselines/ddpo.py", "ddpo-sf": "baselines/ddpo.py"}
 STARTED = {"config.json", "metrics.jsonl", "checkpoint", "samples"}  # by a start that failed, too
@@ -35,31 +34,26 @@ OURS |= {"model_index.json"}  # of a model, which is no place for a run
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold a lock in `folder` within this block; InputError if another process does. The system
     frees it whatever ends this process; forks do not inherit it."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    if rank() != 0 or folder.is_file():
+    if rank() != 0:
         yield
         return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    with open(path, "a") as file:
+    with open(folder / ".lock", "a") as file:
         try:
             import fcntl
 
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            free = path.exists() and os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-        except (BlockingIOError, PermissionError):
-            free = False
+        except (BlockingIOError, PermissionError) as error:
+            raise InputError(f"{folder}: another process writes there.") from error
         except (ImportError, OSError):
-            free = True
             say(f"warning: {folder} cannot be locked; let no other process write there.")
-        if not free:
-            raise InputError(f"{folder}: another process writes there.")
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # a start that was refused leaves nothing
-                [path.rmdir() for path in made]
+            with contextlib.suppress(OSError):
+                (folder / ".lock").unlink()
+                [path.rmdir() for path in made]  # a start that was refused leaves nothing
 
 
 @contextlib.contextmanager
@@ -125,16 +119,17 @@ def weights_digest(networks: Iterable[nn.Module]) -> str:
     return digest(w[:: max(1, len(w) // 64)].float().cpu().numpy().tobytes() for w in weights)
 
 
-def digests(models, prompts: list[str], files: list[str]) -> dict[str, str]:
-    """Of what a result depends on beside the settings: prompts as read, a reward's Python files and
-    networks, pretrained weights and the configs that go with them."""
+def digests(models, prompts: list[str], files: list[str]) -> dict:
+    """Of what a result depends on beside the settings: prompts as read, a reward's terms, Python
+    files and networks, pretrained weights and the configs that go with them."""
     sd, reward = models.sd, models.reward
-    beside = sorted({*Users.modules.values()} - {*files}) if files else []
+    beside = sorted({*MODULES.values()} - {*files}) if files else []
     scorers = [scorer for _, scorer in reward.components.values()]
     settings = [described(scorer.tokenizer) for scorer in scorers if hasattr(scorer, "tokenizer")]
     settings += [described(network) for network in reward.networks if hasattr(network, "config")]
     return {
         "prompts_digest": digest(prompt.encode() for prompt in prompts),
+        "reward_terms": [f"{c}={weight:g}" for c, (weight, _) in reward.components.items()],
         "reward_digest": digest(Path(file).read_bytes() for file in files),
         "reward_modules_digest": digest(Path(file).read_bytes() for file in beside),
         "reward_weights_digest": weights_digest(reward.networks),
@@ -188,12 +183,8 @@ def require_same(then: dict, now: dict, what: str) -> None:
     then, same = as_today(then), set(MAY_DIFFER)
     if then.get("reward") == []:  # of a caller, who may have written it into a file
         same |= {name for name in then if name.startswith("reward")}
-    for name in sorted(then.keys() & now.keys() - same):
-        was, is_now = then[name], now[name]
-        if name == "reward":  # without paths: digests tell what they hold
-            path = r"/(.*/)?[^:=]*|=1\.0$"  # and without the weight of a path with a "="
-            was, is_now = ([re.sub(path, "", word) for word in x] for x in (was, is_now))
-        if was != is_now:
+    for name in now:
+        if name not in same and then.get(name, now[name]) != now[name]:
             change = f"{name} is {now[name]}, and was {then[name]}"
             if name.endswith("_digest"):
                 what_changed = name.removesuffix("_digest").replace("_", " ")
@@ -217,17 +208,14 @@ def open_run(config) -> dict:
 
 
 def is_used(run: Path) -> bool:
-    """Does a folder hold a run that has done an epoch, or what no failed start explains? Files of
-    other names do not matter."""
+    """Does a folder hold a run or a model? Neither files of other names count, nor what a start
+    leaves that failed before its first epoch ended: empty metrics."""
     if not run.is_dir():
         return run.exists()
-    ours = {path.name for path in run.iterdir()} & OURS
-    if "config.json" not in ours or not ours <= STARTED or read_metrics(run):
-        return bool(ours)
-    try:
-        return "checkpoint" in ours and read_state(run)["epoch"] > 0
-    except InputError:
-        return True  # perhaps of use to somebody
+    ours = {path.name: path for path in run.iterdir() if path.name in OURS}
+    metrics = ours.get("metrics.jsonl")
+    failed = metrics and metrics.stat().st_size == 0 and ours.keys() <= STARTED
+    return bool(ours) and not failed
 
 
 def begin(config, digests: dict, saved: dict, learning: tuple) -> tuple[dict, list[dict]]:
@@ -248,10 +236,10 @@ def begin(config, digests: dict, saved: dict, learning: tuple) -> tuple[dict, li
         restore(saved, *learning, what)
     saved.clear()  # and its memory
     rows = [row for row in read_metrics(out) if row["epoch"] <= epoch]
+    write_metrics(out, rows)
     write_json(out / "config.json", record)
     if not epoch:  # a folder with metrics always has a checkpoint
         save_state(out, record, 0, {})
-    write_metrics(out, rows)
     return record, rows
 
 
@@ -279,29 +267,25 @@ def save_state(run: Path, record: dict, epoch: int, state: dict) -> None:
 def read_state(run: Path) -> dict:
     """state.pt, whole, on the CPU; InputError for none, a damaged or a foreign one."""
     path, what = run / "checkpoint" / "state.pt", f"--resume {run}"
-    if not path.is_file():
-        raise InputError(f"{what}: has no checkpoint to go on from.")
     try:  # mapped, where weights are copied to a GPU: several processes share the memory
         options = {"weights_only": True, "mmap": torch.cuda.is_available()}
         state = torch.load(path, map_location="cpu", **options)
+        version, *_ = (state[name] for name in ("version", "record", "epoch"))
+    except FileNotFoundError as error:
+        raise InputError(f"{what}: has no checkpoint to go on from.") from error
     except Exception as error:  # of many kinds
-        raise InputError(f"{what}: {path} is damaged or cannot be read.") from error
-    if not isinstance(state, dict) or not {"version", "record", "epoch"} <= state.keys():
-        raise InputError(f"{what}: {path} is no checkpoint of a run.")
-    if state["version"] not in (3, VERSION):
-        found = state["version"]
-        raise InputError(f"{what}: its checkpoint is of version {found}, and this is {VERSION}.")
+        raise InputError(f"{what}: {path} is damaged, or no checkpoint of a run.") from error
+    if version not in (3, VERSION):
+        raise InputError(f"{what}: its checkpoint is of version {version}, and this is {VERSION}.")
     return state
 
 
 def restore(state: dict, weights: dict[str, Tensor], optimizer, program, what: str) -> None:
-    """Put a state's weights, moments and the program's own state in place; InputError unless there
-    is one for each weight, of its shape."""
+    """Put a state's weights, moments and the program's own state in place; InputError unless its
+    weights are of the same names and shapes."""
     shapes = {name: weight.shape for name, weight in weights.items()}
     saved = {name: weight.shape for name, weight in state.get("unet", {}).items()}
-    moments = [x["exp_avg"].shape for x in state.get("optimizer", {}).get("state", {}).values()]
-    whole = "optimizer" in state and moments in ([], list(shapes.values()))  # []: nothing learned
-    if saved != shapes or not whole:
+    if saved != shapes or "optimizer" not in state:
         raise InputError(f"{what}: its checkpoint is of a network with other weights.")
     if program is None and "program" in state:
         raise InputError(f"{what}: its checkpoint is of a run with --pairs.")
@@ -314,15 +298,11 @@ def restore(state: dict, weights: dict[str, Tensor], optimizer, program, what: s
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The rows of metrics.jsonl, epochs rising, without lines that are none (torn or foreign)."""
+    """The rows of metrics.jsonl, without a line that is torn."""
     path, rows = run / "metrics.jsonl", []
-    lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
-    for line in lines:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            row = json.loads(line)
-            last = rows[-1]["epoch"] if rows else 0
-            if row["epoch"] > last and isinstance(row["reward_mean"], int | float | None):
-                rows.append(row)
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
     return rows
 
 

@@ -122,7 +122,7 @@ def parse_settings(kind: type[RunSettings], argv: list[str]) -> RunSettings:
         raise InputError(f"--resume {run}: not with --preset or --out; the run has its own.")
     saved = kind(**run_folder.read_settings(run, kind))
     config = dataclasses.replace(saved, **given).resolved()
-    for name in given.keys() - run_folder.MAY_DIFFER - {"reward"}:  # whose paths may differ
+    for name in given.keys() - run_folder.MAY_DIFFER:
         if getattr(config, name) != getattr(saved, name):
             began = f"the run began with {getattr(saved, name)}"
             raise InputError(f"{option(name)} {given[name]}: {began}.")

@@ -40,7 +40,7 @@ BAD_INPUT = [
     (["--reward", "beauty"], "no reward 'beauty'; choose from hpsv2"),
     (["--reward", "pickscore=10,hpsv2=2"], "--reward pickscore=10 hpsv2=2"),
     (["--model", "/nowhere/sd"], "--model /nowhere/sd: "),
-    (["--out", "{given}/file.txt"], "file.txt: in use; choose another"),
+    (["--out", "{given}/file.txt"], "file.txt: File exists"),
     (["--out", "{given}/used"], "in use; choose another"),
     (["--resume", "{given}"], "its config.json: No such file or directory"),
     (["--resume", "{given}/used", "--out", "elsewhere"], "not with --preset or --out"),

@@ -58,10 +58,10 @@ def test_cells_of_a_table_are_whole(tmp_path):
     path.write_text('id,prompt\n1,"a cat, a dog"\n2,"a\ncat"\n3,a\u2028dog\n', encoding="utf-8")
     assert load_prompts(path) == ["a cat, a dog", "a\ncat", "a\u2028dog"]
     path.write_text('prompt\n"a cat\na dog\n')
-    with pytest.raises(InputError, match="is a quote not closed"):
+    with pytest.raises(InputError, match="unexpected end of data"):
         load_prompts(path)
     path.write_text('prompt\n"' + "a cat\n" * 40_000)
-    with pytest.raises(InputError, match="is a quote not closed"):
+    with pytest.raises(InputError, match="field larger than field limit"):
         load_prompts(path)
     path.write_text("id,prompt\n1,a cat\n2,\n")
     assert load_prompts(path) == ["a cat"]
@@ -261,7 +261,7 @@ def ask(tmp_path, models: list[str], **environment: str) -> list[str]:
 
 
 def test_the_hubs_answer_is_in_the_sentence(tmp_path):
-    answers = {"a/m401": "the hub wants a login", "a/m403": "the hub wants its licence accepted"}
+    answers = {"a/m401": "the hub answers 401; check the name", "a/m403": "the hub answers 403; "}
     server = HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
@@ -277,9 +277,9 @@ def test_the_hubs_answer_is_in_the_sentence(tmp_path):
 @pytest.mark.parametrize(
     ("status", "sentence"),
     [
-        (404, "the hub has nothing of this name"),
-        (429, "the hub's limit of requests is reached"),
-        (500, "the hub answered 500; try later"),
+        (404, "the hub answers 404; check the name, accept its licence on its page, log in"),
+        (429, "the hub answers 429; try later"),
+        (520, "the hub answers 520; try later"),
     ],
 )
 def test_an_answer_counts_however_deep_in_an_error(status, sentence):
@@ -325,19 +325,20 @@ def f(images, prompts):
     torch.manual_seed(len(calls))
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
-    os.environ["MPLBACKEND"] = "nonsense"
+    os.environ |= {"MPLBACKEND": "nonsense", "RANK": "7", "WORLD_SIZE": "9", "HOME": "/nowhere"}
     return images.double().mean((1, 2, 3))
 """
 
 
 def test_what_a_reward_does_to_the_process_changes_no_run(cli, tmp_path, monkeypatch):
-    """Its directory, variables, gradient mode, default dtype and threads are its own; a relative
-    --out stays where it was."""
+    """Neither its directory and variables, which are as it left them at its next call, nor gradient
+    mode, default dtype and threads; a relative --out stays where it was."""
     (tmp_path / "calm.py").write_text(
         "def f(images, prompts):\n    return images.double().mean((1, 2, 3))\n"
     )
     (tmp_path / "restless.py").write_text(RESTLESS)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
     found = []
     for name in ("calm", "restless"):
         code, _, errors = cli("--reward", f"{name}.py:f", "--out", name)
@@ -346,9 +347,7 @@ def test_what_a_reward_does_to_the_process_changes_no_run(cli, tmp_path, monkeyp
     keep = [[{k: v for k, v in json.loads(line).items() if not k.startswith(("seconds", "images"))}
              for line in text.splitlines()] for text in found]  # fmt: skip
     assert keep[0] == keep[1]
-    assert Path.cwd() == tmp_path and "KEY_OF_A_SERVICE" not in os.environ
     assert torch.get_default_dtype() == torch.float32
-    assert os.environ.get("MPLBACKEND") != "nonsense"
 
 
 WORKERS = """
@@ -366,25 +365,13 @@ def f(images, prompts):
 """
 
 
-def test_what_a_reward_leaves_behind_is_its_own(tmp_path, monkeypatch):
-    """A variable that it set is there at its next call, whatever else changes, and gone for the
-    next reward, whose modules are read anew."""
+def test_modules_of_a_reward_are_read_anew(tmp_path):
     (tmp_path / "near.py").write_text("value = 1.0\n")
-    (tmp_path / "mine.py").write_text(
-        "import os, near\n"
-        "seen = os.environ.get('SCALE', '')\n"
-        "os.environ['SCALE'] = '3'\n"
-        "def f(images, prompts):\n"
-        "    return [near.value * float(os.environ['SCALE'] + seen)] * len(prompts)\n"
-    )
+    (tmp_path / "mine.py").write_text("import near\ndef f(i, prompts): return [near.value]\n")
     images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    reward = rewards.load_reward(f"{tmp_path}/mine.py:f", "cpu")
-    assert reward(images, ["a"]).tolist() == [3.0]
-    monkeypatch.setenv("OTHER", "1")
-    assert reward(images, ["a"]).tolist() == [3.0] and "SCALE" not in os.environ
-    (tmp_path / "near.py").write_text("value = 20.0\n")
-    again = rewards.load_reward(f"{tmp_path}/mine.py:f", "cpu")
-    assert again(images, ["a"]).tolist() == [60.0]
+    for value in (1.0, 20.0):
+        (tmp_path / "near.py").write_text(f"value = {value}\n")
+        assert rewards.load_reward(f"{tmp_path}/mine.py:f", "cpu")(images, ["a"]).item() == value
     with pytest.raises(InputError, match="must be words or a function, not dict"):
         rewards.load_reward({"incompressibility": 2}, "cpu")
 
