@@ -4,60 +4,47 @@ noise for every model.
     python evaluate.py runs/toy --prompts prompts/shapes.txt --samples-per-prompt 8
     python evaluate.py MODEL OTHER --against BASE --reward hpsv2=1 aesthetic=0 --max-prompts 500
 
-A model is a run, a folder or a hub id. What is not given is the first run's, or Table 4's. For each
-file, reward and model: mean, standard error over prompts, paired difference to the base, share of
-images that win (ties count half).
+A model is a run, a folder or a hub id. What is not given is the first run's, or Table 4's. Of each
+file, reward and model: mean, error over prompts, paired difference to the base, and share of wins.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import prdp
-from rewards import load_reward, python_files
+from rewards import load_reward
 from stable_diffusion import find_folder
 from support import report, run_folder
 from support.cli import InputError, Parser, command
 from support.distributed import end_processes, gather_objects, on_rank_0, processes, rank
 from support.distributed import say, start_processes
+from support.settings import absolute
 
 # Fields of prdp.Config: what decides the result, and what may be asked for.
 SETTINGS = ("reward", "prompts", "seed", "ddpm_steps", "guidance_scale", "dtype", "microbatch")
 ASKED = (*SETTINGS, "offload", "compile")
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; fields of prdp.Config that are not given are absent."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="run, folder or hub id")
-    parser.add_argument("--against", metavar="BASE", help="default: what the first run began from")
-    parser.add_argument("--samples-per-prompt", type=int, default=64, metavar="S")
-    parser.add_argument("--max-prompts", type=int, metavar="N", help="a file, drawn by --seed")
-    parser.add_argument("--out", help="default: evaluation/ in the first run, or here")
-    parser.add_fields(f for f in fields(prdp.Config) if f.name in ASKED)
-    return parser.parse_args(argv)
-
-
 def find_model(name: str) -> tuple[str, dict]:
     """The folder or hub id of a model; of a run its pipeline's, and the run's settings."""
     run = Path(name).expanduser()
     if not (run / "config.json").is_file() or (run / "model_index.json").is_file():
-        return name, {}
+        return absolute(name) if run.exists() else name, {}
     record = run_folder.as_today(run_folder.read_json(run / "config.json", f"{name}: config.json"))
-    done, made = [0, *(row["epoch"] for row in run_folder.read_metrics(run))][-1], 0
+    done = [0, *(row["epoch"] for row in run_folder.read_metrics(run))][-1]
     card = run / "pipeline" / "prdp.json"
-    if card.is_file():
-        made = run_folder.read_json(card, name)["epoch"]
+    made = run_folder.read_json(card, name)["epoch"] if card.is_file() else 0
     if made < done or not card.parent.is_dir():
         remedy = f"python {record['program']} --resume {run} --epochs {done} makes that of {done}"
         raise InputError(f"{run}: has no pipeline/ yet, or of epoch {made}; {remedy}.")
-    return str(run / "pipeline"), {"run": str(run), **record}
+    return absolute(str(run / "pipeline")), {"run": str(run), **record}
 
 
 def last_parts(paths: list[str]) -> list[str]:
@@ -73,15 +60,14 @@ def draw(
     places, prompts = map(list, zip(*chosen, strict=True))
     generators = prdp.image_generators(seed, 0, places, images)
     latents = prdp.sample_prompts(models, models.policy, prompts, generators).latents[:, -1]
-    of_each = [prompt for prompt in prompts for _ in range(images)]
-    pictures, total = prdp.score_images(models, latents, of_each)
+    pictures, total = prdp.score_images(models, latents, prompts)
     scores = models.reward.with_sum(total)
     return pictures.cpu(), {name: x.cpu().view(-1, images) for name, x in scores.items()}
 
 
-def measure(seed: int, models: prdp.Models, chosen: list, samples: int, done: dict, save) -> None:
-    """Fill `done`, prompt -> {reward: its S numbers}, and `save` it, by chunks: of the same prompts
-    whatever the processes, and wherever an evaluation was stopped."""
+def measure(seed: int, models: prdp.Models, chosen: list, samples: int, done: dict) -> Iterator:
+    """Fill `done`, prompt -> {reward: its S numbers}, by chunks: of the same prompts whatever the
+    processes, and wherever an evaluation was stopped. Yields where it may be saved."""
     size, started = max(1, models.policy.microbatch // samples), time.perf_counter()
     chunks = [chosen[first : first + size] for first in range(0, len(chosen), size)]
     todo = [chunk for chunk in chunks if chunk[0][1] not in done]
@@ -93,7 +79,7 @@ def measure(seed: int, models: prdp.Models, chosen: list, samples: int, done: di
                 drawn[prompt] = {name: x[row].tolist() for name, x in rewards.items()}
         for part in gather_objects(drawn):
             done |= part
-        save()
+        yield
         if first == 0:
             whole = (time.perf_counter() - started) * len(todo) / processes()
             say(f"  takes about {report.duration(whole)}")
@@ -104,10 +90,10 @@ def tabulate(rewards: dict, chosen: dict, labels: list[str], base: str | None) -
     table, line = [], "{:>20} {:>16} {:>16} {:>7} {:>20} {:>20} {:>6}"
     say(line.format("prompts", "reward", "model", "images", "mean", "difference", "wins"))
     for shown, (file, prompts) in zip(last_parts([*chosen]), chosen.items(), strict=True):
-        done = [[rewards[file][label][prompt] for _, prompt in prompts] for label in labels]
-        for name in done[0][0]:
-            scores = {label: torch.tensor([parts[name] for parts in rows])  # (P, S)
-                      for label, rows in zip(labels, done, strict=True)}  # fmt: skip
+        of_file = rewards[file]
+        for name in of_file[labels[0]][prompts[0][1]]:
+            scores = {label: torch.tensor([of_file[label][prompt][name] for _, prompt in prompts])
+                      for label in labels}  # (P, S) each  # fmt: skip
             for label, x in scores.items():
                 mean, error = report.mean_and_error(x)
                 row = {"prompts": shown, "reward": name, "model": label, "images": x.numel()}
@@ -134,15 +120,14 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
         folders = {label: base, **folders}
     for folder in folders.values():  # before hours of drawing
         find_folder(folder)
-    kinds = {f.name: type(f.default) for f in fields(prdp.Config)}
-    given = {name: kinds[name](settings[name]) for name in SETTINGS if name in settings}
+    given = {name: settings[name] for name in SETTINGS if name in settings}
     given |= {"dtype": "bf16"} if torch.cuda.is_available() else {}
     given |= {name: value for name, value in vars(args).items() if name in ASKED}
     given |= {"prompts_per_epoch": processes(), "images_per_prompt": 2**20}  # for any microbatch
     config, samples, limit = prdp.Config(**given), args.samples_per_prompt, args.max_prompts
+    config = config.resolved()
     if not config.prompts or not config.reward:
         raise InputError(f"{settings['run']}: began from Python: give --prompts and --reward.")
-    config = config.resolved()
     chosen = {}  # of each file some prompts, and their places in it
     for file in config.prompts:
         prompts = prdp.load_prompts(file)
@@ -152,7 +137,7 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     if min(samples, fewest, limit or 1) < 1 or samples == fewest == 1:
         raise InputError(f"--samples-per-prompt {samples}, --max-prompts {limit}: too few.")
 
-    out = Path(args.out or Path(settings.get("run", ""), "evaluation")).expanduser()
+    out = Path(absolute(args.out or Path(settings.get("run", ""), "evaluation")))
     path, what, shown = out / "evaluation.json", f"--out {out}", {}
     asked = {name: getattr(config, name) for name in SETTINGS}
     asked |= {"samples_per_prompt": samples, "max_prompts": limit}
@@ -168,14 +153,13 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
         texts = [prompt for prompts in chosen.values() for _, prompt in prompts]
         for label, folder in folders.items():
             models = prdp.load_models(replace(config, model=folder), device, reward, learns=False)
-            inputs = run_folder.digests(models, texts, python_files(config.reward))
+            inputs = run_folder.digests(models, texts)
             run_folder.require_same(record["inputs"].setdefault(label, inputs), inputs, what)
             for file, prompts in chosen.items():
                 say(f"{label}: {len(prompts)} prompts of {Path(file).name}, {samples} images each")
                 done = record["rewards"].setdefault(file, {}).setdefault(label, {})
-                save = partial(run_folder.write_json, path, record)
-                measure(config.seed, models, prompts, samples, done, save)
-            prompts = next(iter(chosen.values()))
+                for _ in measure(config.seed, models, prompts, samples, done):
+                    run_folder.write_json(path, record)
             some = prompts[:: -(-len(prompts) // 8)]
             images, rewards = draw(config.seed, models, some, 2)
             total = list(rewards.values())[-1].flatten()
@@ -190,8 +174,15 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="run, folder or hub id")
+    parser.add_argument("--against", metavar="BASE", help="default: what the first run began from")
+    parser.add_argument("--samples-per-prompt", type=int, default=64, metavar="S")
+    parser.add_argument("--max-prompts", type=int, metavar="N", help="a file, drawn by --seed")
+    parser.add_argument("--out", help="default: evaluation/ in the first run, or here")
+    parser.add_fields(f for f in fields(prdp.Config) if f.name in ASKED)  # absent if not given
     with command("evaluate.py"):
-        evaluate(parse_args(argv), start_processes())
+        evaluate(parser.parse_args(argv), start_processes())
         end_processes()
 
 

@@ -43,7 +43,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from rewards import Reward, load_reward, python_files, resolve_reward
+from rewards import Reward, load_reward, resolve_reward
 from stable_diffusion import StableDiffusion, WithoutAdapters, compiled, noise_settings
 from support import memory, report, run_folder
 from support.cli import InputError, flag
@@ -481,11 +481,13 @@ def sample_prompts(
 
 
 def score_images(models: Models, x_0: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """The images of latents x_0 (M, C, H, W), uint8, and their rewards, (M,) (Alg. 1, line 8)."""
+    """The images of latents x_0 (M, C, H, W), uint8, and their rewards, (M,) (Alg. 1, line 8).
+    prompts: each image's, or the next M / len(prompts) images' each."""
+    of_each = [prompt for prompt in prompts for _ in range(len(x_0) // len(prompts))]
     with phase("reward"):
         images = models.sd.decode(x_0, models.policy.microbatch)
         with models.sd.in_use(models.reward):
-            return images, models.reward(images, prompts)
+            return images, models.reward(images, of_each)
 
 
 # ---- 7. Models, a run, main ----------------------------------------------------------------------
@@ -561,8 +563,7 @@ def draw_samples(config: Config, models: Models, policy: Policy, prompts: list[s
     shown = [prompts[n * len(prompts) // count] for n in range(count)]
     generators = image_generators(config.seed, 0, range(count), images)
     trajectories = sample_prompts(models, policy, shown, generators)
-    of_each = [prompt for prompt in shown for _ in range(images)]
-    pictures, rewards = score_images(models, trajectories.latents[:, -1], of_each)
+    pictures, rewards = score_images(models, trajectories.latents[:, -1], shown)
     return Samples(shown, pictures.cpu(), rewards.cpu())
 
 
@@ -589,14 +590,14 @@ def run(
         report.forecast(config, seconds, start)
         before = draw_samples(config, models, models.reference, prompts)
 
-        digests = run_folder.digests(models, prompts, python_files(config.reward))
+        digests = run_folder.digests(models, prompts)
         record, rows = run_folder.begin(config, digests, saved, learning)
         track = report.open_tracker(config, record, start)
         report.save_samples(config, 0, before, track)
         epochs = train(config, models, optimizer, prompts, start)
         for epoch in range(start, config.epochs + 1):
-            with report.timing() as seconds:
-                rows.append(report.as_row(epoch, next(epochs), seconds))
+            report.SECONDS.clear()
+            rows.append(report.as_row(epoch, next(epochs)))
             run_folder.end_epoch(config, record, rows, learning, models.sd)
             report.show_epoch(config, rows, start, track)
             if epoch % config.sample_every == 0 and epoch < config.epochs:

@@ -47,10 +47,10 @@ TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # of HPSv2 and PickScore
 
 class Reward:
     """A weighted sum of scorers, by label. After a call `parts` holds the scores of each, (M,);
-    `networks` are those that scorers list in an attribute of this name."""
+    `networks` are those that scorers list in an attribute of this name; `files` are users' code."""
 
-    def __init__(self, components: dict[str, tuple[float, Scorer]]) -> None:
-        self.components = components
+    def __init__(self, components: dict[str, tuple[float, Scorer]], files: tuple = ()) -> None:
+        self.components, self.files = components, files
         self.parts: dict[str, Tensor] = {}
         self.networks: list[nn.Module] = []
         for label, (_, scorer) in components.items():
@@ -161,11 +161,6 @@ def resolve_reward(words: str | tuple | list) -> tuple[str, ...]:
     return tuple(word + f"={w}" * (w != 1 or "=" in word) for word, w in named.items())
 
 
-def python_files(words: tuple) -> list[str]:
-    """Those that words name, each once: code that a result depends on."""
-    return list(dict.fromkeys(c.source for c in parse_reward(words) if c.source.endswith(".py")))
-
-
 @quiet()
 def load_reward(reward: str | tuple | list | Scorer, device: torch.device | str) -> Reward:
     """The reward that words name, or that is given, with its models on `device`."""
@@ -177,16 +172,17 @@ def load_reward(reward: str | tuple | list | Scorer, device: torch.device | str)
     if not isinstance(reward, (str, tuple, list)):
         raise InputError(f"--reward: must be words or a function, not {type(reward).__name__}.")
     forget_modules()
-    components = {}
+    components, files = {}, {}
     for label, weight, source, detail in parse_reward(reward):
         if source in LOADERS:
             scorer = LOADERS[source](detail)
         else:
             scorer = load_function(f"--reward {source}:{detail}", source, detail)
+            files[source] = detail
         components[label] = (weight, scorer)
     if not components:
         raise InputError("--reward: names no reward.")
-    return Reward(components).to(device)
+    return Reward(components, tuple(files)).to(device)
 
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:
@@ -338,18 +334,12 @@ def hpsv2_model(what: str, state_dict: dict[str, Tensor], config=None):
     with torch.device("meta"):
         model = CLIPModel(config or vit_h_14_config())
     weights = {n: x.float() for n, x in open_clip_to_transformers(state_dict).items()}
-    load_strictly(f"--reward {what}: an open_clip ViT-H-14", model, weights, assign=True)
+    with reading(f"--reward {what}: no open_clip ViT-H-14"):
+        model.load_state_dict(weights, assign=True)
     for embeddings in (model.text_model.embeddings, model.vision_model.embeddings):
         count = embeddings.position_embedding.num_embeddings
         embeddings.position_ids = torch.arange(count)[None]  # not in a checkpoint
     return model.eval().requires_grad_(False)
-
-
-def load_strictly(what: str, network: nn.Module, weights: dict[str, Tensor], **options) -> None:
-    try:
-        network.load_state_dict(weights, **options)
-    except RuntimeError as error:
-        raise InputError(f"{what}: its checkpoint has other weights.") from error
 
 
 RENAMED = [  # open_clip's names, in this order, and a CLIPModel's
@@ -389,13 +379,19 @@ def open_clip_to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def load_aesthetic(path: str) -> Scorer:
-    """LAION aesthetic predictor v2 on CLIP ViT-L/14, about 5; ignores the prompt.
-
-    `path`: the official .pth file of its head."""
+    """LAION aesthetic predictor v2 on CLIP ViT-L/14, about 5; ignores the prompt. `path`: the
+    official .pth file of its head, 768-1024-128-64-16-1: its dropout is off, and it has no
+    activations."""
     from transformers import CLIPVisionModelWithProjection
 
     path = path or fetch("aesthetic", "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
-    head = aesthetic_head(load_tensors("--reward aesthetic", path))
+    layers = nn.Sequential(
+        nn.Linear(768, 1024), nn.Dropout(), nn.Linear(1024, 128), nn.Dropout(),
+        nn.Linear(128, 64), nn.Dropout(), nn.Linear(64, 16), nn.Linear(16, 1),
+    )  # fmt: skip
+    head = nn.ModuleDict({"layers": layers}).eval().requires_grad_(False)
+    with reading(f"--reward aesthetic: {path} is no head sac+logos+ava1-l14-linearMSE"):
+        head.load_state_dict(load_tensors("--reward aesthetic", path))
     clip = "openai/clip-vit-large-patch14"
     model = load_network(f"--reward aesthetic: {clip}", CLIPVisionModelWithProjection, clip)
 
@@ -404,22 +400,11 @@ def load_aesthetic(path: str) -> Scorer:
         for part in images.split(32):
             pixels = preprocess_clip(part, model.config.image_size).to(model.device)
             embeds = model(pixel_values=pixels).image_embeds
-            scores.append(head(F.normalize(embeds, dim=-1)).squeeze(-1))
+            scores.append(layers(F.normalize(embeds, dim=-1)).squeeze(-1))
         return torch.cat(scores)
 
     score.networks = (model, head)
     return score
-
-
-def aesthetic_head(state_dict: dict[str, Tensor]) -> nn.Sequential:
-    """The head 768-1024-128-64-16-1, in float32: its dropout is off, and it has no activations."""
-    layers = nn.Sequential(
-        nn.Linear(768, 1024), nn.Dropout(), nn.Linear(1024, 128), nn.Dropout(),
-        nn.Linear(128, 64), nn.Dropout(), nn.Linear(64, 16), nn.Linear(16, 1),
-    )  # fmt: skip
-    head = nn.ModuleDict({"layers": layers})
-    load_strictly("--reward aesthetic: the head sac+logos+ava1-l14-linearMSE", head, state_dict)
-    return head["layers"].eval().requires_grad_(False)
 
 
 LOADERS: dict[str, Callable[[str], Scorer]] = {

@@ -124,4 +124,4 @@ def in_brief(error: BaseException) -> str:
     if kinds & {"SafetensorError", "EOFError"}:
         return "a file of weights is damaged or cut short"
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return reason.removeprefix("Error ").rstrip(".")
+    return reason.removeprefix("Error ")[:300].rstrip(".")

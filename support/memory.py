@@ -1,7 +1,6 @@
 """Which settings fit a GPU: --microbatch 0, --gradient-checkpointing auto and --offload auto."""
 
 import gc
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -93,12 +92,12 @@ def rehearse(config, models, batch, score: Callable, backward: Callable) -> tupl
     held += [torch.empty_like(p) for p in sd.unet.parameters() if p.requires_grad for _ in "mv"]
 
     step = batch._replace(latents=batch.latents[:, :2], log_probs=batch.log_probs[:, :1])
-    fastest = [math.inf, math.inf]
+    seconds = []
     for _ in range(3):  # the first compiles
-        with report.timing() as seconds:
-            score(models.policy, step)
-            backward(models.policy, step, torch.full_like(step.log_probs, 1e-3))
-        fastest = [min(fastest[0], seconds["score"]), min(fastest[1], seconds["update"])]
+        report.SECONDS.clear()
+        score(models.policy, step)
+        backward(models.policy, step, torch.full_like(step.log_probs, 1e-3))
+        seconds.append((report.SECONDS["score"], report.SECONDS["update"]))
     del held
     sd.unet.zero_grad(set_to_none=True)
-    return tuple(num_steps / len(step.text) * x for x in fastest)
+    return tuple(num_steps / len(step.text) * min(x) for x in zip(*seconds, strict=True))

@@ -19,16 +19,7 @@ from support.distributed import gather, processes, rank, say
 from support.inputs import quiet, read_picture
 from support.run_folder import writing
 
-# ---- Time ----------------------------------------------------------------------------------------
-
-SECONDS: dict[str, float] = {}  # of each phase since `timing` began
-
-
-@contextlib.contextmanager
-def timing() -> Iterator[dict[str, float]]:
-    """The wall-clock seconds of each `phase` of this block, by name."""
-    SECONDS.clear()
-    yield SECONDS
+SECONDS: dict[str, float] = {}  # of each `phase` since this was last emptied
 
 
 @contextlib.contextmanager
@@ -76,19 +67,8 @@ def introduce(config, sd, log_probs: str, prompts: list[str]) -> None:
     if long:
         say(f"warning: {long} of {len(some)} prompts exceed {context} tokens, and are cut there.")
     if not torch.cuda.is_available() and sum(p.numel() for p in sd.unet.parameters()) > 1e8:
-        say(f"warning: on the CPU, which may take months: {why_no_gpu()}")
-
-
-def why_no_gpu() -> str:
-    """PyTorch's own words, which name a driver that is too old, and what this PyTorch wants."""
-    if not torch.version.cuda:
-        return f"torch {torch.__version__} is built without CUDA"
-    wants = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return f"{wants}; {' '.join(str(error).split())}"
-    return wants
+        found = f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU"
+        say(f"warning: on the CPU, which may take months: {found}.")
 
 
 def forecast(config, seconds: tuple[float, float], start: int) -> None:
@@ -116,10 +96,10 @@ def epoch_metrics(
     return row | {name: gather(x).mean().item() for name, x in means.items()}
 
 
-def as_row(epoch: int, metrics: dict[str, float], seconds: dict[str, float]) -> dict:
+def as_row(epoch: int, metrics: dict[str, float]) -> dict:
     """A line of metrics.jsonl; null where there is no number."""
-    row = {"epoch": epoch, **metrics, **{f"seconds_{name}": x for name, x in seconds.items()}}
-    row["images_per_second"] = row.pop("images") / sum(seconds.values())
+    row = {"epoch": epoch, **metrics, **{f"seconds_{name}": x for name, x in SECONDS.items()}}
+    row["images_per_second"] = row.pop("images") / sum(SECONDS.values())
     row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
     return {name: value if math.isfinite(value) else None for name, value in row.items()}
 
@@ -199,35 +179,29 @@ def deviation(x: Tensor) -> float:
     return x.std().item() if len(x) > 1 else math.nan
 
 
-@contextlib.contextmanager
-def figure(path: Path, width: float, height: float) -> Iterator:
-    """A matplotlib figure, saved when the block ends, whatever back end or style is set."""
-    backend = os.environ.pop("MPLBACKEND", None)  # of a notebook; matplotlib may not know it
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    if backend is not None:
-        os.environ["MPLBACKEND"] = backend
-    with matplotlib.rc_context(matplotlib.rcParamsDefault):
-        drawn = Figure(figsize=(width, height), layout="constrained")
-        yield drawn
-        with writing(path) as temporary:
-            drawn.savefig(temporary, dpi=120, format="png")
-
-
 def plot_rewards(config, rows: list[dict]) -> None:
-    """reward.png: mean and deviation of each epoch's rewards."""
+    """reward.png: mean and deviation of each epoch's rewards, whatever back end or style is set."""
     if rank() != 0 or rows[-1]["reward_mean"] is None:
         return
+    try:
+        import matplotlib
+    except ValueError:  # of a notebook's back end that is not installed here
+        del os.environ["MPLBACKEND"]
+        import matplotlib
+    from matplotlib.figure import Figure
+
     epochs = [row["epoch"] for row in rows]
     mean = torch.tensor([row["reward_mean"] for row in rows])
     std = torch.tensor([row["reward_std"] or 0.0 for row in rows])
-    with figure(Path(config.out, "reward.png"), 6, 4) as drawn:
+    with matplotlib.rc_context(matplotlib.rcParamsDefault):
+        drawn = Figure(figsize=(6, 4), layout="constrained")
         axes = drawn.subplots()
         axes.fill_between(epochs, mean - std, mean + std, alpha=0.15, lw=0)
         axes.plot(epochs, mean, marker="." if len(rows) < 40 else None)
         title = "training images of each epoch: mean, standard deviation"
         axes.set(xlabel="epoch", ylabel="reward", title=title)
+        with writing(Path(config.out, "reward.png")) as temporary:
+            drawn.savefig(temporary, dpi=120, format="png")
 
 
 def draw_images(path: Path, shown: dict[str, Samples], shots: int = 2) -> None:

@@ -119,18 +119,18 @@ def weights_digest(networks: Iterable[nn.Module]) -> str:
     return digest(w[:: max(1, len(w) // 64)].float().cpu().numpy().tobytes() for w in weights)
 
 
-def digests(models, prompts: list[str], files: list[str]) -> dict:
+def digests(models, prompts: list[str]) -> dict:
     """Of what a result depends on beside the settings: prompts as read, a reward's terms, Python
     files and networks, pretrained weights and the configs that go with them."""
     sd, reward = models.sd, models.reward
-    beside = sorted({*MODULES.values()} - {*files}) if files else []
+    beside = sorted({*MODULES.values()} - {*reward.files}) if reward.files else []
     scorers = [scorer for _, scorer in reward.components.values()]
     settings = [described(scorer.tokenizer) for scorer in scorers if hasattr(scorer, "tokenizer")]
     settings += [described(network) for network in reward.networks if hasattr(network, "config")]
     return {
         "prompts_digest": digest(prompt.encode() for prompt in prompts),
         "reward_terms": [f"{c}={weight:g}" for c, (weight, _) in reward.components.items()],
-        "reward_digest": digest(Path(file).read_bytes() for file in files),
+        "reward_digest": digest(Path(file).read_bytes() for file in reward.files),
         "reward_modules_digest": digest(Path(file).read_bytes() for file in beside),
         "reward_weights_digest": weights_digest(reward.networks),
         "model_digest": weights_digest([sd.unet, sd.vae, sd.pipe.text_encoder]),

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -111,9 +112,11 @@ def blocks(text: str, language: str) -> list[str]:
 
 def arguments_of(program: str, argv: list[str]) -> object:
     module = PROGRAMS[program]
-    if module is evaluate:
-        return evaluate.parse_args(argv)
-    return parse_settings(module.Config, argv)
+    if module is not evaluate:
+        return parse_settings(module.Config, argv)
+    with mock.patch.object(evaluate, "evaluate") as called:
+        evaluate.main(argv)
+    return called.call_args.args[0]
 
 
 def test_commands_are_parsed(tmp_path, monkeypatch):

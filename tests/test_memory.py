@@ -162,7 +162,6 @@ def test_decoding_on_a_gpu_takes_four_at_a_time(monkeypatch):
 
 
 def test_without_a_gpu_a_large_model_is_warned_of(monkeypatch, capsys):
-    """In the words of PyTorch, which name the driver."""
     tokenizer = type("Tokenizer", (), {"model_max_length": 77})()
     monkeypatch.setattr(
         type(tokenizer), "__call__",
@@ -171,17 +170,12 @@ def test_without_a_gpu_a_large_model_is_warned_of(monkeypatch, capsys):
     with torch.device("meta"):
         small, large = torch.nn.Linear(100, 100), torch.nn.Linear(20_000, 10_000)
 
-    def too_old():
-        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12040).")
-
-    monkeypatch.setattr(torch.cuda, "init", too_old)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     for unet, warned in ((small, False), (large, True)):
         sd = SimpleNamespace(unet=unet, pipe=SimpleNamespace(tokenizer=tokenizer))
         report.introduce(prdp.Config(), sd, "eager", ["a cat"])
         out = capsys.readouterr().out
-        assert ("driver on your system is too old (found version 12040)" in out) == warned
-        assert ("is built for CUDA" in out) == warned
+        assert ("which may take months" in out) == ("(CUDA 13.0) finds no GPU" in out) == warned
 
 
 def test_a_pass_without_gradient_casts_weights_once(models):

@@ -680,7 +680,7 @@ def truncate(file: Path) -> None:
         pytest.param(torch.ones(3), truncate, "weights.pt: ", id="truncated"),
         pytest.param(Path("x"), None, "is damaged, or holds code beside weights", id="unsafe"),
         pytest.param(3, None, "no checkpoint of tensors", id="numbers"),
-        pytest.param(torch.ones(3), None, "its checkpoint has other weights", id="other weights"),
+        pytest.param(torch.ones(3), None, "Error(s) in loading state_dict", id="other weights"),
     ],
 )
 def test_checkpoint_that_is_wrong(name, content, damage, sentence, tmp_path):
