@@ -24,6 +24,7 @@ import io
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -35,8 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.cli import InputError, Parser, command, reading
-from support.inputs import forget_modules, load_function, load_network, load_tensors
-from support.inputs import load_tokenizer, quiet, read_picture, running
+from support.inputs import MODULES, load_function, load_network, load_tensors, load_tokenizer
+from support.inputs import quiet, read_picture, running
 
 Scorer = Callable[[Tensor, list[str]], Tensor]
 
@@ -171,7 +172,8 @@ def load_reward(reward: str | tuple | list | Scorer, device: torch.device | str)
         return Reward({label: (1.0, reward)})
     if not isinstance(reward, (str, tuple, list)):
         raise InputError(f"--reward: must be words or a function, not {type(reward).__name__}.")
-    forget_modules()
+    while MODULES:  # of a reward before: what was edited since is read again
+        sys.modules.pop(MODULES.popitem()[0], None)
     components, files = {}, {}
     for label, weight, source, detail in parse_reward(reward):
         if source in LOADERS:

@@ -240,10 +240,6 @@ class StableDiffusion:
             (folder / "README.md").write_text(text)
             if (run / "before_after.png").is_file():
                 shutil.copyfile(run / "before_after.png", folder / "before_after.png")
-            mode = (folder / "README.md").stat().st_mode
-            for file in folder.rglob("*.safetensors"):
-                with contextlib.suppress(OSError):  # of disks without modes
-                    file.chmod(mode)  # they are for their owner alone
 
 
 def compiled(network: nn.Module) -> nn.Module:

@@ -192,13 +192,6 @@ INSTALLED = (*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_
 MODULES: dict[str, str] = {}  # that users' code has loaded, by name: their files
 
 
-def forget_modules() -> None:
-    """Before other code of users is loaded: a module that was edited since is then read again."""
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    MODULES.clear()
-
-
 @contextlib.contextmanager
 def running(what: str) -> Iterator[None]:
     """Run a user's code: how PyTorch computes is as before afterwards.

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from support.cli import InputError, reading
 from support.distributed import on_rank_0, rank, say
@@ -194,10 +194,15 @@ def require_same(then: dict, now: dict, what: str) -> None:
 
 def open_run(config) -> dict:
     """The last checkpoint of a run that goes on, epoch 0 of a new one; InputError where --out is in
-    use, or the checkpoint is not this run's."""
+    use, or the checkpoint is not this run's.
+
+    Neither other people's files are a use, nor what a start leaves that failed before its first
+    epoch ended: empty metrics."""
     out, what = Path(config.out), f"--resume {config.out}"
     if not config.resume:
-        if on_rank_0(lambda: is_used(out)):
+        sizes = on_rank_0(lambda: {path.name: path.lstat().st_size for path in out.iterdir()})
+        used = OURS & sizes.keys()
+        if used and not (used <= STARTED and sizes.get("metrics.jsonl") == 0):
             raise InputError(f"--out {out}: in use; choose another, or go on with {what}.")
         return {"epoch": 0}
     saved = read_state(out)
@@ -205,17 +210,6 @@ def open_run(config) -> dict:
     if saved["epoch"] > config.epochs:
         raise InputError(f"--epochs {config.epochs}: the run has done {saved['epoch']}.")
     return saved
-
-
-def is_used(run: Path) -> bool:
-    """Does a folder hold a run or a model? Neither files of other names count, nor what a start
-    leaves that failed before its first epoch ended: empty metrics."""
-    if not run.is_dir():
-        return run.exists()
-    ours = {path.name: path for path in run.iterdir() if path.name in OURS}
-    metrics = ours.get("metrics.jsonl")
-    failed = metrics and metrics.stat().st_size == 0 and ours.keys() <= STARTED
-    return bool(ours) and not failed
 
 
 def begin(config, digests: dict, saved: dict, learning: tuple) -> tuple[dict, list[dict]]:
@@ -231,9 +225,19 @@ def begin(config, digests: dict, saved: dict, learning: tuple) -> tuple[dict, li
         then = as_today(saved["record"])
         if any(then.get(name, record[name]) != record[name] for name in MACHINE):
             say("warning: another microbatch, checkpointing or offload: digits may differ now.")
-    epoch = saved["epoch"]
+    epoch, (weights, optimizer, program) = saved["epoch"], learning
     if epoch:
-        restore(saved, *learning, what)
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        if {name: x.shape for name, x in saved["unet"].items()} != shapes:
+            raise InputError(f"{what}: its checkpoint is of a network with other weights.")
+        if program is None and "program" in saved:
+            raise InputError(f"{what}: its checkpoint is of a run with --pairs.")
+        optimizer.load_state_dict(saved["optimizer"])
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(saved["unet"][name])
+        if program is not None:
+            program.load_state_dict(saved.get("program", {"latest": saved.get("latest", {})}))
     saved.clear()  # and its memory
     rows = [row for row in read_metrics(out) if row["epoch"] <= epoch]
     write_metrics(out, rows)
@@ -278,23 +282,6 @@ def read_state(run: Path) -> dict:
     if version not in (3, VERSION):
         raise InputError(f"{what}: its checkpoint is of version {version}, and this is {VERSION}.")
     return state
-
-
-def restore(state: dict, weights: dict[str, Tensor], optimizer, program, what: str) -> None:
-    """Put a state's weights, moments and the program's own state in place; InputError unless its
-    weights are of the same names and shapes."""
-    shapes = {name: weight.shape for name, weight in weights.items()}
-    saved = {name: weight.shape for name, weight in state.get("unet", {}).items()}
-    if saved != shapes or "optimizer" not in state:
-        raise InputError(f"{what}: its checkpoint is of a network with other weights.")
-    if program is None and "program" in state:
-        raise InputError(f"{what}: its checkpoint is of a run with --pairs.")
-    optimizer.load_state_dict(state["optimizer"])
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.copy_(state["unet"][name])
-    if program is not None:
-        program.load_state_dict(state.get("program", {"latest": state.get("latest", {})}))
 
 
 def read_metrics(run: Path) -> list[dict]:

@@ -300,7 +300,6 @@ RUNS = {
     "list": (state_is([1]), FOREIGN),
     "no keys": (state_is({}), FOREIGN),
     "no epoch": (edit_state(lambda state: state.pop("epoch")), FOREIGN),
-    "no optimizer": (edit_state(lambda state: state.pop("optimizer")), OTHER),
     "shape of a weight": (edit_state(misshape), OTHER),
     "a weight less": (edit_state(lambda state: state["unet"].popitem()), OTHER),
     "version": (
@@ -566,17 +565,6 @@ def test_folder_that_cannot_be_made(cli, monkeypatch, tmp_path):
 
     monkeypatch.setattr(Path, "mkdir", forbidden)
     assert "Permission denied" in only_sentence(cli())
-
-
-def test_disk_without_modes(cli, monkeypatch):
-    """As object stores and vfat: what cannot be set is left."""
-
-    def refused(*_, **__):
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(Path, "chmod", refused)
-    code, _, errors = cli("--epochs", 1)
-    assert code == 0, errors
 
 
 def test_links_are_replaced_not_followed(finished, cli, tmp_path):

@@ -208,8 +208,6 @@ def test_pipeline_has_the_other_parts_as_they_came(full_sd, cli, tmp_path):
     assert {name.split("/")[0] for name in same} >= {"safety_checker", "feature_extractor"}
     assert {name: now.get(name) for name in same} == {name: then[name] for name in same}
     assert now[WEIGHTS["unet"]] != then[WEIGHTS["unet"]]
-    files = (path for path in (tmp_path / "run").rglob("*") if path.is_file())
-    assert len({file.stat().st_mode for file in files}) == 1  # whoever reads one reads all
     assert b"incompressibility" in now["README.md"] and "before_after.png" in now
     assert json.loads(now["prdp.json"])["epoch"] == 1
 
