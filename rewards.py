@@ -110,50 +110,44 @@ class Component(NamedTuple):
     detail: str  # the absolute path of its weights, "" for the official ones; or the FUNCTION
 
 
-def parse_word(word: str) -> Component:
-    """What a word names, its path made absolute; InputError for what cannot be loaded."""
-    body, weight = word.strip(), 1.0
-    with contextlib.suppress(ValueError):  # else an = inside of a path
-        head, equals, number = body.rpartition("=")
-        if equals:
-            body, weight = head, float(number)
-    if not math.isfinite(weight):
-        raise InputError(f"--reward {word}: {weight} is no weight.")
-
-    file, _, function = body.rpartition(":")  # the last colon: C:\me\my.py:f
-    name, _, path = body.partition(":")  # the first: hpsv2:C:\me\weights.pt
-    if file.endswith(".py") and function:
-        return Component(function, weight, absolute(word, file), function)
-    if name not in LOADERS:
-        known = f"choose from {', '.join(LOADERS)}, FILE.py:FUNCTION"
-        if "," in word:
-            known = f"several are words of their own: --reward {' '.join(word.split(','))}"
-        raise InputError(f"--reward {word}: no reward {body!r}; {known}.")
-    if path and name.endswith("compressibility"):
-        raise InputError(f"--reward {word}: {name} takes no path.")
-    return Component(name, weight, name, path and absolute(word, path))
-
-
 def parse_reward(words: str | tuple | list) -> list[Component]:
-    """The components that words name, each with its own label; InputError if one is named twice."""
+    """The components that words name, paths made absolute, each with its own label; InputError for
+    what cannot be loaded or is named twice."""
     components, labels = [], Counter()
     for word in [words] if isinstance(words, str) else words:
-        label, weight, *names = parse_word(word)
-        if names in [[*other[2:]] for other in components]:
-            raise InputError(f"--reward {word}: is named twice.")
+        what, body, weight = f"--reward {word}", word.strip(), 1.0
+        with contextlib.suppress(ValueError):  # else an = inside of a path
+            head, equals, number = body.rpartition("=")
+            if equals:
+                body, weight = head, float(number)
+        if not math.isfinite(weight):
+            raise InputError(f"{what}: {weight} is no weight.")
+
+        file, _, function = body.rpartition(":")  # the last colon: C:\me\my.py:f
+        label, _, path = body.partition(":")  # the first: hpsv2:C:\me\weights.pt
+        own = file.endswith(".py") and function
+        if own:
+            label, path = function, file
+        elif label not in LOADERS:
+            known = f"choose from {', '.join(LOADERS)}, FILE.py:FUNCTION"
+            if "," in word:
+                known = f"several are words of their own: --reward {' '.join(word.split(','))}"
+            raise InputError(f"{what}: no reward {body!r}; {known}.")
+        elif path and label.endswith("compressibility"):
+            raise InputError(f"{what}: {label} takes no path.")
+        if path:  # links stay: the hub's cache has files beside them
+            path = os.path.abspath(os.path.expanduser(path))
+            if not os.path.exists(path):
+                raise InputError(f"{what}: no such file or folder: {path}.")
+
+        names = (path, function) if own else (label, path)
+        if names in [other[2:] for other in components]:
+            raise InputError(f"{what}: is named twice.")
         labels[label] += 1
         if labels[label] > 1:
             label = f"{label}-{labels[label]}"
         components.append(Component(label, weight, *names))
     return components
-
-
-def absolute(word: str, path: str) -> str:
-    """The path as seen from any folder. Links stay: the hub's cache has files beside them."""
-    path = os.path.abspath(os.path.expanduser(path))
-    if not os.path.exists(path):
-        raise InputError(f"--reward {word}: no such file or folder: {path}.")
-    return path
 
 
 def resolve_reward(words: str | tuple | list) -> tuple[str, ...]:
