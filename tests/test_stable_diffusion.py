@@ -103,7 +103,7 @@ FOLDERS = {
         cut("text_encoder"),
         "its text_encoder: a file of weights is damaged or cut short",
     ),
-    "fp16 variant alone": (to_fp16_variant, "its unet: no file named"),
+    "fp16 variant alone": (to_fp16_variant, "its unet: is there as its fp16 variant alone"),
     "code in the unet": (to_pickle("unet", x=Code()), f"its unet: {CODE}"),
     "code in the text encoder": (to_pickle("text_encoder", x=Code()), f"its text_encoder: {CODE}"),
     "no vae": (lambda folder: shutil.rmtree(folder / "vae"), f"{NO_FOLDER}: has no vae"),
