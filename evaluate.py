@@ -27,9 +27,8 @@ from support.distributed import end_processes, gather_objects, on_rank_0, proces
 from support.distributed import say, start_processes
 from support.settings import absolute
 
-# Fields of prdp.Config: what decides the result, and what may be asked for.
 SETTINGS = ("reward", "prompts", "seed", "ddpm_steps", "guidance_scale", "dtype", "microbatch")
-ASKED = (*SETTINGS, "offload", "compile")
+ASKED = (*SETTINGS, "offload", "compile")  # prdp.Config's fields; SETTINGS decide the result
 
 
 def find_model(name: str) -> tuple[str, dict]:
@@ -154,7 +153,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
         for label, folder in folders.items():
             models = prdp.load_models(replace(config, model=folder), device, reward, learns=False)
             inputs = run_folder.digests(models, texts)
-            run_folder.require_same(record["inputs"].setdefault(label, inputs), inputs, what)
+            before = record["inputs"].setdefault(label, inputs)
+            run_folder.require_same(before, inputs, f"{what}: {label}")
             for file, prompts in chosen.items():
                 say(f"{label}: {len(prompts)} prompts of {Path(file).name}, {samples} images each")
                 done = record["rewards"].setdefault(file, {}).setdefault(label, {})

@@ -461,9 +461,8 @@ def sample_epoch(
 ) -> tuple[list[str], Trajectories]:
     """Each image's prompt and trajectory (Alg. 1, lines 4 to 7), of this process's share of N."""
     drawn = draw_prompts(config, prompts, epoch)
-    own = own_share(len(drawn))
-    numbers, images = range(len(drawn))[own], config.images_per_prompt
-    generators = image_generators(config.seed, epoch, numbers, images)
+    own, images = own_share(len(drawn)), config.images_per_prompt
+    generators = image_generators(config.seed, epoch, range(len(drawn))[own], images)
     trajectories = sample_prompts(models, policy, drawn[own], generators)
     return [prompt for prompt in drawn[own] for _ in range(images)], trajectories
 
@@ -481,8 +480,7 @@ def sample_prompts(
 
 
 def score_images(models: Models, x_0: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """The images of latents x_0 (M, C, H, W), uint8, and their rewards, (M,) (Alg. 1, line 8).
-    prompts: each image's, or the next M / len(prompts) images' each."""
+    """Images of x_0 (M, C, H, W), M / len(prompts) a prompt, and rewards (M,) (Alg. 1, line 8)."""
     of_each = [prompt for prompt in prompts for _ in range(len(x_0) // len(prompts))]
     with phase("reward"):
         images = models.sd.decode(x_0, models.policy.microbatch)
@@ -567,6 +565,7 @@ def draw_samples(config: Config, models: Models, policy: Policy, prompts: list[s
     return Samples(shown, pictures.cpu(), rewards.cpu())
 
 
+@torch.enable_grad()
 def run(
     config: Config, reward: Callable | None = None, prompts: list[str] | None = None, *,
     train: Callable = train, state: object = None,
@@ -575,6 +574,8 @@ def run(
     what cannot run. reward, (uint8 images (M, 3, H, W), M prompts) -> M numbers, and prompts stand
     in for those that config names. `state` is what another `train` keeps between epochs."""
     device = start_processes()
+    if config.program != Config.program and train.__module__ == __name__:
+        raise InputError(f"settings of {config.program}: begin it by the `run` of that file.")
     config = config.resolved(reward, prompts)
     if prompts is None:
         prompts = (text for file in config.prompts for text in load_prompts(file))
@@ -610,11 +611,7 @@ def run(
 
 
 parse_args = functools.partial(parse_settings, Config)
-
-
-def main(argv: list[str] | None = None) -> None:
-    run_command(Config, run, argv)
-
+main = functools.partial(run_command, Config, run)
 
 if __name__ == "__main__":
     main()

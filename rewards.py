@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.cli import InputError, Parser, command, reading
-from support.inputs import MODULES, load_function, load_network, load_tensors, load_tokenizer
-from support.inputs import quiet, read_picture, running
+from support.inputs import MODULES, RUNNING, load_function, load_network, load_tensors
+from support.inputs import load_tokenizer, quiet, read_picture, running
 
 Scorer = Callable[[Tensor, list[str]], Tensor]
 
@@ -55,7 +55,8 @@ class Reward:
         self.parts: dict[str, Tensor] = {}
         self.networks: list[nn.Module] = []
         for label, (_, scorer) in components.items():
-            networks = getattr(scorer, "networks", ())
+            with running(f"reward {label}: its networks"):
+                networks = getattr(scorer, "networks", ())
             listed = isinstance(networks, (list, tuple))
             if not (listed and all(hasattr(n, "to") for n in networks)):
                 raise InputError(f"reward {label}: `networks` must be a list of torch modules.")
@@ -114,7 +115,11 @@ def parse_reward(words: str | tuple | list) -> list[Component]:
     """The components that words name, paths made absolute, each with its own label; InputError for
     what cannot be loaded or is named twice."""
     components, labels = [], Counter()
-    for word in [words] if isinstance(words, str) else words:
+    words = [words] if isinstance(words, str) else words
+    if not isinstance(words, (tuple, list)) or not all(isinstance(word, str) for word in words):
+        found = f"not {type(words).__name__}; of several functions make one"
+        raise InputError(f"--reward: must be words or a function, {found}.")
+    for word in words:
         what, body, weight = f"--reward {word}", word.strip(), 1.0
         with contextlib.suppress(ValueError):  # else an = inside of a path
             head, equals, number = body.rpartition("=")
@@ -123,22 +128,23 @@ def parse_reward(words: str | tuple | list) -> list[Component]:
         if not math.isfinite(weight):
             raise InputError(f"{what}: {weight} is no weight.")
 
+        known = f"choose from {', '.join(LOADERS)}, FILE.py:FUNCTION"
+        several = re.split("[, ]+", word.strip())
+        if len(several) > 1:
+            known = f"several are words of their own: --reward {' '.join(several)}"
         file, _, function = body.rpartition(":")  # the last colon: C:\me\my.py:f
         label, _, path = body.partition(":")  # the first: hpsv2:C:\me\weights.pt
         own = file.endswith(".py") and function
         if own:
             label, path = function, file
         elif label not in LOADERS:
-            known = f"choose from {', '.join(LOADERS)}, FILE.py:FUNCTION"
-            if "," in word:
-                known = f"several are words of their own: --reward {' '.join(word.split(','))}"
             raise InputError(f"{what}: no reward {body!r}; {known}.")
         elif path and label.endswith("compressibility"):
             raise InputError(f"{what}: {label} takes no path.")
         if path:  # links stay: the hub's cache has files beside them
             path = os.path.abspath(os.path.expanduser(path))
             if not os.path.exists(path):
-                raise InputError(f"{what}: no such file or folder: {path}.")
+                raise InputError(f"{what}: no such file or folder: {path}; {known}.")
 
         names = (path, function) if own else (label, path)
         if names in [other[2:] for other in components]:
@@ -164,9 +170,7 @@ def load_reward(reward: str | tuple | list | Scorer, device: torch.device | str)
     if callable(reward):
         label = getattr(reward, "__name__", type(reward).__name__)
         return Reward({label: (1.0, reward)})
-    if not isinstance(reward, (str, tuple, list)):
-        raise InputError(f"--reward: must be words or a function, not {type(reward).__name__}.")
-    while MODULES:  # of a reward before: what was edited since is read again
+    while MODULES and not RUNNING:  # of a reward before: what was edited since is read again
         sys.modules.pop(MODULES.popitem()[0], None)
     components, files = {}, {}
     for label, weight, source, detail in parse_reward(reward):

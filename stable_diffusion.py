@@ -57,14 +57,17 @@ def noise_settings(scheduler_config: dict) -> dict:
     return {name: config[name] for name in SD_SCHEDULER}
 
 
+@quiet()
 def find_folder(model: str) -> tuple[Path, dict]:
     """A pipeline's folder, fetched from the hub if it is an id, and its model_index.json;
     InputError unless it is Stable Diffusion's."""
     from diffusers import StableDiffusionPipeline
 
     what, folder = f"--model {model}", Path(model)
-    if (folder / "metrics.jsonl").is_file():
-        raise InputError(f"{what}: is a run; its model is {folder / 'pipeline'}.")
+    for part in ("pipeline", "lora"):
+        if (folder / part).is_dir():
+            merge = "; docs/running.md shows how to merge it" if part == "lora" else ""
+            raise InputError(f"{what}: is a run; its model is {folder / part}{merge}.")
     if folder.is_file():
         raise InputError(f"{what}: no Stable Diffusion folder; see diffusers' from_single_file.")
     with reading(what):

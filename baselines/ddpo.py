@@ -217,9 +217,9 @@ def measure_kl(models: prdp.Models, batches: list[prdp.Trajectories]) -> dict[st
     return {"log_ratio_ref": ratio, "kl_nats": ratio * numel}
 
 
-def run(config: Config) -> None:
-    statistics = RewardStatistics(config.advantage)
-    prdp.run(config, train=functools.partial(train, statistics=statistics), state=statistics)
+def run(config: Config, reward=None, prompts=None) -> None:
+    kept = RewardStatistics(config.advantage)
+    prdp.run(config, reward, prompts, train=functools.partial(train, statistics=kept), state=kept)
 
 
 def main(argv: list[str] | None = None) -> None:

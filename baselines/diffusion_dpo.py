@@ -56,9 +56,9 @@ class Config(prdp.Config):
     unused: ClassVar = ("kl_weight", "clip_range", "offline")
     least: ClassVar = {"images_per_prompt": 2, "warmup": 0}
     reward: tuple = flag((), "what ranks images (default: the preset's or hpsv2; for --pairs alone "
-                         "none)", nargs="+", type=str)  # fmt: skip
+                         "none)")  # fmt: skip
     prompts: tuple = flag((), "files (default: the preset's or animals.txt; for --pairs alone "
-                          "theirs)", nargs="+", type=str)  # fmt: skip
+                          "theirs)")  # fmt: skip
     learning_rate: float = flag(8.192e-9, "of AdamW (Sec. 5.1); their code's is 2.048e-5")
     pairs: str = flag("", "people's choices, .jsonl", group="Diffusion-DPO")
     online: bool = flag(False, "rank images of the current model, not of the pretrained one")
@@ -193,14 +193,14 @@ class NoReward(Reward):
         return torch.full((len(images),), math.nan, device=images.device)
 
 
-def run(config: Config) -> None:
+def run(config: Config, reward=None, prompts=None) -> None:
     people = People(config.pairs) if config.pairs else None
-    given = {}
-    if people and not config.reward:
-        given["reward"] = NoReward()
-    if people and not config.prompts:
-        given["prompts"] = [record["prompt"] for record in people.records]
-    prdp.run(config, **given, train=functools.partial(train, people=people), state=people)
+    if people and reward is None and not config.reward:
+        reward = NoReward()
+    if people and prompts is None and not config.prompts:
+        prompts = [record["prompt"] for record in people.records]
+    learn = functools.partial(train, people=people)
+    prdp.run(config, reward, prompts, train=learn, state=people)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,6 +26,8 @@ class People:
 
     def __init__(self, file: str) -> None:
         self.file, self.records = file, []
+        if Path(file).suffix.lower() != ".jsonl":
+            raise InputError(f"--pairs {file}: must be .jsonl, an object a line.")
         with reading(f"--pairs {file}"):
             data = Path(file).read_bytes()
             lines = data.decode("utf-8-sig").split("\n")

@@ -51,7 +51,7 @@ class Config(prdp.Config):
         for name, settings in prdp.PRESETS.items()
     }
     unused: ClassVar = ("kl_weight", "clip_range", "offline")
-    least: ClassVar = {"percentile": 0}
+    least: ClassVar = {"images_per_prompt": 2, "percentile": 0}
     keeps_trajectories: ClassVar = False
     weighting: str = flag("softmax", "softmax: exp(beta r) over a prompt's images; sparse: 1 from "
                           "--percentile up, else 0", "softmax", "sparse",
@@ -215,8 +215,8 @@ def backward_batch(
         errors[part] = error.detach().float().cpu()
 
 
-def run(config: Config) -> None:
-    prdp.run(config, train=train)
+def run(config: Config, reward=None, prompts=None) -> None:
+    prdp.run(config, reward, prompts, train=train)
 
 
 def main(argv: list[str] | None = None) -> None:

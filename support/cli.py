@@ -39,15 +39,16 @@ class Parser(argparse.ArgumentParser):
         """A flag for each field that `flag` made. What is not given stays absent."""
         group = self
         for field in fields:
-            options = {"type": type(field.default), **field.metadata}
+            options, default = {"type": type(field.default), **field.metadata}, field.default
             if "group" in options:
                 group = self.add_argument_group(options.pop("group"))
-            if field.default is False:
+            if isinstance(default, tuple):
+                options |= {"type": str, "nargs": "+"}
+                default = " ".join(default)
+            if default is False:
                 options = {"action": "store_true", "help": options["help"]}
-            elif field.default not in ("", ()):
-                default = field.default
-                shown = " ".join(default) if isinstance(default, tuple) else default
-                options["help"] += f" (default: {shown})"
+            elif default != "":
+                options["help"] += f" (default: {default})"
             group.add_argument(option(field.name), default=argparse.SUPPRESS, **options)
 
 

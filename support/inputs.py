@@ -22,9 +22,12 @@ from torch import Tensor, nn
 from support.cli import InputError, reading
 
 
+FIELDS = ("prompt", "prompts", "caption", "text")  # of tables and records, the first that is there
+
+
 def load_prompts(path: str | Path) -> list[str]:
-    """Prompts of a .txt (a line each; blank and # lines skipped), .csv (its column `prompt` or
-    `caption`), .json or .jsonl file (strings, or objects with one of those), in order, repeats
+    """Prompts of a .txt (a line each; blank and # lines skipped), .csv or .tsv (a column named as
+    in FIELDS), .json or .jsonl file (strings, or objects with such a field), in order, repeats
     dropped; InputError if it is none."""
     what, kind = f"--prompts {path}", Path(path).suffix.lower()
     with reading(what):
@@ -34,40 +37,46 @@ def load_prompts(path: str | Path) -> list[str]:
     if "\0" in text or text.startswith("version https://git-lfs"):
         raise InputError(f"{what}: is no text, or a Git LFS pointer in place of one.")
     lines = re.split(r"\r\n?|\n", text)  # not splitlines(): JSON may hold other separators
-    header = {cell.strip(' "').lower() for cell in re.split("[,;\t]", lines[0])}
-    if kind in (".txt", "") and header & {"prompt", "caption"}:
+    separator = max(",;\t", key=lines[0].count)
+    header = [cell.strip(' "').lower() for cell in lines[0].split(separator)]
+    if kind in (".txt", "") and set(header) & set(FIELDS):
         raise InputError(f"{what}: begins as a table does; name it .csv, or take that line away.")
 
     records = []
     with reading(what):
         if kind in (".txt", ""):
             records = [line for line in lines if not line.lstrip().startswith("#")]
-        elif kind == ".csv":
-            records = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        elif kind in (".csv", ".tsv"):
+            table = io.StringIO(text, newline="")
+            records = list(csv.DictReader(table, delimiter=separator, strict=True))
         elif kind == ".json":
             records = json.loads(text)
     for number, line in enumerate(lines if kind == ".jsonl" else (), 1):
         with reading(f"{what}, line {number}"):
             records += [json.loads(line)] if line.strip() else []
-    for number, record in enumerate(records if kind == ".csv" else (), 2):
+    for number, record in enumerate(records if kind in (".csv", ".tsv") else (), 2):
         if None in record or None in record.values():
-            raise InputError(f"{what}: row {number} has not the header's cells; quote its commas.")
-    if kind not in (".txt", "", ".csv", ".json", ".jsonl") or not isinstance(records, list):
-        raise InputError(f"{what}: must be .txt, .csv, .json or .jsonl, a list of prompts.")
+            remedy = f"quote what holds a {separator!r}"
+            raise InputError(f"{what}: row {number} has not the header's cells; {remedy}.")
+    if kind not in (".txt", "", ".csv", ".tsv", ".json", ".jsonl") or not isinstance(records, list):
+        raise InputError(f"{what}: must be .txt, .csv, .tsv, .json or .jsonl, a list of prompts.")
     return as_prompts(records, what)
 
 
 def as_prompts(records: Iterable, what: str = "prompts") -> list[str]:
     """The text of each, stripped, blanks and repeats dropped; InputError for what is no prompt."""
-    if isinstance(records, os.PathLike) or hasattr(records, "items"):
+    alone = isinstance(records, str)
+    file = isinstance(records, os.PathLike) or (alone and os.path.isfile(records))
+    if file or hasattr(records, "items"):
         raise InputError(f"{what}: must be texts, in a list; load_prompts reads a file.")
     texts = []
-    for number, text in enumerate([records] if isinstance(records, str) else records, 1):
+    for number, text in enumerate([records] if alone else records, 1):
         if isinstance(text, dict):
-            found = [text.get(name) for name in ("prompt", "caption")]
-            text = next((text for text in found if text is not None), None)
+            fields = {str(name).strip().lower(): x for name, x in text.items()}
+            text = next((fields[name] for name in FIELDS if fields.get(name) is not None), None)
         if not isinstance(text, str):
-            raise InputError(f"{what}: entry {number} is neither a string nor has a prompt.")
+            wanted = f"neither a string nor has a `{'`, `'.join(FIELDS)}`"
+            raise InputError(f"{what}: entry {number} is {wanted}.")
         texts.append(text.strip())
     with reading(what):
         "".join(texts).encode()  # half a surrogate pair is no character
@@ -196,6 +205,7 @@ PROCESS = [  # what of PyTorch in this process a user's code may change
 ]
 INSTALLED = (*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_path("stdlib"))
 MODULES: dict[str, str] = {}  # that users' code has loaded, by name: their files
+RUNNING: list[str] = []  # users' code that runs now, and may itself load a reward
 
 
 @contextlib.contextmanager
@@ -205,6 +215,7 @@ def running(what: str) -> Iterator[None]:
     What it raises is an InputError that says where, SystemExit too, which would end the run as if
     all were well; running out of memory is no fault of that code."""
     before, known = [get() for get, _ in PROCESS], set(sys.modules)
+    RUNNING.append(what)
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError):
@@ -215,6 +226,7 @@ def running(what: str) -> Iterator[None]:
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{what}: {told} ({where}).") from error
     finally:
+        RUNNING.pop()
         for name in sys.modules.keys() - known:
             file = getattr(sys.modules[name], "__file__", None)
             if file and not file.startswith(INSTALLED):

@@ -183,13 +183,12 @@ def plot_rewards(config, rows: list[dict]) -> None:
     """reward.png: mean and deviation of each epoch's rewards, whatever back end or style is set."""
     if rank() != 0 or rows[-1]["reward_mean"] is None:
         return
-    try:
-        import matplotlib
-    except ValueError:  # of a notebook's back end that is not installed here
-        del os.environ["MPLBACKEND"]
-        import matplotlib
+    backend = os.environ.pop("MPLBACKEND", None)  # of a notebook; matplotlib may not know it
+    import matplotlib
     from matplotlib.figure import Figure
 
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
     epochs = [row["epoch"] for row in rows]
     mean = torch.tensor([row["reward_mean"] for row in rows])
     std = torch.tensor([row["reward_std"] or 0.0 for row in rows])

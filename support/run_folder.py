@@ -167,6 +167,8 @@ def as_today(record: dict) -> dict:
 def read_settings(run: Path, kind: type) -> dict:
     """The settings of a run, for the dataclass `kind`; what it lacks is the default."""
     what = f"--resume {run}: its config.json"
+    if not (run / "config.json").is_file():
+        raise InputError(f"{what}: No such file or directory; name the folder of a run.")
     record = as_today(read_json(run / "config.json", what))
     if record["program"] != kind.program:
         remedy = "a new --out"
@@ -182,7 +184,7 @@ def require_same(then: dict, now: dict, what: str) -> None:
     """InputError where a run's settings, prompts or weights are others than it began with."""
     then, same = as_today(then), set(MAY_DIFFER)
     if then.get("reward") == []:  # of a caller, who may have written it into a file
-        same |= {name for name in then if name.startswith("reward")}
+        same |= {name for name in then if name.startswith("reward") and name != "reward_terms"}
     for name in now:
         if name not in same and then.get(name, now[name]) != now[name]:
             change = f"{name} is {now[name]}, and was {then[name]}"
@@ -251,6 +253,8 @@ def end_epoch(config, record: dict, rows: list[dict], learning: tuple, sd) -> No
     """The metrics, every --keep-every epochs a model, then every --save-every the checkpoint, from
     which a run goes on as if all before it had been done."""
     epoch, (weights, optimizer, program) = rows[-1]["epoch"], learning
+    if not Path(config.out, "config.json").exists():
+        raise InputError(f"{config.out}: has gone; go on with --resume from where it is now.")
     write_metrics(Path(config.out), rows)
     if config.keep_every and epoch % config.keep_every == 0:
         sd.save(Path(config.out, "epochs", f"{epoch:04d}"), record, epoch, merge=False)

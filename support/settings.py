@@ -34,10 +34,10 @@ class RunSettings:
 
     model: str = flag("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1 or 2, hub id or folder",
                       group="run")  # fmt: skip
-    reward: tuple = flag(("hpsv2",), "what to maximise, see rewards.py", nargs="+", type=str)
-    prompts: tuple = flag((f"{ROOT}/prompts/animals.txt",), "files", nargs="+", type=str)
+    reward: tuple = flag(("hpsv2",), "what to maximise, see rewards.py")
+    prompts: tuple = flag((f"{ROOT}/prompts/animals.txt",), "files")
     seed: int = flag(0, "of the prompts drawn and of the noise")
-    out: str = flag("", "run folder, new or empty (default: runs/PRESET)")
+    out: str = flag("", "run folder, new or empty (default: one in runs/)")
     resume: str = flag("", "run folder to go on with, under its own settings", metavar="RUN")
     save_every: int = flag(1, "epochs between checkpoints")
     keep_every: int = flag(0, "epochs between models that are kept, in epochs/; 0: none")
@@ -63,8 +63,10 @@ class RunSettings:
         prompts stand in for those named here."""
         self.check()
         acting = {"out": absolute(self.resume or self.out or "runs/run")}
-        acting["reward"] = () if reward is not None else self.resolve_reward(self.reward)
-        acting["prompts"] = () if prompts is not None else tuple(map(absolute, self.prompts))
+        words = self.reward if reward is None else reward
+        acting["reward"] = () if callable(words) else self.resolve_reward(words)
+        files = (self.prompts,) if isinstance(self.prompts, str) else self.prompts
+        acting["prompts"] = () if prompts is not None else tuple(map(absolute, files))
         if Path(self.model).expanduser().exists():
             acting["model"] = absolute(self.model)
         if self.dtype == "auto":
@@ -112,10 +114,12 @@ def parse_settings(kind: type[RunSettings], argv: list[str]) -> RunSettings:
     start_processes()
 
     preset = given.pop("preset")
-    if given.get("out") == "":
-        raise InputError("--out: is empty.")
+    for name in given.keys() & {"model", "prompts", "out", "resume"}:
+        if "" in (given[name], *given[name]):
+            raise InputError(f"{option(name)}: is empty.")
     if "resume" not in given:
-        settings = {"out": f"runs/{preset or 'small'}"} | kind.presets[preset or "small"]
+        names = [preset or "small", *Path(kind.program).with_suffix("").parts[1:]]
+        settings = {"out": f"runs/{'-'.join(names)}"} | kind.presets[names[0]]
         return kind(**settings | given).resolved()
     run = Path(given["resume"]).expanduser()
     if preset or "out" in given:

@@ -38,6 +38,9 @@ TOY_PICKSCORE = ROOT / "toy" / "pickscore"
         ("a.jsonl", b'{"prompt": null, "caption": "a cat"}\n\n"a dog"\n'),
         ("a.csv", b'id,Caption,prompt\n1,x,"a cat"\n2,y,a dog\n'.replace(b"Caption", b"note")),
         ("a.csv", b'caption\n"a cat"\n"a dog"\n'),
+        ("a.csv", b"Prompt;Category\r\na cat;Animals, small\r\na dog;x\r\n"),
+        ("a.tsv", b"Prompts\tCategory\na cat\tx\na dog\ty\n"),
+        ("metadata.jsonl", b'{"file_name": "1.png", "text": "a cat"}\n{"Text": "a dog"}\n'),
         ("a.txt", b"a cat\ra dog\r"),
     ],
 )
@@ -77,7 +80,7 @@ def test_a_line_that_is_no_json_is_named(tmp_path):
         load_prompts(tmp_path / "b.jsonl")
 
 
-@pytest.mark.parametrize("given", [Path("p.txt"), {"prompt": ["a cat"]}])
+@pytest.mark.parametrize("given", [Path("p.txt"), __file__, {"prompt": ["a cat"]}])
 def test_what_is_no_list_of_prompts(given):
     with pytest.raises(InputError, match="must be texts, in a list"):
         as_prompts(given)
@@ -99,7 +102,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:123\nsize 9\n"
     [
         ("empty.txt", b"# nothing\n\n", "holds no prompt"),
         ("broken.jsonl", b'"a cat"\n{"prompt": \n', "Expecting value"),
-        ("number.json", b'["a", 3]', "entry 2 is neither a string nor has a prompt"),
+        ("number.json", b'["a", 3]', "entry 2 is neither a string nor has a `prompt`"),
         ("latin.txt", "caf\xe9".encode("latin-1"), "can't decode byte"),
         ("object.json", b'{"prompt": "a cat"}', "a list of prompts"),
         ("half.json", b'["a", "\\ud800"]', "surrogates not allowed"),
@@ -107,8 +110,9 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:123\nsize 9\n"
         ("lfs.txt", LFS.encode(), "is no text, or a Git LFS pointer"),
         ("lfs.csv", LFS.encode(), "is no text, or a Git LFS pointer"),
         ("table.txt", b'id,prompt\n1,"a cat, red"\n', "name it .csv"),
-        ("table.csv", b"id,text\n1,a cat\n", "entry 1 is neither"),
-        ("a.parquet", b"PAR1", "must be .txt, .csv, .json or .jsonl"),
+        ("table.csv", b"id,words\n1,a cat\n", "entry 1 is neither"),
+        ("table.csv", b"id;prompt\n1;a cat;x\n", "quote what holds a ';'"),
+        ("a.parquet", b"PAR1", "must be .txt, .csv, .tsv, .json or .jsonl"),
         ("a.txt/", b"", "directory"),
     ],
 )

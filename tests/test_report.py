@@ -150,6 +150,7 @@ def wandb(tmp_path, monkeypatch):
     """A stand-in for the package; the rows that were sent."""
     (tmp_path / "wandb.py").write_text(WANDB)
     monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop("wandb", None)
     yield lambda: [json.loads(line) for line in (tmp_path / "sent.jsonl").read_text().splitlines()]
     sys.modules.pop("wandb", None)
 

@@ -467,6 +467,8 @@ def main() -> None:
     def steps(full: int) -> int:
         return max(50, int(full * args.effort))
 
+    if "vae" not in stages and not (args.out / "sd" / "vae").is_dir():
+        parser.error(f"--only: all stages need the VAE, and {args.out} has none; add `vae`")
     tokenizer = make_tokenizer()
     if "vae" in stages:
         make_vae(begin("vae"), steps(3500)).save_pretrained(args.out / "sd" / "vae")

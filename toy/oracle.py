@@ -67,6 +67,7 @@ def judge(oracle: Oracle, pictures: Tensor, prompts: list[str]) -> tuple[Tensor,
 def main(argv: list[str] | None = None) -> None:
     sys.path.insert(0, str(HERE.parent))
     import prdp
+    from evaluate import find_model
     from support.cli import InputError, Parser, command
 
     parser = Parser(description=__doc__)
@@ -77,9 +78,12 @@ def main(argv: list[str] | None = None) -> None:
         count = args.images_per_prompt
         if count < 2:
             raise InputError(f"--images-per-prompt {count}: must be at least 2.")
-        if args.run and not (args.run / "pipeline").is_dir():
-            raise InputError(f"{args.run}: no pipeline/ there; it is written when a run ends.")
-        folders = {"base": HERE / "sd"} | ({"finetuned": args.run / "pipeline"} if args.run else {})
+        folders = {"base": HERE / "sd"}
+        if args.run:
+            if not (args.run / "pipeline").is_dir():
+                raise InputError(f"{args.run}: no pipeline/ there; it is written when a run ends.")
+            find_model(args.run)  # refuses a pipeline of an earlier epoch
+            folders["finetuned"] = args.run / "pipeline"
         oracle = load_oracle()
         print(f"{'prompts':<18}{'model':<11}{'images':>6}{'reward':>17}{'match':>17}{'shaded':>17}")
         for file, every in (("shapes.txt", 6), ("shapes_unseen.txt", 1)):
