@@ -1,32 +1,32 @@
 """PRDP: Proximal Reward Difference Prediction, for reward finetuning of diffusion models
-(Deng et al., CVPR 2024). Read it beside the paper: the sections follow the paper's order.
+(Deng et al., CVPR 2024). Read it beside the paper: each heading names its part of it.
 
     python prdp.py --preset toy                                  # a small model: no GPU, no network
     python prdp.py --reward hpsv2 --prompts prompts/animals.txt  # SD v1.4, one GPU, Table 4
     python prdp.py --resume runs/toy --epochs 40                 # go on with a run
 
-Paper                   Here             Shape (M = N*B images)  Note
-x_t                     latents[:, k]    (M, T+1, C, H, W)       k counts along the way, from x_T
-log pi(x_{t-1}|x_t, c)  log_probs[:, k]  (M, T)                  float64, nats per latent dimension
-r-hat_t, Eq. 19         log_ratio        (..., B, T)             log_probs - log_probs_ref
-r                       rewards          (..., B)                in the reward's own unit
-beta, Eq. 5             kl_weight                                `betas` is the DDPM noise schedule
-epsilon, Eq. 20         clip_range                               in the unit of log_probs
-the network's epsilon   noise_pred       (2M, C, H, W)           both branches of guidance; or its v
+Paper                   Here                Shape (M = N*B images)  Note
+x_t                     latents[:, step]    (M, T+1, C, H, W)       step = T - t: from x_T on
+log pi(x_{t-1}|x_t, c)  log_probs[:, step]  (M, T)                  float64
+r-hat_t, Eq. 19         log_ratio           (..., B, T)             log_probs - log_probs_ref
+r                       rewards             (..., B)                in the reward's own unit
+beta of Table 4         kl_weight                                   `betas` is the noise schedule
+epsilon of Table 4      clip_range                                  in the unit of log_probs
+the network's output    noise_pred          (2M, C, H, W)           both branches; noise, or v
 
-Units: log_probs are means over C*H*W and the loss takes a mean over T, where Eqs. 4, 10 and 21 sum.
-So the beta of Eq. 5 is kl_weight / (T*C*H*W). Table 4 is read in these units.
+Units: Eq. 3 sums over T steps, Eq. 4 over C*H*W latent dimensions. App. G's code takes the mean
+over T, and log_probs are means over C*H*W here: nats per latent dimension. Table 4 is read in these
+units, where the beta of Eq. 5 is kl_weight / (T*C*H*W), the epsilon of Eq. 20 clip_range * C*H*W.
 
-Departures from the paper, and choices where it is silent (docs/paper.md says why):
- 1. The mean over T (App. G), where Eqs. 3, 10, 21 sum: loss_sum(b) == T**2 * loss_mean(b * T).
- 2. log_prob is a mean over latent dimensions, as in DDPO's code, whose clip range (1e-4) is Table
-    4's at large scale.
+Departures from the paper, and choices where it is silent or disagrees with itself (docs/paper.md):
+ 1. The mean over T (App. G), where Eqs. 3 and 21 sum: loss_sum(b) == T**2 * loss_mean(b * T).
+ 2. log_prob is a mean over latent dimensions, as in DDPO's code, which has Table 4's clip range.
  3. The mean is over pairs whose rewards differ (App. G; Alg. 1, line 10: all); 0 if none do.
  4. Steps are "leading"-spaced, sigma_t is the posterior's, alpha-bar ends at alphas_cumprod[0].
- 5. The gradient runs through both branches of guidance.
- 6. With K = 1 (large scale) theta is theta_old at the only update: Eq. 18's clip never acts there.
- 7. The number format of the network passes (--dtype); the paper gives none.
- 8. --offline draws new images of the pretrained model each epoch (Sec. 4.3: a fixed data set).
+ 5. The policy is the guided model, with the gradient through both branches.
+ 6. With K = 1 (large scale) theta is theta_old at the only update: Eq. 20 changes nothing there.
+ 7. The number format (--dtype), AdamW's betas, and that gradients are clipped by global norm.
+ 8. --offline draws as many images as Sec. 4.3, but each epoch's serve its own K updates alone.
 """
 
 from __future__ import annotations
@@ -51,21 +51,20 @@ from support.distributed import gather, gradient_step, own_share, processes, req
 from support.distributed import say, start_processes
 from support.inputs import as_prompts, load_module, load_prompts
 from support.report import Samples, epoch_metrics, phase
-from support.settings import RunSettings, parse_settings, run_command, set_precision
+from support.settings import ROOT, RunSettings, parse_settings, run_command, set_precision
 
 # ---- 1. Settings: Table 4 ------------------------------------------------------------------------
 
-HERE = Path(__file__).resolve().parent
 LARGE = dict(epochs=1000, updates_per_epoch=1, prompts_per_epoch=64, images_per_prompt=8,
              clip_range=1e-4)  # fmt: skip
 PRESETS = {
     "small": {},
     "large": LARGE | dict(kl_weight=3e-6, learning_rate=7e-6,
-                          prompts=(f"{HERE}/prompts/hpdv2_train.json",)),
+                          prompts=(f"{ROOT}/prompts/hpdv2_train.json",)),
     "multi": LARGE | dict(reward=("pickscore=10", "hpsv2=2", "aesthetic=0.05"),
-                          prompts=(f"{HERE}/prompts/pickapic_train.jsonl",)),
-    "toy": dict(model=f"{HERE}/toy/sd", reward=(f"pickscore:{HERE}/toy/pickscore",),
-                prompts=(f"{HERE}/prompts/shapes.txt",), epochs=30, updates_per_epoch=4,
+                          prompts=(f"{ROOT}/prompts/pickapic_train.jsonl",)),
+    "toy": dict(model=f"{ROOT}/toy/sd", reward=(f"pickscore:{ROOT}/toy/pickscore",),
+                prompts=(f"{ROOT}/prompts/shapes.txt",), epochs=30, updates_per_epoch=4,
                 prompts_per_epoch=8, images_per_prompt=8, clip_range=1e-3, learning_rate=2e-4,
                 ddpm_steps=10, microbatch=64, sample_every=5),
 }  # fmt: skip
@@ -83,7 +82,7 @@ class Config(RunSettings):
     updates_per_epoch: int = flag(10, "K, gradient updates")
     prompts_per_epoch: int = flag(32, "N, drawn with replacement")
     images_per_prompt: int = flag(16, "B")
-    kl_weight: float = flag(3e-5, "beta; reward per nat per latent dimension")
+    kl_weight: float = flag(3e-5, "beta, in reward / (nats per latent dimension)")
     ddpm_steps: int = flag(50, "T, denoising steps")
     clip_range: float = flag(1e-6, "epsilon of Eq. 20, nats per latent dimension; inf: none")
     guidance_scale: float = flag(5.0, "of classifier-free guidance")
@@ -93,8 +92,8 @@ class Config(RunSettings):
     offline: bool = flag(False, "draw from the pretrained model (Sec. 4.3)")
 
     def passes(self) -> tuple[float, float]:
-        """Network passes per image and epoch: without gradient (sampling, the reference, scoring
-        before every update but the first; offline before it too), and with (one per update)."""
+        """Network passes per image and epoch, for the forecast: without gradient (sampling, the
+        reference, scoring before each update but the first; offline before it too), and with."""
         return 1 + self.updates_per_epoch + self.offline, self.updates_per_epoch
 
 
@@ -105,7 +104,7 @@ def guided_mean(
     noise_pred: Tensor, x_t: Tensor, coef_sample: Tensor, coef_noise: Tensor,
     guidance_scale: float,
 ) -> Tensor:  # fmt: skip
-    """mu_theta(x_t, c) of Eq. 2 under classifier-free guidance (Sec. 4.1): (M, C, H, W) float64."""
+    """mu_theta(x_t, c) of Eq. 2, guided: float64, as x_t (M, C, H, W). noise_pred (2M, C, H, W)."""
     unconditional, conditional = noise_pred.double().chunk(2)
     guided = unconditional + guidance_scale * (conditional - unconditional)
     return coef_sample.view(-1, 1, 1, 1) * x_t.double() + coef_noise.view(-1, 1, 1, 1) * guided
@@ -118,8 +117,8 @@ def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor | float) -> Te
     about 2.5, where float32 numbers lie 2.4e-7 apart: a quarter of Table 4's smallest clip_range.
     """
     sigma = torch.as_tensor(sigma, dtype=torch.float64, device=sample.device)
-    shapes = (sample.shape, mean.shape, sigma.shape)
-    assert sample.shape == mean.shape and sigma.shape in ((), sample.shape[:1]), shapes
+    assert sample.shape == mean.shape, (sample.shape, mean.shape)
+    assert sigma.shape in ((), sample.shape[:1]), sigma.shape
     squared = (sample.double() - mean.double()).square().flatten(1).mean(1)
     return -squared / (2 * sigma**2) - sigma.log() - 0.5 * math.log(2 * math.pi)
 
@@ -146,7 +145,7 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     betas = torch.linspace(start, end, train_steps, dtype=torch.float64) ** power
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
 
-    stride = train_steps // max(num_steps, 1)
+    stride = train_steps // max(num_steps, 1)  # "leading" spacing leaves out what remains
     timesteps = torch.arange(num_steps - 1, -1, -1) * stride + config["steps_offset"]
     if stride * num_steps < 0.8 * train_steps or timesteps[0] >= train_steps:
         raise InputError(f"--ddpm-steps {num_steps}: must span {train_steps} timesteps; 50 does.")
@@ -172,7 +171,7 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
 class Policy(NamedTuple):
     """pi_theta of Eq. 2: a network and how it is run. The reference differs in `unet` alone."""
 
-    # (sample (M, C, H, W), timestep (M,), encoder_hidden_states (M, L, D)) -> .sample (M, C, H, W)
+    # (x_t (2M, C, H, W), timestep (2M,), encoder_hidden_states (2M, L, D)) -> .sample as x_t
     unet: Callable
     schedule: Schedule
     null_text: Tensor  # (L, D), the embedding of the empty prompt
@@ -185,7 +184,7 @@ class Policy(NamedTuple):
         return [*(column[steps] for column in self.schedule[1:]), self.guidance_scale]
 
     def casting(self, device: torch.device) -> torch.autocast:
-        """As --dtype says. Entered around a whole pass without gradient, it casts weights once."""
+        """As --dtype says. Entered around whole trajectories, it casts each weight once."""
         return torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
 
 
@@ -203,24 +202,24 @@ def run_unet(policy: Policy, x_t: Tensor, text: Tensor, steps: Tensor) -> Tensor
 
 @functools.cache
 def load_kernels() -> tuple[object, str]:
-    """kernels/log_prob.py, by its path (Hugging Face has a package `kernels`); and what runs."""
+    """kernels/log_prob.py, by its path (Hugging Face has a package `kernels`); and its state."""
     if not torch.cuda.is_available():
         return None, "eager (no CUDA device)"
     if importlib.util.find_spec("triton") is None:
         return None, "eager (triton is not installed)"
-    module = load_module("log_prob", str(HERE / "kernels" / "log_prob.py"))
+    module = load_module("log_prob", str(ROOT / "kernels" / "log_prob.py"))
     if module.missing():
         return None, f"eager ({module.missing()})"
     return module, "Triton kernels"
 
 
 def or_kernel(function: Callable) -> Callable:
-    """On CUDA tensors the Triton kernel of the same name runs instead; the result is the same."""
+    """On CUDA tensors the Triton kernel of the same name runs: equal but for float64 rounding."""
 
     @functools.wraps(function)
     def chosen(noise_pred: Tensor, x_t: Tensor, *rest, **named):
-        usable = x_t.is_cuda and noise_pred.dtype != torch.float64
-        kernels = load_kernels()[0] if usable else None
+        fits = x_t.is_cuda and noise_pred.dtype != torch.float64
+        kernels = load_kernels()[0] if fits else None
         return getattr(kernels, function.__name__, function)(noise_pred, x_t, *rest, **named)
 
     return chosen
@@ -262,7 +261,8 @@ class Trajectories(NamedTuple):
 
 
 def image_generators(seed: int, epoch: int, prompts: Sequence[int], images: int) -> list:
-    """One CPU generator per image: its noise depends on no microbatch, device or other image."""
+    """One CPU generator for each of `images` images of each prompt, by its number: noise depends on
+    no microbatch, device or other image. Epoch 0 is of pictures to show, -epoch of draw_prompts."""
     names = [f"{seed} {epoch} {prompt} {image}" for prompt in prompts for image in range(images)]
     keys = [hashlib.sha256(name.encode()).digest()[:8] for name in names]
     return [torch.Generator().manual_seed(int.from_bytes(k, "little", signed=True)) for k in keys]
@@ -289,12 +289,12 @@ def sample_trajectories(
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in own])
             noise = noise.unflatten(0, (len(rows), -1)).to(text.device)  # (m, T+1, C, H, W)
             latents[rows, 0] = noise[:, 0]
-            for k in range(num_steps):
-                steps = torch.full_like(rows, k)
-                x_t = latents[rows, k]
+            for step in range(num_steps):
+                steps = torch.full_like(rows, step)
+                x_t = latents[rows, step]
                 noise_pred = run_unet(policy, x_t, text[rows], steps)
-                drawn = guided_sample(noise_pred, x_t, noise[:, k + 1], *policy.at(steps))
-                latents[rows, k + 1], log_probs[rows, k] = drawn
+                drawn = guided_sample(noise_pred, x_t, noise[:, step + 1], *policy.at(steps))
+                latents[rows, step + 1], log_probs[rows, step] = drawn
                 done(len(rows))
     return Trajectories(latents, log_probs, text)
 
@@ -310,9 +310,9 @@ def score_trajectories(policy: Policy, trajectories: Trajectories, label: str = 
     num_images, num_steps = log_probs.shape
     with policy.casting(log_probs.device), phase(label, num_images * num_steps) as done:
         for rows in torch.arange(num_images, device=log_probs.device).split(policy.microbatch):
-            for k in range(num_steps):
-                steps = torch.full_like(rows, k)
-                log_probs[rows, k] = step_log_prob(policy, trajectories, rows, steps)
+            for step in range(num_steps):
+                steps = torch.full_like(rows, step)
+                log_probs[rows, step] = step_log_prob(policy, trajectories, rows, steps)
                 done(len(rows))
     return log_probs
 
@@ -332,11 +332,11 @@ def step_log_prob(
 
 def prdp_loss(
     log_probs: Tensor,  # (..., B, T), under pi_theta; carries the gradient
-    log_probs_old: Tensor,  # (..., B, T), under pi_theta_old, which drew the trajectories
+    log_probs_old: Tensor,  # (..., B, T), under pi_theta_old, theta as the epoch begins
     log_probs_ref: Tensor,  # (..., B, T), under pi_ref
     rewards: Tensor,  # (..., B)
     clip_range: float,  # epsilon of Eq. 20, in the unit of log_probs; inf: Eq. 14
-    kl_weight: float,  # beta
+    kl_weight: float,  # beta of Table 4
 ) -> Tensor:
     """The PRDP loss of Eqs. 10 to 12, 14 and 17 to 21, as App. G computes it: a scalar.
 
@@ -392,6 +392,15 @@ def backward_trajectories(policy: Policy, trajectories: Trajectories, weights: T
 # ---- 6. Online optimisation (Sec. 3.2, Algorithm 1) ----------------------------------------------
 
 
+class Models(NamedTuple):
+    """A run's networks. Scoring with `reference` is scoring with the pretrained model."""
+
+    policy: Policy
+    reference: Policy
+    sd: StableDiffusion  # its `unet` is what learns; text encoder and VAE
+    reward: Reward
+
+
 def train(
     config: Config, models: Models, optimizer: torch.optim.Optimizer, prompts: list[str], start: int
 ) -> Iterator[dict[str, float]]:
@@ -408,7 +417,7 @@ def train(
         drawn, trajectories = sample_epoch(config, models, sampler, prompts, epoch)  # lines 4 to 7
         _, rewards = score_images(models, trajectories.latents[:, -1], drawn)  # line 8
 
-        with models.sd.in_use(models.reference.unet):  # Eq. 10
+        with models.sd.in_use(models.reference.unet):  # pi_ref of Eq. 19
             log_probs_ref = score_trajectories(models.reference, trajectories, "reference")
         log_probs_old = trajectories.log_probs
         if config.offline:
@@ -422,7 +431,7 @@ def train(
             matrices = [by_prompt(x) for x in (log_probs, log_probs_old, log_probs_ref, rewards)]
             loss = prdp_loss(*matrices, config.clip_range, config.kl_weight)  # line 10
             (weights,) = torch.autograd.grad(loss, log_probs)
-            with phase("update"):  # line 11
+            with phase("update"):  # line 11, and the optimizer's time
                 options = (config.max_grad_norm, policy.autocast, numel)
                 norm = gradient_step(optimizer, backward, weights, *options)
             measured = {"loss": loss, "skipped_fraction": weights == 0, "grad_norm": norm}
@@ -438,14 +447,16 @@ def train(
 def update_metrics(
     config: Config, log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor, rewards: Tensor
 ) -> dict[str, Tensor]:
-    """Of one update, before it is made; docs/running.md defines the fields."""
-    fixed = (log_probs_old, log_probs_ref, rewards, math.inf, config.kl_weight)
-    loss_unclipped = prdp_loss(log_probs, *fixed)  # Eq. 14
-    losses = torch.stack([loss_unclipped, prdp_loss(log_probs_ref, *fixed)])
+    """Of one update, before its step; docs/running.md defines the fields."""
+
+    def unclipped(x: Tensor) -> Tensor:  # Eq. 14 of a policy with log-probs x
+        return prdp_loss(x, log_probs_old, log_probs_ref, rewards, math.inf, config.kl_weight)
+
+    losses = torch.stack([unclipped(log_probs), unclipped(log_probs_ref)])
     of_policy, of_reference = gather(losses[None]).mean(0)  # over all processes
     explained = 1 - of_policy / of_reference
     moved = (log_probs - log_probs_old).abs()
-    metrics = {"loss_unclipped": loss_unclipped, "explained": explained}
+    metrics = {"loss_unclipped": losses[0], "explained": explained}
     return metrics | {"log_ratio_old": moved, "clip_fraction": moved > config.clip_range}
 
 
@@ -459,12 +470,11 @@ def draw_prompts(config: Config, prompts: list[str], epoch: int) -> list[str]:
 def sample_epoch(
     config: Config, models: Models, policy: Policy, prompts: list[str], epoch: int
 ) -> tuple[list[str], Trajectories]:
-    """Each image's prompt and trajectory (Alg. 1, lines 4 to 7), of this process's share of N."""
+    """This process's share of N prompts, and their trajectories (Alg. 1, lines 4 to 7)."""
     drawn = draw_prompts(config, prompts, epoch)
     own, images = own_share(len(drawn)), config.images_per_prompt
     generators = image_generators(config.seed, epoch, range(len(drawn))[own], images)
-    trajectories = sample_prompts(models, policy, drawn[own], generators)
-    return [prompt for prompt in drawn[own] for _ in range(images)], trajectories
+    return drawn[own], sample_prompts(models, policy, drawn[own], generators)
 
 
 def sample_prompts(
@@ -491,15 +501,6 @@ def score_images(models: Models, x_0: Tensor, prompts: list[str]) -> tuple[Tenso
 # ---- 7. Models, a run, main ----------------------------------------------------------------------
 
 
-class Models(NamedTuple):
-    """A run's networks. Scoring with `reference` is scoring with the pretrained model."""
-
-    policy: Policy
-    reference: Policy
-    sd: StableDiffusion  # its `unet` is what learns; text encoder and VAE
-    reward: Reward
-
-
 def load_models(
     config: Config, device: torch.device, reward: Callable | None = None, learns: bool = True
 ) -> Models:
@@ -512,20 +513,22 @@ def load_models(
     how = (config.guidance_scale, min(config.microbatch or 8, images), autocast)
     reward = load_reward(config.reward if reward is None else reward, sd.idle)
 
-    reference = sd.frozen(config.compile) if learns and not config.lora_rank else None  # line 1
     sd.unfreeze(config.lora_rank, config.seed, config.gradient_checkpointing == "on")
-    policy = Policy(sd.unet, schedule, sd.encode([""])[0], *how)
+    unet, reference = sd.unet, None
     if config.compile:
-        policy = policy._replace(unet=compiled(sd.unet))
+        unet = compiled(unet)
     if learns and config.lora_rank:
-        reference = WithoutAdapters(policy.unet, sd.unet)
+        reference = WithoutAdapters(unet, sd.unet)
+    elif learns:
+        reference = sd.frozen(config.compile)  # line 1
+    policy = Policy(unet, schedule, sd.encode([""])[0], *how)
     return Models(policy, policy._replace(unet=reference), sd, reward)
 
 
 def load_what_fits(
     config: Config, device: torch.device, reward: Callable | None, prompts: list[str]
 ) -> tuple[Config, Models, tuple[float, float]]:
-    """The settings completed for this GPU, the checked models, and the seconds of their passes."""
+    """The plan that fits this GPU, its models, and an image's seconds without and with gradient."""
 
     def attempt(plan: Config) -> tuple:
         models = load_models(plan, device, reward)
@@ -538,8 +541,8 @@ def load_what_fits(
 
 
 def check_on_policy(config: Config, models: Models, prompt: str) -> Trajectories:
-    """Score a new microbatch again, under policy and reference: both must return the same bits, for
-    Eq. 20 compares two passes to within clip_range. Returns the microbatch."""
+    """Sample a microbatch from the reference and score it under policy and reference: all must have
+    the same bits, for Eq. 20 compares two passes to within clip_range. Returns the microbatch."""
     for deterministic in (False, True):
         torch.backends.cudnn.deterministic = deterministic
         generators = image_generators(config.seed, 0, range(1), models.policy.microbatch)
@@ -556,12 +559,12 @@ def check_on_policy(config: Config, models: Models, prompt: str) -> Trajectories
 
 
 def draw_samples(config: Config, models: Models, policy: Policy, prompts: list[str]) -> Samples:
-    """At most 8 images of 8 prompts spread over all, from the same noise every time."""
+    """Up to 8 images of each of up to 8 evenly spaced prompts, from the same noise every time."""
     count, images = min(8, config.prompts_per_epoch), min(8, config.images_per_prompt)
     shown = [prompts[n * len(prompts) // count] for n in range(count)]
     generators = image_generators(config.seed, 0, range(count), images)
-    trajectories = sample_prompts(models, policy, shown, generators)
-    pictures, rewards = score_images(models, trajectories.latents[:, -1], shown)
+    x_0 = sample_prompts(models, policy, shown, generators).latents[:, -1]
+    pictures, rewards = score_images(models, x_0, shown)
     return Samples(shown, pictures.cpu(), rewards.cpu())
 
 

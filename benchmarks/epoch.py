@@ -295,7 +295,7 @@ def run(folder: Path, functions: list[tuple], flags: str) -> list[str]:
     shutil.rmtree(folder / "run", ignore_errors=True)  # of the row before
     free_memory()
     paths = {"model": folder / "sd", "reward": f"pickscore:{folder / 'clip'}"}
-    paths |= {"prompts": prdp.HERE / "prompts" / "animals.txt", "out": folder / "run"}
+    paths |= {"prompts": prdp.ROOT / "prompts" / "animals.txt", "out": folder / "run"}
     argv = [*f"--updates-per-epoch 2 {flags}".split(), *(f"--{k}={v}" for k, v in paths.items())]
     spent, peaks = dict.fromkeys([name for _, name in functions], 0.0), {}
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that they run
 import prdp
 from stable_diffusion import SD_SCHEDULER
 
-TOY = prdp.HERE / "toy"
+TOY = prdp.ROOT / "toy"
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 VARIABLES = ("TORCHINDUCTOR_", "TORCH_CUDNN_", "PYTORCH_")  # of the environment, that change speed

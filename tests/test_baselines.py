@@ -474,6 +474,8 @@ def test_a_process_without_a_share_takes_part(tiny_sd, monkeypatch):
 def test_settings_that_do_not_go_together(tmp_path):
     with pytest.raises(InputError, match="--online: not with --pairs"):
         parse_settings(diffusion_dpo.Config, ["--pairs", "x.jsonl", "--online"])
+    with pytest.raises(InputError, match="--images-per-prompt 1: must be at least 2"):
+        parse_settings(rwr.Config, ["--images-per-prompt", "1"])
     with pytest.raises(InputError, match=r"--percentile 1\.0: must be"):
         parse_settings(rwr.Config, ["--percentile", "1"])
 

@@ -38,6 +38,8 @@ BAD_INPUT = [
     (["--loss", "ddpo"], "unrecognized arguments: --loss"),
     (["--ddpm-steps", "600"], "--ddpm-steps 600: must span 1000 timesteps; 50 does"),
     (["--reward", "beauty"], "no reward 'beauty'; choose from hpsv2"),
+    (["--model", ""], "--model: is empty"),
+    (["--prompts", ""], "--prompts: is empty"),
     (["--reward", "pickscore=10,hpsv2=2"], "--reward pickscore=10 hpsv2=2"),
     (["--model", "/nowhere/sd"], "--model /nowhere/sd: "),
     (["--out", "{given}/file.txt"], "file.txt: File exists"),

@@ -219,6 +219,19 @@ def test_presets_are_the_papers():
     assert (many["prompts_per_epoch"], many["images_per_prompt"]) == (512, 1)
     assert many["learning_rate"] == 1e-5
     assert toy.model.endswith("toy/sd") and (toy.epochs, toy.clip_range) == (100, 1e-3)
+    assert toy.out.endswith("runs/toy-ddpo")  # beside prdp.py's
+
+
+def test_from_python_by_its_own_run(tiny_sd, tmp_path):
+    """With a callable and a list, as prdp.run; which would train with PRDP's loss, and refuses."""
+    flags = [*small_run(tiny_sd), "--epochs", "1", "--out", str(tmp_path / "run")]
+    config = parse_settings(ddpo.Config, flags)
+    given = (lambda images, prompts: images.double().mean((1, 2, 3)), ["a red circle"])
+    with pytest.raises(InputError, match=r"settings of baselines/ddpo\.py: begin it by the `run`"):
+        prdp.run(config, *given)
+    ddpo.run(config, *given)
+    (row,) = metrics_of(tmp_path / "run")
+    assert abs(row["loss"]) < 1 and row["reward_mean"] > 0
 
 
 def test_run_goes_on_to_the_bit(tiny_sd, tmp_path, capsys):

@@ -227,7 +227,7 @@ def test_another_model_or_reward_of_the_same_name_is_refused(evaluation, finishe
     unet.save_pretrained(run / "pipeline" / "unet")
     code, _, errors = evaluation(*flags)
     assert code == 2
-    assert "the model changed since it began" in errors
+    assert "run: the model changed since it began" in errors
     assert (tmp_path / "out" / "evaluation.json").read_bytes() == before
 
 

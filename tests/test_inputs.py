@@ -380,6 +380,35 @@ def test_modules_of_a_reward_are_read_anew(tmp_path):
         rewards.load_reward({"incompressibility": 2}, "cpu")
 
 
+def test_modules_of_a_reward_that_loads_another_count(cli, tmp_path):
+    """At its first call: its own helper is still known, and a change of it refused."""
+    (tmp_path / "scale.py").write_text("factor = 1.0\n")
+    (tmp_path / "mine.py").write_text(
+        "import scale, rewards\nfound = []\n"
+        "def f(images, prompts):\n"
+        "    if not found:\n"
+        "        found.append(rewards.load_reward('compressibility', 'cpu'))\n"
+        "    return scale.factor * found[0](images, prompts)\n"
+    )
+    assert cli("--reward", f"{tmp_path}/mine.py:f", "--epochs", 1)[::2] == (0, "")
+    (tmp_path / "scale.py").write_text("factor = -5.0\n")
+    code, _, errors = cli("--resume", tmp_path / "run", "--epochs", 2)
+    assert code == 2 and "the reward modules changed since it began" in errors
+
+
+def test_networks_that_cannot_be_loaded_are_a_sentence():
+    class Judge:
+        @property
+        def networks(self):
+            raise OSError("no file named model.safetensors")
+
+        def __call__(self, images, prompts):
+            return [0.0] * len(prompts)
+
+    with pytest.raises(InputError, match="reward Judge: its networks: OSError: no file named"):
+        rewards.load_reward(Judge(), "cpu")
+
+
 def test_rewards_may_have_worker_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "with_workers.py").write_text(WORKERS)

@@ -258,6 +258,39 @@ def test_as_a_library(tiny_sd, tmp_path, cli, capsys):
     assert code == 0, errors
 
 
+@torch.no_grad()
+def test_a_reward_in_words_from_python_is_a_setting(tiny_sd, tmp_path, cli):
+    """It is recorded, and another is refused at resume. A notebook may have set no_grad."""
+    config = tiny_config(tiny_sd, epochs=1, updates_per_epoch=1, out=str(tmp_path / "run"))
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    prdp.run(replace(config, prompts=str(tmp_path / "p.txt")), "compressibility=0.5")
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert record["reward"] == ["compressibility=0.5"]
+    assert record["prompts"] == [str(tmp_path / "p.txt")]
+    said = only_sentence(
+        cli("--resume", config.out, "--epochs", 2, "--reward", "incompressibility")
+    )
+    assert "reward_terms is ['incompressibility=1'], and was ['compressibility=0.5']" in said
+    assert cli("--resume", config.out, "--epochs", 2)[::2] == (0, "")
+
+
+def test_a_run_that_is_moved_away_stops(cli, tmp_path):
+    """It does not begin another folder of the old name; from the new one it goes on."""
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    (tmp_path / "mover.py").write_text(
+        "import os\ncalls = []\n"
+        "def f(images, prompts):\n"
+        "    calls.append(1)\n"
+        f"    if len(calls) == 3 and os.path.exists({str(run)!r}):\n"
+        f"        os.rename({str(run)!r}, {str(moved)!r})\n"
+        "    return images.double().mean((1, 2, 3))\n"
+    )
+    said = only_sentence(cli("--reward", f"{tmp_path}/mover.py:f"))
+    assert said == f"prdp.py: {run}: has gone; go on with --resume from where it is now."
+    assert not run.exists() and len(metrics_of(moved)) == 1
+    assert cli("--resume", moved)[::2] == (0, "")
+
+
 def test_start_or_go_on_in_one_line(tiny_sd, tmp_path):
     """docs/running.md's line for machines that may be taken away."""
     out, python = tmp_path / "run", f"{sys.executable} {ROOT / 'prdp.py'}"

@@ -311,6 +311,16 @@ def test_lora(cli, tiny_sd, tmp_path):
     assert moved > 1e-3
     assert (pictures(base) - expected).abs().mean().item() < 0.01 * moved
 
+    # docs/running.md's lines make of adapters what `pipeline/` has.
+    said = only_sentence(cli("--model", run / "epochs" / "0001", "--out", tmp_path / "other"))
+    assert said.endswith("epochs/0001/lora; docs/running.md shows how to merge it.")
+    base.fuse_lora()
+    base.unload_lora_weights()
+    base.save_pretrained(tmp_path / "merged")
+    ours = StableDiffusionPipeline.from_pretrained(tmp_path / "merged").unet.state_dict()
+    for name, weight in merged.unet.state_dict().items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-6)
+
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 

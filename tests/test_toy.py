@@ -84,3 +84,22 @@ def test_oracle_of_bad_input(toy, capsys, flags, sentence):
     assert stop.value.code == 2
     assert sentence in errors
     assert errors.count("\n") == 1
+
+
+def test_oracle_of_a_pipeline_of_an_earlier_epoch(toy, tmp_path, capsys):
+    """Of a run that went on and was stopped: what it judges would not be what was learned."""
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "prdp.json").write_text('{"epoch": 1}')
+    (tmp_path / "config.json").write_text('{"program": "prdp.py"}')
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
+    with pytest.raises(SystemExit):
+        toy("oracle").main([str(tmp_path)])
+    assert "or of epoch 1; python prdp.py --resume" in capsys.readouterr().err
+
+
+def test_stages_of_the_toy_need_its_vae(toy, tmp_path, capsys, monkeypatch):
+    arguments = ["make_toy.py", "--only", "oracle", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", arguments)
+    with pytest.raises(SystemExit):
+        toy("make_toy").main()
+    assert "need the VAE" in capsys.readouterr().err
