@@ -35,11 +35,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise InputError(f"{message}; see --help.")
 
-    def add_fields(self, fields: Iterable[dataclasses.Field]) -> None:
-        """A flag for each field that `flag` made. What is not given stays absent."""
+    def add_fields(self, fields: Iterable[dataclasses.Field], preset: dict | None = None) -> None:
+        """A flag for each field that `flag` made, with the default of a preset in its help. What is
+        not given stays absent."""
         group = self
         for field in fields:
-            options, default = {"type": type(field.default), **field.metadata}, field.default
+            options = {"type": type(field.default), **field.metadata}
+            default = (preset or {}).get(field.name, field.default)
             if "group" in options:
                 group = self.add_argument_group(options.pop("group"))
             if isinstance(default, tuple):

@@ -109,7 +109,8 @@ def parse_settings(kind: type[RunSettings], argv: list[str]) -> RunSettings:
     parser = Parser(description=about)
     choices = {"choices": kind.presets, "help": "settings to begin with (default: small)"}
     parser.add_argument("--preset", **choices)
-    parser.add_fields(f for f in dataclasses.fields(kind) if f.name not in kind.unused)
+    fields = [field for field in dataclasses.fields(kind) if field.name not in kind.unused]
+    parser.add_fields(fields, kind.presets["small"])
     given = vars(parser.parse_args(argv))
     start_processes()
 

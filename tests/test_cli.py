@@ -188,6 +188,7 @@ def test_help_needs_no_torchrun_and_no_docstrings(tmp_path):
         cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "K, gradient updates (default: 4)" in done.stdout  # DDPO's, not PRDP's 10
     assert done.stdout.count("usage: ") == done.stdout.count("  --reward ") == len(names)
 
 
