@@ -65,7 +65,7 @@ def find_folder(model: str) -> tuple[Path, dict]:
 
     what, folder = f"--model {model}", Path(model)
     for part in ("pipeline", "lora"):
-        if (folder / part).is_dir():
+        if (folder / part).is_dir() and not (folder / "model_index.json").is_file():
             merge = "; docs/running.md shows how to merge it" if part == "lora" else ""
             raise InputError(f"{what}: is a run; its model is {folder / part}{merge}.")
     if folder.is_file():

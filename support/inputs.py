@@ -128,10 +128,8 @@ def load_network(what: str, kind: type, folder: str, **options) -> nn.Module:
     """A diffusers or transformers network, frozen, in float32 whatever the file's; InputError where
     it cannot be read, lacks a weight, or has one of another shape or that is no number."""
     options |= {"dtype": torch.float32, "output_loading_info": True}
-    weights = [
-        file.name for file in Path(folder, options.get("subfolder", "")).glob("*.safetensors")
-    ]
-    if weights and all(".fp16." in name for name in weights):
+    files = list(Path(folder, options.get("subfolder", "")).glob("*.safetensors"))
+    if files and all(".fp16." in file.name for file in files):
         remedy = "load it with variant='fp16', then save_pretrained it"
         raise InputError(f"{what}: is there as its fp16 variant alone; {remedy}.")
     with reading(what):
