@@ -57,6 +57,8 @@ class Reward:
         for label, (_, scorer) in components.items():
             with running(f"reward {label}: its networks"):
                 networks = getattr(scorer, "networks", ())
+            if isinstance(scorer, type):
+                raise InputError(f"reward {label}: is a class; name an instance of it.")
             listed = isinstance(networks, (list, tuple))
             if not (listed and all(hasattr(n, "to") for n in networks)):
                 raise InputError(f"reward {label}: `networks` must be a list of torch modules.")
@@ -421,7 +423,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description="Score pictures with a reward.")
     parser.add_argument("--reward", required=True, nargs="+", help="as in prdp.py")
     parser.add_argument("--images", required=True, nargs="+", metavar="FILE")
-    parser.add_argument("--prompt", default="", help="the prompt of all of them")
+    parser.add_argument("--prompt", default="", help="of all of them (default: an empty one)")
     with command("rewards.py"):
         args = parser.parse_args(argv)
         pictures = [read_picture(file, "--images")[None] for file in args.images]

@@ -70,6 +70,8 @@ def find_folder(model: str) -> tuple[Path, dict]:
             raise InputError(f"{what}: is a run; its model is {folder / part}{merge}.")
     if folder.is_file():
         raise InputError(f"{what}: no Stable Diffusion folder; see diffusers' from_single_file.")
+    if folder.is_absolute() and not folder.exists():
+        raise InputError(f"{what}: no such folder; say where it is now.")
     with reading(what):
         index = StableDiffusionPipeline.load_config(model)
         kind = index.get("_class_name")
@@ -238,7 +240,8 @@ class StableDiffusion:
             card = run / "pipeline" / "README.md"
             text = card.read_text() if card.is_file() else ""
             if not text or "prdp.json" in text:  # else a user's own
-                named = {"name": Path(record["model"]).name, "rewards": " ".join(record["reward"])}
+                rewards = " ".join(record["reward"] or record["reward_terms"]) or "of no one's own"
+                named = {"name": Path(record["model"]).name, "rewards": rewards}
                 text = CARD.format(epoch=epoch, **named, **record)
             (folder / "README.md").write_text(text)
             if (run / "before_after.png").is_file():

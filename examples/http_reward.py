@@ -29,4 +29,4 @@ def score(images, prompts):
         with urllib.request.urlopen(request, timeout=300) as answer:
             return json.load(answer)["scores"]
     except OSError as error:  # down, too slow, or an HTTP status of 400 or above
-        raise RuntimeError(f"the server at {URL}: {error}") from error
+        raise RuntimeError(f"the server at {URL}: {error}; is a proxy in between?") from error

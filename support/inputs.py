@@ -30,6 +30,8 @@ def load_prompts(path: str | Path) -> list[str]:
     in FIELDS), .json or .jsonl file (strings, or objects with such a field), in order, repeats
     dropped; InputError if it is none."""
     what, kind = f"--prompts {path}", Path(path).suffix.lower()
+    if kind not in (".txt", "", ".csv", ".tsv", ".json", ".jsonl"):
+        raise InputError(f"{what}: must be .txt, .csv, .tsv, .json or .jsonl.")
     with reading(what):
         data = Path(path).read_bytes()
         wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -38,9 +40,14 @@ def load_prompts(path: str | Path) -> list[str]:
         raise InputError(f"{what}: is no text, or a Git LFS pointer in place of one.")
     lines = re.split(r"\r\n?|\n", text)  # not splitlines(): JSON may hold other separators
     separator = max(",;\t", key=lines[0].count)
-    header = [cell.strip(' "').lower() for cell in lines[0].split(separator)]
-    if kind in (".txt", "") and set(header) & set(FIELDS):
-        raise InputError(f"{what}: begins as a table does; name it .csv, or take that line away.")
+    if kind in (".txt", ""):
+        header = [cell.strip(' "').lower() for cell in lines[0].split(separator)]
+        if set(header) & set(FIELDS[:3]) and all(cell.isidentifier() for cell in header):
+            raise InputError(f"{what}: begins as a table does; name it .csv, or take that away.")
+        for part in (lines[0], text):
+            with contextlib.suppress(ValueError):
+                if isinstance(json.loads(part), (dict, list)):
+                    raise InputError(f"{what}: holds JSON; name it .json, or .jsonl if by lines.")
 
     records = []
     with reading(what):
@@ -55,11 +62,11 @@ def load_prompts(path: str | Path) -> list[str]:
         with reading(f"{what}, line {number}"):
             records += [json.loads(line)] if line.strip() else []
     for number, record in enumerate(records if kind in (".csv", ".tsv") else (), 2):
-        if None in record or None in record.values():
+        if None in record:
             remedy = f"quote what holds a {separator!r}"
-            raise InputError(f"{what}: row {number} has not the header's cells; {remedy}.")
-    if kind not in (".txt", "", ".csv", ".tsv", ".json", ".jsonl") or not isinstance(records, list):
-        raise InputError(f"{what}: must be .txt, .csv, .tsv, .json or .jsonl, a list of prompts.")
+            raise InputError(f"{what}: row {number} has more cells than the header; {remedy}.")
+    if not isinstance(records, list):
+        raise InputError(f"{what}: must be a list of prompts.")
     return as_prompts(records, what)
 
 
@@ -67,7 +74,7 @@ def as_prompts(records: Iterable, what: str = "prompts") -> list[str]:
     """The text of each, stripped, blanks and repeats dropped; InputError for what is no prompt."""
     alone = isinstance(records, str)
     file = isinstance(records, os.PathLike) or (alone and os.path.isfile(records))
-    if file or hasattr(records, "items"):
+    if file or hasattr(records, "items") or isinstance(records, (set, frozenset)):
         raise InputError(f"{what}: must be texts, in a list; load_prompts reads a file.")
     texts = []
     for number, text in enumerate([records] if alone else records, 1):
@@ -128,8 +135,9 @@ def load_network(what: str, kind: type, folder: str, **options) -> nn.Module:
     """A diffusers or transformers network, frozen, in float32 whatever the file's; InputError where
     it cannot be read, lacks a weight, or has one of another shape or that is no number."""
     options |= {"dtype": torch.float32, "output_loading_info": True}
-    files = list(Path(folder, options.get("subfolder", "")).glob("*.safetensors"))
-    if files and all(".fp16." in file.name for file in files):
+    files = Path(folder, options.get("subfolder", "")).glob("*")
+    weights = [file.name for file in files if file.suffix in (".safetensors", ".bin")]
+    if weights and all(".fp16." in name for name in weights):
         remedy = "load it with variant='fp16', then save_pretrained it"
         raise InputError(f"{what}: is there as its fp16 variant alone; {remedy}.")
     with reading(what):

@@ -64,6 +64,8 @@ class RunSettings:
         self.check()
         acting = {"out": absolute(self.resume or self.out or "runs/run")}
         words = self.reward if reward is None else reward
+        if reward is None and callable(words):
+            raise InputError("a function as reward is given so: run(config, reward=FUNCTION).")
         acting["reward"] = () if callable(words) else self.resolve_reward(words)
         files = (self.prompts,) if isinstance(self.prompts, str) else self.prompts
         acting["prompts"] = () if prompts is not None else tuple(map(absolute, files))

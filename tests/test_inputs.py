@@ -42,6 +42,7 @@ TOY_PICKSCORE = ROOT / "toy" / "pickscore"
         ("a.tsv", b"Prompts\tCategory\na cat\tx\na dog\ty\n"),
         ("metadata.jsonl", b'{"file_name": "1.png", "text": "a cat"}\n{"Text": "a dog"}\n'),
         ("a.txt", b"a cat\ra dog\r"),
+        ("a.csv", b"prompt,note,more\na cat,x,y\na dog,x\n"),
     ],
 )
 def test_prompt_files(tmp_path, name, data):
@@ -68,9 +69,10 @@ def test_cells_of_a_table_are_whole(tmp_path):
         load_prompts(path)
     path.write_text("id,prompt\n1,a cat\n2,\n")
     assert load_prompts(path) == ["a cat"]
-    for row in ("2,a cat, a dog", "3"):
+    rows = {"2,a cat, a dog": "row 3 has more cells than the header", "3": "entry 2 is neither"}
+    for row, sentence in rows.items():
         path.write_text(f"id,prompt\n1,a cat\n{row}\n")
-        with pytest.raises(InputError, match="row 3 has not the header's cells"):
+        with pytest.raises(InputError, match=sentence):
             load_prompts(path)
 
 
@@ -80,7 +82,12 @@ def test_a_line_that_is_no_json_is_named(tmp_path):
         load_prompts(tmp_path / "b.jsonl")
 
 
-@pytest.mark.parametrize("given", [Path("p.txt"), __file__, {"prompt": ["a cat"]}])
+def test_tags_are_no_table(tmp_path):
+    (tmp_path / "tags.txt").write_text("movie poster, text, neon\n[photo] 1girl, solo\n3\n")
+    assert load_prompts(tmp_path / "tags.txt")[0] == "movie poster, text, neon"
+
+
+@pytest.mark.parametrize("given", [Path("p.txt"), __file__, {"prompt": ["a cat"]}, {"a", "b"}])
 def test_what_is_no_list_of_prompts(given):
     with pytest.raises(InputError, match="must be texts, in a list"):
         as_prompts(given)
@@ -112,7 +119,9 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:123\nsize 9\n"
         ("table.txt", b'id,prompt\n1,"a cat, red"\n', "name it .csv"),
         ("table.csv", b"id,words\n1,a cat\n", "entry 1 is neither"),
         ("table.csv", b"id;prompt\n1;a cat;x\n", "quote what holds a ';'"),
-        ("a.parquet", b"PAR1", "must be .txt, .csv, .tsv, .json or .jsonl"),
+        ("a.parquet", b"PAR1\xff\xfe", "must be .txt, .csv, .tsv, .json or .jsonl"),
+        ("lines.txt", b'{"prompt": "a cat"}\n{"prompt": "a dog"}\n', "holds JSON; name it .json"),
+        ("list.txt", b'[\n"a cat",\n"a dog"\n]\n', "holds JSON; name it .json"),
         ("a.txt/", b"", "directory"),
     ],
 )

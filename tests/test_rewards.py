@@ -192,6 +192,14 @@ def test_the_sum_has_a_label_of_its_own():
     assert found == {"sum": 1.0, "b": 3.0, "weighted sum": 7.0}
 
 
+def test_a_class_is_no_reward(mine):
+    mine.write_text(
+        "class Judge:\n    def __call__(self, images, prompts):\n        return [0.0]\n"
+    )
+    with pytest.raises(InputError, match="reward Judge: is a class; name an instance of it"):
+        rewards.load_reward(f"{mine}:Judge", "cpu")
+
+
 def test_column_of_numbers_will_do(mine):
     reward = rewards.load_reward(f"{mine}:column", "cpu")
     for count in (1, 3):

@@ -263,6 +263,8 @@ def test_a_reward_in_words_from_python_is_a_setting(tiny_sd, tmp_path, cli):
     """It is recorded, and another is refused at resume. A notebook may have set no_grad."""
     config = tiny_config(tiny_sd, epochs=1, updates_per_epoch=1, out=str(tmp_path / "run"))
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    with pytest.raises(InputError, match=r"is given so: run\(config, reward=FUNCTION\)"):
+        prdp.run(replace(config, reward=len))
     prdp.run(replace(config, prompts=str(tmp_path / "p.txt")), "compressibility=0.5")
     record = json.loads((tmp_path / "run" / "config.json").read_text())
     assert record["reward"] == ["compressibility=0.5"]
