@@ -249,6 +249,7 @@ def test_as_a_library(tiny_sd, tmp_path, cli, capsys):
     with pytest.raises(InputError, match="prompts changed"):
         prdp.run(more, reward=brightness, prompts=PROMPTS[:2])
     prdp.run(more, reward=brightness, prompts=PROMPTS)
+    assert "the reward brightness=1;" in Path(config.out, "pipeline", "README.md").read_text()
     capsys.readouterr()
     given = ["--prompts", tmp_path / "p.txt", "--reward", f"{tmp_path}/r.py:brightness"]
     said = only_sentence(cli("--resume", config.out))

@@ -158,6 +158,8 @@ def test_what_is_no_model_folder_is_refused(finished, cli, tmp_path):
     file = tmp_path / "v1-5.safetensors"
     file.touch()
     assert "from_single_file" in only_sentence(cli("--model", file, "--out", tmp_path / "other"))
+    said = only_sentence(cli("--model", tmp_path / "gone", "--out", tmp_path / "other"))
+    assert said == f"prdp.py: --model {tmp_path / 'gone'}: no such folder; say where it is now."
 
 
 # ---- Folders that are used -----------------------------------------------------------------------
@@ -263,10 +265,12 @@ def test_saved_scheduler_is_the_policys(cli, tiny_sd, tmp_path):
 
 
 def test_model_of_pickled_tensors_and_of_another_shape(tiny_sd, models, tmp_path):
-    """.bin files are read by the safe loader; a picture need not be square."""
+    """.bin files are read by the safe loader, fp16 variants beside them are not; a picture need not
+    be square."""
     folder = Path(shutil.copytree(tiny_sd, tmp_path / "sd"))
-    for part in WEIGHTS:
+    for part, name in WEIGHTS.items():
         to_pickle(part)(folder)
+        (folder / name).with_suffix(".fp16.safetensors").touch()
     edit_json(folder / "unet" / "config.json", sample_size=[8, 16])
     one, other = models().sd.pipe, models(model=str(folder))
     assert weights_digest([one.unet, one.vae]) == weights_digest([other.sd.unet, other.sd.vae])
