@@ -253,7 +253,7 @@ def end_epoch(config, record: dict, rows: list[dict], learning: tuple, sd) -> No
     """The metrics, every --keep-every epochs a model, then every --save-every the checkpoint, from
     which a run goes on as if all before it had been done."""
     epoch, (weights, optimizer, program) = rows[-1]["epoch"], learning
-    if not Path(config.out, "config.json").exists():
+    if rank() == 0 and not Path(config.out, "config.json").exists():
         raise InputError(f"{config.out}: has gone; go on with --resume from where it is now.")
     write_metrics(Path(config.out), rows)
     if config.keep_every and epoch % config.keep_every == 0:
