@@ -603,6 +603,18 @@ def test_folder_that_cannot_be_made(cli, monkeypatch, tmp_path):
     assert "Permission denied" in only_sentence(cli())
 
 
+def test_disk_without_modes(cli, monkeypatch):
+    """As object stores and vfat: nothing here needs what they refuse."""
+
+    def refused(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    for name in ("chmod", "fchmod", "fsync"):
+        monkeypatch.setattr(os, name, refused)
+    code, _, errors = cli("--epochs", 1, "--lora-rank", 2)
+    assert code == 0, errors
+
+
 def test_links_are_replaced_not_followed(finished, cli, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     (finished / "pipeline").rename(elsewhere)
