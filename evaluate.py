@@ -1,5 +1,4 @@
-"""The paper's evaluation protocol (Sec. 4.1): rewards of many images of every prompt, from the same
-noise for every model.
+"""The paper's evaluation protocol (Sec. 4.1): rewards of images that models draw from equal noise.
 
     python evaluate.py runs/toy --prompts prompts/shapes.txt --samples-per-prompt 8
     python evaluate.py MODEL OTHER --against BASE --reward hpsv2=1 aesthetic=0 --max-prompts 500
@@ -126,7 +125,8 @@ def evaluate(args: argparse.Namespace, device: torch.device) -> None:
     config, samples, limit = prdp.Config(**given), args.samples_per_prompt, args.max_prompts
     config = config.resolved()
     if not config.prompts or not config.reward:
-        raise InputError(f"{settings['run']}: began from Python: give --prompts and --reward.")
+        how = "with --pairs" if settings.get("pairs") else "from Python"
+        raise InputError(f"{settings['run']}: began {how}: give --prompts and --reward.")
     chosen = {}  # of each file some prompts, and their places in it
     for file in config.prompts:
         prompts = prdp.load_prompts(file)

@@ -58,7 +58,7 @@ def introduce(config, sd, log_probs: str, prompts: list[str]) -> None:
     say(f"{processes()} process(es); passes in {config.dtype}; log-probs: {log_probs}")
     plan = f"gradient checkpointing {config.gradient_checkpointing}, offload {config.offload}"
     say(f"microbatch {config.microbatch}, {plan}")
-    reward = " ".join(config.reward) or "of the caller"
+    reward = " ".join(config.reward) or "of the caller, or none"
     say(f"reward {reward}; {len(prompts)} prompts; to {config.out}")
     tokenizer, some = sd.pipe.tokenizer, prompts[:1000]
     context = tokenizer.model_max_length
@@ -226,7 +226,9 @@ def draw_images(path: Path, shown: dict[str, Samples], shots: int = 2) -> None:
         draw.text((left + column * step, 4), "\n".join(title), "black", text)
     for shot, (row, name) in itertools.product(range(shots), enumerate(shown)):
         y = top + shot * block + row * (height + 2 * line)
-        draw.text((4, y + height // 2), name, "black", text)
+        lines = textwrap.wrap(name, 14)
+        middle = y + height // 2 - line * (len(lines) - 1) // 2
+        draw.text((4, middle), "\n".join(lines), "black", text)
         for column in range(len(titles)):
             n, x = column * per_prompt + shot, left + column * step
             pixels = Image.fromarray(shown[name].images[n].permute(1, 2, 0).numpy())

@@ -232,13 +232,15 @@ def test_another_model_or_reward_of_the_same_name_is_refused(evaluation, finishe
 
 
 def test_bad_input_is_one_sentence(evaluation, finished, tmp_path):
-    young, python = tmp_path / "young", tmp_path / "python"
-    for folder in (young, python):
+    young, python, people = (tmp_path / name for name in ("young", "python", "people"))
+    for folder in (young, python, people):
         folder.mkdir()
         shutil.copy(finished / "config.json", folder)
     shutil.copy(finished / "metrics.jsonl", young)
     edit_json(python / "config.json", reward=[], prompts=[])
-    shutil.copytree(finished / "pipeline", python / "pipeline")
+    edit_json(people / "config.json", reward=[], prompts=[], pairs="/pairs.jsonl")
+    for folder in (python, people):
+        shutil.copytree(finished / "pipeline", folder / "pipeline")
     (tmp_path / "one.txt").write_text("a red star\n")
     cases = [
         ([young], f"python prdp.py --resume {young} --epochs 2 makes that of 2"),
@@ -247,6 +249,7 @@ def test_bad_input_is_one_sentence(evaluation, finished, tmp_path):
         ([finished, "--samples-per-prompt", 1, "--max-prompts", 1], "--samples-per-prompt 1"),
         ([finished, "--learning-rate", 1], "unrecognized arguments: --learning-rate"),
         ([python], "began from Python: give --prompts and --reward"),
+        ([people], "began with --pairs: give --prompts and --reward"),
     ]
     for flags, sentence in cases:
         said = only_sentence(evaluation(*flags))
