@@ -119,6 +119,15 @@ def test_pictures_hold_every_image_as_it_is(tmp_path, size):
     assert found == 2 * 4
 
 
+def test_names_of_models_are_shown_whole(tmp_path):
+    """Of a sweep they may differ in their last letter only."""
+    samples = report.Samples(["a cat"], torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.ones(1))
+    for name in ("bright-kl_weight=1e-4-seed0", "bright-kl_weight=1e-4-seed1"):
+        report.draw_images(tmp_path / f"{name}.png", {name: samples})
+    one, other = (path.read_bytes() for path in tmp_path.glob("*.png"))
+    assert one != other
+
+
 # ---- Trackers ------------------------------------------------------------------------------------
 
 WANDB = """
