@@ -29,6 +29,8 @@ SUPPORTED = dict(  # of such samplers only the noise schedule is read
     trained_betas=(None,), rescale_betas_zero_snr=(None, False), use_flow_sigmas=(None, False),
     _class_name=(None, *(f"{name}Scheduler" for name in SAMPLERS.split())),
 )  # fmt: skip
+# Pipelines of the same parts.
+TEXT_TO_IMAGE = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 # Inputs that a UNet may want beside a latent, a timestep and a text.
 OTHER_INPUTS = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type")
 OTHER_INPUTS += ("encoder_hid_dim", "encoder_hid_dim_type")
@@ -64,6 +66,8 @@ def find_folder(model: str) -> tuple[Path, dict]:
     from diffusers import StableDiffusionPipeline
 
     what, folder = f"--model {model}", Path(model)
+    if "://" in model:
+        raise InputError(f"{what}: give the hub id, as CompVis/stable-diffusion-v1-4, no address.")
     for part in ("pipeline", "lora"):
         if (folder / part).is_dir() and not (folder / "model_index.json").is_file():
             merge = "; docs/running.md shows how to merge it" if part == "lora" else ""
@@ -75,9 +79,9 @@ def find_folder(model: str) -> tuple[Path, dict]:
     with reading(what):
         index = StableDiffusionPipeline.load_config(model)
         kind = index.get("_class_name")
-        if kind == "StableDiffusionPipeline" and not folder.exists():
+        if kind in TEXT_TO_IMAGE and not folder.exists():
             folder = Path(StableDiffusionPipeline.download(model))
-    if kind != "StableDiffusionPipeline":
+    if kind not in TEXT_TO_IMAGE:
         raise InputError(f"{what}: a {kind}; only Stable Diffusion 1.x and 2.x work.")
     for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not (folder / name).is_dir():
@@ -115,6 +119,10 @@ class StableDiffusion:
 
         kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
         kinds["text_encoder"] = transformers.CLIPTextModel
+        for name, kind in kinds.items():
+            found = self.configs[name].get("_class_name", kind.__name__)
+            if found != kind.__name__:
+                raise InputError(f"{what}: its {name} is an {found}, and not an {kind.__name__}.")
         parts = {name: load_network(f"{what}: its {name}", kind, self.folder, subfolder=name)
                  for name, kind in kinds.items()}  # fmt: skip
         parts["tokenizer"] = load_tokenizer(what, self.folder, subfolder="tokenizer")

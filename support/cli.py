@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -127,4 +128,6 @@ def in_brief(error: BaseException) -> str:
     if kinds & {"SafetensorError", "EOFError"}:
         return "a file of weights is damaged or cut short"
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return reason.removeprefix("Error ")[:300].rstrip(".")
+    if isinstance(error, UnicodeDecodeError):
+        reason += "; save it as UTF-8"
+    return textwrap.shorten(reason.removeprefix("Error "), 300, placeholder=" ...").rstrip(".")

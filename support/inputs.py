@@ -40,8 +40,10 @@ def load_prompts(path: str | Path) -> list[str]:
         raise InputError(f"{what}: is no text, or a Git LFS pointer in place of one.")
     lines = re.split(r"\r\n?|\n", text)  # not splitlines(): JSON may hold other separators
     separator = max(",;\t", key=lines[0].count)
+    header = [cell.strip(' "').lower() for cell in lines[0].split(separator)]
+    if kind in (".csv", ".tsv") and not set(header) & set(FIELDS):
+        raise InputError(f"{what}: its first line names no column {', '.join(FIELDS)}.")
     if kind in (".txt", ""):
-        header = [cell.strip(' "').lower() for cell in lines[0].split(separator)]
         if set(header) & set(FIELDS[:3]) and all(cell.isidentifier() for cell in header):
             raise InputError(f"{what}: begins as a table does; name it .csv, or take that away.")
         for part in (lines[0], text):

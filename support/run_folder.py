@@ -184,7 +184,8 @@ def require_same(then: dict, now: dict, what: str) -> None:
     """InputError where a run's settings, prompts or weights are others than it began with."""
     then, same = as_today(then), set(MAY_DIFFER)
     if then.get("reward") == []:  # of a caller, who may have written it into a file
-        same |= {name for name in then if name.startswith("reward") and name != "reward_terms"}
+        kept = "reward_terms" if now.get("reward") == [] else ""
+        same |= {name for name in then if name.startswith("reward") and name != kept}
     for name in now:
         if name not in same and then.get(name, now[name]) != now[name]:
             change = f"{name} is {now[name]}, and was {then[name]}"

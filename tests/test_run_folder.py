@@ -251,7 +251,15 @@ def test_as_a_library(tiny_sd, tmp_path, cli, capsys):
     prdp.run(more, reward=brightness, prompts=PROMPTS)
     assert "the reward brightness=1;" in Path(config.out, "pipeline", "README.md").read_text()
     capsys.readouterr()
-    given = ["--prompts", tmp_path / "p.txt", "--reward", f"{tmp_path}/r.py:brightness"]
+    with pytest.raises(InputError, match="reward_terms is .*other=1.*, and was .*brightness=1"):
+
+        def other(images, prompts):
+            return [0.0] * len(prompts)
+
+        prdp.run(more, reward=other, prompts=PROMPTS)
+    capsys.readouterr()
+    (tmp_path / "r.py").write_text(BRIGHT)  # its name in the file may be another
+    given = ["--prompts", tmp_path / "p.txt", "--reward", f"{tmp_path}/r.py:f"]
     said = only_sentence(cli("--resume", config.out))
     assert "--prompts" in said and "holds no prompt" in said
     assert "--reward" in only_sentence(cli("--resume", config.out, *given[:2]))

@@ -133,6 +133,10 @@ FOLDERS = {
     "EDM": (config("scheduler", _class_name="EDMEulerScheduler"), "'EDMEulerScheduler'"),
     "consistency": (config("scheduler", _class_name="CMStochasticIterativeScheduler"), "'CMSto"),
     "flow sigmas": (config("scheduler", use_flow_sigmas=True), "scheduler has use_flow_sigmas"),
+    "another VAE": (
+        config("vae", _class_name="AutoencoderTiny"),
+        "its vae is an AutoencoderTiny, and not an AutoencoderKL",
+    ),
     "a scheduler that is none": (
         lambda folder: (folder / "scheduler" / "scheduler_config.json").write_text("[1]"),
         "its scheduler/scheduler_config.json: is no JSON object",
@@ -158,6 +162,8 @@ def test_what_is_no_model_folder_is_refused(finished, cli, tmp_path):
     file = tmp_path / "v1-5.safetensors"
     file.touch()
     assert "from_single_file" in only_sentence(cli("--model", file, "--out", tmp_path / "other"))
+    said = only_sentence(cli("--model", "https://huggingface.co/a/b", "--out", tmp_path / "other"))
+    assert "give the hub id" in said
     said = only_sentence(cli("--model", tmp_path / "gone", "--out", tmp_path / "other"))
     assert said == f"prdp.py: --model {tmp_path / 'gone'}: no such folder; say where it is now."
 
@@ -272,6 +278,7 @@ def test_model_of_pickled_tensors_and_of_another_shape(tiny_sd, models, tmp_path
         to_pickle(part)(folder)
         (folder / name).with_suffix(".fp16.safetensors").touch()
     edit_json(folder / "unet" / "config.json", sample_size=[8, 16])
+    edit_json(folder / "model_index.json", _class_name="StableDiffusionImg2ImgPipeline")
     one, other = models().sd.pipe, models(model=str(folder))
     assert weights_digest([one.unet, one.vae]) == weights_digest([other.sd.unet, other.sd.vae])
     pictures = other.sd.decode(draw(other).latents[:, -1], 6)
