@@ -251,7 +251,7 @@ def test_as_a_library(tiny_sd, tmp_path, cli, capsys):
     prdp.run(more, reward=brightness, prompts=PROMPTS)
     assert "the reward brightness=1;" in Path(config.out, "pipeline", "README.md").read_text()
     capsys.readouterr()
-    with pytest.raises(InputError, match="reward_terms is .*other=1.*, and was .*brightness=1"):
+    with pytest.raises(InputError, match=r"reward_terms is .*other=1.*, and was .*brightness=1"):
 
         def other(images, prompts):
             return [0.0] * len(prompts)
