@@ -90,8 +90,11 @@ def checked(label: str, scorer: Scorer, images: Tensor, prompts: list[str]) -> T
     with running(f"reward {label} failed"):
         # A copy: a scorer that changes its images must not change the next one's, or the grids.
         scores = scorer(images.clone(), list(prompts))
-        if isinstance(scores, tuple) and len(scores) != count:  # as ddpo-pytorch's: scores, {}
-            raise TypeError("returned a tuple; return the scores alone")
+    pair = isinstance(scores, tuple) and len(scores) != count  # as ddpo-pytorch's: scores, {}
+    if pair or scores is None or isinstance(scores, dict):
+        found = f"returned a {type(scores).__name__}; return the scores alone"
+        raise InputError(f"reward {label} failed: {found}.")
+    with running(f"reward {label} failed"):
         scores = torch.as_tensor(scores, dtype=torch.float32, device=images.device).detach()
         scores = scores.to_dense()
     if scores.shape not in ((count,), (count, 1)):

@@ -56,8 +56,16 @@ def load_prompts(path: str | Path) -> list[str]:
         if kind in (".txt", ""):
             records = [line for line in lines if not line.lstrip().startswith("#")]
         elif kind in (".csv", ".tsv"):
-            table = io.StringIO(text, newline="")
-            records = list(csv.DictReader(table, delimiter=separator, strict=True))
+            form = {"delimiter": separator, "strict": True}
+            table = csv.DictReader(io.StringIO(text, newline=""), **form)
+            try:
+                records = list(table)
+            except csv.Error as error:
+                if separator != "\t":
+                    why = f"near line {table.line_num}: {error}; is a quote not closed?"
+                    raise InputError(f"{what}, {why}") from error
+                form["quoting"] = csv.QUOTE_NONE  # its quotes are text, as in PartiPrompts
+                records = list(csv.DictReader(io.StringIO(text, newline=""), **form))
         elif kind == ".json":
             records = json.loads(text)
     for number, line in enumerate(lines if kind == ".jsonl" else (), 1):

@@ -40,6 +40,7 @@ TOY_PICKSCORE = ROOT / "toy" / "pickscore"
         ("a.csv", b'caption\n"a cat"\n"a dog"\n'),
         ("a.csv", b"Prompt;Category\r\na cat;Animals, small\r\na dog;x\r\n"),
         ("a.tsv", b"Prompts\tCategory\na cat\tx\na dog\ty\n"),
+        ("a.tsv", b'Prompts\tCategory\n"a cat"\tx, "y"\na dog\ty\n'),
         ("metadata.jsonl", b'{"file_name": "1.png", "text": "a cat"}\n{"Text": "a dog"}\n'),
         ("a.txt", b"a cat\ra dog\r"),
         ("a.csv", b"prompt,note,more\na cat,x,y\na dog,x\n"),
@@ -70,6 +71,12 @@ def test_cells_of_a_table_are_whole(tmp_path):
     path.write_text("id,prompt\n1,a cat\n2,\n")
     assert load_prompts(path) == ["a cat"]
     rows = {"2,a cat, a dog": "row 3 has more cells than the header", "3": "entry 2 is neither"}
+    path.write_text('id,prompt\n1,a cat\n2,"Hello" on a sign\n')
+    with pytest.raises(InputError, match=r"near line 2: .*; is a quote not closed"):
+        load_prompts(path)
+    sign = tmp_path / "parti.tsv"  # where quotes are no quotes
+    sign.write_text('Prompt\tCategory\na cat\tx\n"G I G G L E" painted in "thick" colours\ty\n')
+    assert load_prompts(sign) == ["a cat", '"G I G G L E" painted in "thick" colours']
     for row, sentence in rows.items():
         path.write_text(f"id,prompt\n1,a cat\n{row}\n")
         with pytest.raises(InputError, match=sentence):
@@ -440,7 +447,8 @@ def test_rewards_may_have_worker_processes(tmp_path, monkeypatch):
     ("returned", "sentence"),
     [
         ("[1.0] * len(p), {}", "returned a tuple; return the scores alone"),
-        ("{'score': 1.0}", "failed: "),
+        ("{'score': 1.0}", "failed: returned a dict; return the scores alone."),
+        ("None", "failed: returned a NoneType; return the scores alone."),
         ("[math.nan] * len(p)", "returned nan for the prompt"),
     ],
 )
