@@ -72,7 +72,7 @@ def test_on_a_cpu(monkeypatch):
     assert planned(monkeypatch, None, microbatch=3, offload="on") == [(3, "off", "on")]
 
 
-@pytest.mark.parametrize("fails", ["load_models", "score_trajectories", "backward_trajectories"])
+@pytest.mark.parametrize("fails", ["load_models", "backward_trajectories"])
 def test_a_run_out_of_memory_begins_with_the_next_plan(
     tiny_sd, tmp_path, monkeypatch, capsys, fails
 ):

@@ -282,7 +282,6 @@ def test_a_reward_in_words_from_python_is_a_setting(tiny_sd, tmp_path, cli):
         cli("--resume", config.out, "--epochs", 2, "--reward", "incompressibility")
     )
     assert "reward_terms is ['incompressibility=1'], and was ['compressibility=0.5']" in said
-    assert cli("--resume", config.out, "--epochs", 2)[::2] == (0, "")
 
 
 def test_a_run_that_is_moved_away_stops(cli, tmp_path):
