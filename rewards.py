@@ -55,10 +55,10 @@ class Reward:
         self.parts: dict[str, Tensor] = {}
         self.networks: list[nn.Module] = []
         for label, (_, scorer) in components.items():
-            with running(f"reward {label}: its networks"):
-                networks = getattr(scorer, "networks", ())
             if isinstance(scorer, type):
                 raise InputError(f"reward {label}: is a class; name an instance of it.")
+            with running(f"reward {label}: its networks"):
+                networks = getattr(scorer, "networks", ())
             listed = isinstance(networks, (list, tuple))
             if not (listed and all(hasattr(n, "to") for n in networks)):
                 raise InputError(f"reward {label}: `networks` must be a list of torch modules.")

@@ -219,9 +219,7 @@ def run(config: Config, reward=None, prompts=None) -> None:
     prdp.run(config, reward, prompts, train=train)
 
 
-def main(argv: list[str] | None = None) -> None:
-    run_command(Config, run, argv)
-
+main = functools.partial(run_command, Config, run)
 
 if __name__ == "__main__":
     main()

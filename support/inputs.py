@@ -41,8 +41,6 @@ def load_prompts(path: str | Path) -> list[str]:
     lines = re.split(r"\r\n?|\n", text)  # not splitlines(): JSON may hold other separators
     separator = max(",;\t", key=lines[0].count)
     header = [cell.strip(' "').lower() for cell in lines[0].split(separator)]
-    if kind in (".csv", ".tsv") and not set(header) & set(FIELDS):
-        raise InputError(f"{what}: its first line names no column {', '.join(FIELDS)}.")
     if kind in (".txt", ""):
         if set(header) & set(FIELDS[:3]) and all(cell.isidentifier() for cell in header):
             raise InputError(f"{what}: begins as a table does; name it .csv, or take that away.")
@@ -50,34 +48,42 @@ def load_prompts(path: str | Path) -> list[str]:
             with contextlib.suppress(ValueError):
                 if isinstance(json.loads(part), (dict, list)):
                     raise InputError(f"{what}: holds JSON; name it .json, or .jsonl if by lines.")
-
-    records = []
-    with reading(what):
-        if kind in (".txt", ""):
-            records = [line for line in lines if not line.lstrip().startswith("#")]
-        elif kind in (".csv", ".tsv"):
-            form = {"delimiter": separator, "strict": True}
-            table = csv.DictReader(io.StringIO(text, newline=""), **form)
-            try:
-                records = list(table)
-            except csv.Error as error:
-                if separator != "\t":
-                    why = f"near line {table.line_num}: {error}; is a quote not closed?"
-                    raise InputError(f"{what}, {why}") from error
-                form["quoting"] = csv.QUOTE_NONE  # its quotes are text, as in PartiPrompts
-                records = list(csv.DictReader(io.StringIO(text, newline=""), **form))
-        elif kind == ".json":
+        records = [line for line in lines if not line.lstrip().startswith("#")]
+    elif kind == ".jsonl":
+        records = []
+        for number, line in enumerate(lines, 1):
+            with reading(f"{what}, line {number}"):
+                records += [json.loads(line)] if line.strip() else []
+    elif kind == ".json":
+        with reading(what):
             records = json.loads(text)
-    for number, line in enumerate(lines if kind == ".jsonl" else (), 1):
-        with reading(f"{what}, line {number}"):
-            records += [json.loads(line)] if line.strip() else []
-    for number, record in enumerate(records if kind in (".csv", ".tsv") else (), 2):
-        if None in record:
+        if not isinstance(records, list):
+            raise InputError(f"{what}: must be a list of prompts.")
+    else:
+        if not set(header) & set(FIELDS):
+            raise InputError(f"{what}: its first line names no column {', '.join(FIELDS)}.")
+        with reading(what):
+            records = table_rows(what, text, separator)
+    return as_prompts(records, what)
+
+
+def table_rows(what: str, text: str, separator: str) -> list[dict]:
+    """The rows below a table's header; InputError for quotes or cells that do not fit."""
+    form = {"delimiter": separator, "strict": True}
+    table = csv.DictReader(io.StringIO(text, newline=""), **form)
+    try:
+        rows = list(table)
+    except csv.Error as error:
+        if separator != "\t":
+            why = f"near line {table.line_num}: {error}; is a quote not closed?"
+            raise InputError(f"{what}, {why}") from error
+        form["quoting"] = csv.QUOTE_NONE  # its quotes are text, as in PartiPrompts
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), **form))
+    for number, row in enumerate(rows, 2):
+        if None in row:
             remedy = f"quote what holds a {separator!r}"
             raise InputError(f"{what}: row {number} has more cells than the header; {remedy}.")
-    if not isinstance(records, list):
-        raise InputError(f"{what}: must be a list of prompts.")
-    return as_prompts(records, what)
+    return rows
 
 
 def as_prompts(records: Iterable, what: str = "prompts") -> list[str]:

@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.run:
             if not (args.run / "pipeline").is_dir():
                 raise InputError(f"{args.run}: no pipeline/ there; it is written when a run ends.")
-            find_model(args.run)  # refuses a pipeline of an earlier epoch
+            find_model(str(args.run))  # refuses a pipeline of an earlier epoch
             folders["finetuned"] = args.run / "pipeline"
         oracle = load_oracle()
         print(f"{'prompts':<18}{'model':<11}{'images':>6}{'reward':>17}{'match':>17}{'shaded':>17}")
