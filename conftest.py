@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -213,6 +214,28 @@ def script(*arguments: object, processes: int = 1, timeout: float = 300) -> tupl
             process.terminate()  # torchrun ends its own
             raise
     return process.returncode, out, errors
+
+
+IN_TURN = """
+import importlib, json, sys
+sys.path.insert(0, sys.argv[1])
+from support import distributed, settings
+settings.end_processes = lambda: None  # they are one group to the end
+for module, flags in json.loads(sys.argv[2]):
+    importlib.import_module(module).main(flags)
+distributed.end_processes()
+"""
+
+
+def two_processes(runs: list[tuple[str, list]]) -> str:
+    """stdout of two processes that do these runs, (module, flags), one after another."""
+    runs = [(module, [str(flag) for flag in flags]) for module, flags in runs]
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
+        file.write(IN_TURN)
+        file.flush()
+        code, out, errors = script(file.name, ROOT, json.dumps(runs), processes=2)
+    assert code == 0, errors
+    return out
 
 
 def checkpoint(run: Path) -> dict:

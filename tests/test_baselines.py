@@ -15,9 +15,8 @@ from PIL import Image, ImageOps
 import prdp
 from baselines import diffusion_dpo, rwr
 from baselines.pairs import People
-from conftest import CPU, PROMPTS, ROOT, assert_same_run, call, checkpoint, contents, gradient_of
-from conftest import metrics_of
-from conftest import only_sentence, script, small_run, tiny_config
+from conftest import CPU, PROMPTS, assert_same_run, call, checkpoint, contents, gradient_of
+from conftest import metrics_of, only_sentence, small_run, tiny_config, two_processes
 from rewards import load_reward
 from support.cli import InputError
 from support.settings import parse_settings
@@ -322,18 +321,6 @@ def test_run_goes_on_to_the_bit(tiny_sd, tmp_path, capsys, people, name):
         assert contents(halves) == before
 
 
-THREE = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
-from baselines import diffusion_dpo, rwr
-from support import distributed, settings
-settings.end_processes = lambda: None  # they are one group to the end
-for name, flags in json.loads(sys.argv[2]):
-    {"rwr": rwr}.get(name, diffusion_dpo).main(flags)
-distributed.end_processes()
-"""
-
-
 def test_two_processes_equal_one(tiny_sd, tmp_path, capsys, people):
     """Each program in turn, for that starts them once."""
     runs = []
@@ -342,9 +329,8 @@ def test_two_processes_equal_one(tiny_sd, tmp_path, capsys, people):
         main = PROGRAMS.get(name, diffusion_dpo).main
         assert call(main, [*flags, "--out", tmp_path / "one" / name], capsys)[0] == 0
         runs.append((name, [*flags, "--out", str(tmp_path / "two" / name)]))
-    (tmp_path / "three.py").write_text(THREE)
-    code, _, errors = script(tmp_path / "three.py", ROOT, json.dumps(runs), processes=2)
-    assert code == 0, errors
+    modules = {"rwr": "baselines.rwr"}
+    two_processes([(modules.get(name, "baselines.diffusion_dpo"), flags) for name, flags in runs])
 
     start = prdp.load_models(tiny_config(tiny_sd), CPU).policy.unet.state_dict()
     for name, _ in runs:

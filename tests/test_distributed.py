@@ -1,5 +1,6 @@
 """Several processes: the same images and steps as one, uneven work, failures, going on."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,56 +8,10 @@ import torch
 
 import prdp
 from baselines import ddpo
-from conftest import ROOT, call, checkpoint, metrics_of, script, small_run
+from conftest import ROOT, call, checkpoint, metrics_of, script, small_run, two_processes
 from support import distributed
 
 BRIGHT = "def f(images, prompts):\n    return images.double().mean((1, 2, 3))\n"
-
-
-@pytest.mark.parametrize(
-    ("program", "flags"),
-    [
-        ("prdp.py", ["--updates-per-epoch", 1]),
-        ("baselines/ddpo.py", ["--lora-rank", 2, "--images-per-prompt", 8]),
-    ],
-)
-def test_two_processes_equal_one(tiny_sd, tmp_path, capsys, program, flags):
-    """They draw the same images to the bit, and take the same steps to rounding; DDPO's statistics
-    of a prompt and the adapters' start are the same in both. What one process began two go on
-    with, in smaller microbatches if need be."""
-    # Of sizes in whole bytes a rounded pixel may change a difference by half.
-    (tmp_path / "r.py").write_text(BRIGHT)
-    flags = [*small_run(tiny_sd), "--learning-rate", "1e-5", *flags]
-    flags += ["--reward", f"{tmp_path}/r.py:f"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    main = prdp.main if program == "prdp.py" else ddpo.main
-    assert call(main, [*flags, "--out", one], capsys)[0] == 0
-    code, out, errors = script(ROOT / program, *flags, "--out", two, processes=2)
-    assert code == 0, errors
-    assert out.count("2 process") == out.count("on-policy gap") == 1  # rank 0 alone prints
-    name = Path("samples") / "epoch_0000.png"
-    assert (one / name).read_bytes() == (two / name).read_bytes()
-    # Differences of numbers of size 1 are compared on that scale, kl_nats as a sum of T*C*H*W ones.
-    scales = {"log_ratio_old": 1, "log_ratio_ref": 1, "kl_nats": 3 * 4 * 8 * 8}
-    # DDPO's loss is a mean of advantages of size 1, around 0, times how far two updates went apart.
-    scales |= {"loss": 100}
-    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
-        assert a.keys() == b.keys()
-        for name in a:
-            close = {"rel": 1e-5 if a["epoch"] == 1 else 2e-2, "abs": 1e-6 * scales.get(name, 0)}
-            assert b[name] == pytest.approx(a[name], **close), name
-    ours, theirs = checkpoint(one), checkpoint(two)
-    for name, weight in ours["unet"].items():
-        torch.testing.assert_close(theirs["unet"][name], weight, rtol=0, atol=2e-7)
-    if program == "prdp.py":
-        return
-    latest = [state["program"]["latest"] for state in (ours, theirs)]
-    assert latest[0].keys() == latest[1].keys() and latest[0]
-    for prompt, rewards in latest[0].items():
-        assert latest[1][prompt] == pytest.approx(rewards, abs=0.02)
-    code, _, errors = script(ROOT / program, "--resume", one, "--epochs", 3, processes=2)
-    assert code == 0, errors
-    assert [row["epoch"] for row in metrics_of(one)] == [1, 2, 3]
 
 
 TWO_FACED = """
@@ -72,14 +27,54 @@ def fails(images, prompts):
 """
 
 
-def test_processes_may_skip_different_entries(tiny_sd, tmp_path):
-    """All rewards of one process tie, so that it has nothing to run: the other does not wait for
-    it."""
-    (tmp_path / "r.py").write_text(TWO_FACED)
-    flags = ["--epochs", 1, "--reward", f"{tmp_path}/r.py:tied", "--out", tmp_path / "run"]
-    code, _, errors = script(ROOT / "prdp.py", *small_run(tiny_sd), *flags, processes=2)
-    assert code == 0, errors
-    assert metrics_of(tmp_path / "run")[0]["skipped_fraction"] >= 0.5
+def test_two_processes(tiny_sd, tmp_path, capsys):
+    """They draw the images of one to the bit, take the same steps to rounding; DDPO's statistics
+    of a prompt and the adapters' start are the same in both. What one process began two go on with,
+    in smaller microbatches if need be. Where all rewards of one process tie, so that it has nothing
+    to run, the other does not wait for it. All in one start, which takes longest."""
+    # Of sizes in whole bytes a rounded pixel may change a difference by half.
+    (tmp_path / "r.py").write_text(BRIGHT)
+    (tmp_path / "tied.py").write_text(TWO_FACED)
+    small = [*small_run(tiny_sd), "--learning-rate", "1e-5", "--reward", f"{tmp_path}/r.py:f"]
+    flags = {"prdp": [*small, "--updates-per-epoch", 1]}
+    flags["baselines.ddpo"] = [*small, "--lora-rank", 2, "--images-per-prompt", 8]
+    for module, main in (("prdp", prdp.main), ("baselines.ddpo", ddpo.main)):
+        assert call(main, [*flags[module], "--out", tmp_path / module / "one"], capsys)[0] == 0
+    shutil.copytree(tmp_path / "baselines.ddpo" / "one", tmp_path / "more")
+
+    tied = [*small_run(tiny_sd), "--epochs", 1, "--reward", f"{tmp_path}/tied.py:tied"]
+    runs = [(module, [*flags[module], "--out", tmp_path / module / "two"]) for module in flags]
+    runs += [("baselines.ddpo", ["--resume", tmp_path / "more", "--epochs", 3])]
+    runs += [("prdp", [*tied, "--out", tmp_path / "tied"])]
+    out = two_processes(runs)
+    assert out.count("2 process") == out.count("on-policy gap") == len(runs)  # rank 0 alone prints
+
+    for module in flags:
+        require_equal(tmp_path / module / "one", tmp_path / module / "two")
+    ddpos = [checkpoint(tmp_path / "baselines.ddpo" / name) for name in ("one", "two")]
+    latest = [state["program"]["latest"] for state in ddpos]
+    assert latest[0].keys() == latest[1].keys() and latest[0]
+    for prompt, rewards in latest[0].items():
+        assert latest[1][prompt] == pytest.approx(rewards, abs=0.02)
+    assert [row["epoch"] for row in metrics_of(tmp_path / "more")] == [1, 2, 3]
+    assert metrics_of(tmp_path / "tied")[0]["skipped_fraction"] >= 0.5
+
+
+def require_equal(one: Path, two: Path) -> None:
+    name = Path("samples") / "epoch_0000.png"
+    assert (one / name).read_bytes() == (two / name).read_bytes()
+    # Differences of numbers of size 1 are compared on that scale, kl_nats as a sum of T*C*H*W ones.
+    scales = {"log_ratio_old": 1, "log_ratio_ref": 1, "kl_nats": 3 * 4 * 8 * 8}
+    # DDPO's loss is a mean of advantages of size 1, around 0, times how far two updates went apart.
+    scales |= {"loss": 100}
+    for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            close = {"rel": 1e-5 if a["epoch"] == 1 else 2e-2, "abs": 1e-6 * scales.get(name, 0)}
+            assert b[name] == pytest.approx(a[name], **close), name
+    ours, theirs = checkpoint(one), checkpoint(two)
+    for name, weight in ours["unet"].items():
+        torch.testing.assert_close(theirs["unet"][name], weight, rtol=0, atol=2e-7)
 
 
 def test_failure_of_one_process_stops_all(tiny_sd, tmp_path):
