@@ -1,182 +1,180 @@
-"""Black-box rewards behind one callable: (uint8 images (M, 3, H, W), M prompts) -> float32 (M,).
+"""Black-box rewards behind one callable: (uint8 images (M, 3, H, W), M prompts) -> M numbers.
 
     load_reward("hpsv2", device)                              # official weights, from the hub
     load_reward("hpsv2:/path/HPS_v2_compressed.pt", device)   # or from a file or folder
-    load_reward(["pickscore=10", "hpsv2=2"], device)          # a weighted sum
-    load_reward("mine.py:redness", device)                    # your (images, prompts) -> numbers
-    load_reward(redness, device)                              # the same, already imported
-
+    load_reward(["pickscore=10", "mine.py:redness"], device)  # a weighted sum, one part your own
+    load_reward(redness, device)                              # a function already imported
     python rewards.py --reward hpsv2 --images picture.png --prompt "a cat"    # score by hand
 
-A word is NAME, NAME:PATH or FILE.py:FUNCTION, with an optional =WEIGHT: what follows the last = if
-that is a number. A path is one on this machine, never a name on the hub. A file of your own can
-import the modules beside it, but for those whose name Python already knows.
-
-Raw units: cosines are not scaled. Each scorer gives what its authors' code gives, without that
-code (docs/running.md).
+A word is NAME, NAME:PATH or FILE.py:FUNCTION, and may end in =WEIGHT. Your own files lie in one
+folder, and can import its other modules, except those whose names Python already knows. The others
+give what their authors' code gives, without that code (docs/running.md); cosines are not scaled.
 """
-
-from __future__ import annotations
 
 import contextlib
 import html
 import io
+import itertools
 import math
 import os
 import re
-import sys
-from collections import Counter
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
+import huggingface_hub
+import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers  # imports its models at their first use
+from PIL import Image
 from torch import Tensor, nn
 
-from support.cli import InputError, Parser, command, reading
-from support.inputs import MODULES, RUNNING, load_function, load_network, load_tensors
-from support.inputs import load_tokenizer, quiet, read_picture, running
+from support.cli import Parser, UserError, command, reading
+from support.inputs import load_function, load_network, load_tensors, load_tokenizer
+from support.inputs import read_picture, users_code
 
 Scorer = Callable[[Tensor, list[str]], Tensor]
-
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # of every CLIP below
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # of HPSv2 and PickScore
 
 
 class Reward:
-    """A weighted sum of scorers, by label. After a call `parts` holds the scores of each, (M,);
-    `networks` are those that scorers list in an attribute of this name; `files` are users' code."""
+    """A weighted sum of scorers: `components` are (weight, scorer) by label, `files` a user's own.
+    `networks` are those that scorers list in an attribute of this name: they rest on `device`, and
+    are on the images' while their scorer runs."""
 
-    def __init__(self, components: dict[str, tuple[float, Scorer]], files: tuple = ()) -> None:
-        self.components, self.files = components, files
-        self.parts: dict[str, Tensor] = {}
-        self.networks: list[nn.Module] = []
+    def __init__(self, components: dict[str, tuple[float, Scorer]], files=(), device="cpu") -> None:
+        self.components = components
+        self.files = files
+        self.networks = []
         for label, (_, scorer) in components.items():
-            if isinstance(scorer, type):
-                raise InputError(f"reward {label}: is a class; name an instance of it.")
-            with running(f"reward {label}: its networks"):
+            with users_code(f"reward {label}: its networks"):
                 networks = getattr(scorer, "networks", ())
             listed = isinstance(networks, (list, tuple))
-            if not (listed and all(hasattr(n, "to") for n in networks)):
-                raise InputError(f"reward {label}: `networks` must be a list of torch modules.")
+            if not listed or not all(isinstance(network, nn.Module) for network in networks):
+                raise UserError(f"reward {label}: `networks` must be a list of torch modules.")
             self.networks += networks
+        self.to(device)
 
-    def to(self, device: torch.device | str) -> Reward:
+    def to(self, device: torch.device | str) -> "Reward":
+        self.device = torch.empty(0, device=device).device  # "cuda" with its number
         for network in self.networks:
-            network.to(device)
+            network.to(self.device)
         return self
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        assert images.dtype == torch.uint8 and images.ndim == 4, (images.dtype, images.shape)
-        assert len(images) == len(prompts), (images.shape, len(prompts))
-        self.parts = {label: checked(label, scorer, images, prompts)
-                      for label, (_, scorer) in self.components.items()}  # fmt: skip
-        return sum(weight * self.parts[label] for label, (weight, _) in self.components.items())
+        return self.score(images, prompts)[0]
 
-    def with_sum(self, total: Tensor) -> dict[str, Tensor]:
-        """The parts, and of several what a call returned, under a label that none of them has."""
-        name = "weighted sum" if "sum" in self.parts else "sum"
-        return self.parts | ({name: total} if len(self.parts) > 1 else {})
+    @torch.no_grad()
+    def score(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum, (M,), and each component's scores before weights, (M,), by label.
+        A score is float64 where a scorer returns float64, integers or a list (Python's floats are
+        float64), else float32; the sum is float64 where any of them is."""
+        assert images.dtype == torch.uint8 and len(images) == len(prompts), images.shape
+        parts = {}
+        for label, (_, scorer) in self.components.items():
+            moved = () if images.device == self.device else getattr(scorer, "networks", ())
+            try:
+                with users_code(f"reward {label} failed"):
+                    for network in moved:
+                        network.to(images.device)
+                    # Copies: a scorer that changes them must not change the next one's, or grids.
+                    returned = scorer(images.clone(), list(prompts))
+            finally:
+                for network in moved:
+                    network.to(self.device)
+            parts[label] = checked(label, returned, prompts).to(images.device)
+
+        total = sum(weight * parts[label] for label, (weight, _) in self.components.items())
+        return checked("sum", total, prompts), parts
 
 
-def checked(label: str, scorer: Scorer, images: Tensor, prompts: list[str]) -> Tensor:
-    """Scores of one component, float32 (M,) on the images' device; (M, 1) will do. InputError
-    unless they are M finite numbers, and for whatever the scorer raises."""
+def checked(label: str, returned: object, prompts: list[str]) -> Tensor:
+    """A copy of what a scorer returned, (M,); UserError unless it is M finite real numbers."""
     count = len(prompts)
-    with running(f"reward {label} failed"):
-        # A copy: a scorer that changes its images must not change the next one's, or the grids.
-        scores = scorer(images.clone(), list(prompts))
-    pair = isinstance(scores, tuple) and len(scores) != count  # as ddpo-pytorch's: scores, {}
-    if pair or scores is None or isinstance(scores, dict):
-        found = f"returned a {type(scores).__name__}; return the scores alone"
-        raise InputError(f"reward {label} failed: {found}.")
-    with running(f"reward {label} failed"):
-        scores = torch.as_tensor(scores, dtype=torch.float32, device=images.device).detach()
-        scores = scores.to_dense()
+    what = f"reward {label} returned"
+    try:
+        scores = torch.as_tensor(returned)
+        odd = scores.is_complex() or scores.is_nested or np.ma.isMaskedArray(returned)
+        if odd or scores.layout != torch.strided:
+            raise TypeError("it is complex, masked, nested or sparse")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        if hasattr(returned, "close"):
+            returned.close()  # else Python warns that a coroutine was never awaited
+        kind = type(returned).__name__
+        raise UserError(f"{what} a {kind}, not {count} real numbers ({error}).") from error
     if scores.shape not in ((count,), (count, 1)):
-        shape = f"numbers of shape {tuple(scores.shape)} for {count} images"
-        raise InputError(f"reward {label} returned {shape}.")
-    scores = scores.view(count)
-    if not scores.isfinite().all():
-        bad = (~scores.isfinite()).nonzero()[0].item()
-        raise InputError(f"reward {label} returned {scores[bad]} for the prompt {prompts[bad]!r}.")
+        raise UserError(f"{what} numbers of shape {tuple(scores.shape)} for {count} images.")
+
+    narrow = scores.is_floating_point() and scores.dtype != torch.float64
+    dtype = torch.float32 if narrow and hasattr(returned, "dtype") else torch.float64
+    scores = torch.as_tensor(returned, dtype=dtype).detach().clone().view(count)
+    for score, prompt in zip(scores.tolist(), prompts, strict=True):
+        if not math.isfinite(score):
+            raise UserError(f"{what} {score} for the prompt {prompt!r}.")
     return scores
 
 
-class Component(NamedTuple):
-    """One term of a reward."""
-
-    label: str  # of its scores in the log: NAME or FUNCTION, and NAME-2 where that is taken
-    weight: float
-    source: str  # a NAME of LOADERS, or an absolute path FILE.py
-    detail: str  # the absolute path of its weights, "" for the official ones; or the FUNCTION
-
-
-def parse_reward(words: str | tuple | list) -> list[Component]:
-    """The components that words name, paths made absolute, each with its own label; InputError for
-    what cannot be loaded or is named twice."""
-    components, labels = [], Counter()
+def parse_reward(words: str | tuple | list) -> list[tuple]:
+    """(label, weight, source, detail) of each component that words name: source and detail are NAME
+    and the path of its weights, "" for the official ones, or FILE.py and FUNCTION, paths absolute;
+    the label is NAME or FUNCTION, NAME-2 where that is taken."""
     words = [words] if isinstance(words, str) else words
     if not isinstance(words, (tuple, list)) or not all(isinstance(word, str) for word in words):
-        found = f"not {type(words).__name__}; of several functions make one"
-        raise InputError(f"--reward: must be words or a function, {found}.")
+        raise UserError(f"--reward: must be words or one function, not {words!r}.")
+    known = f"choose from {', '.join(LOADERS)}, FILE.py:FUNCTION; several are words of their own"
+    components = []
     for word in words:
-        what, body, weight = f"--reward {word}", word.strip(), 1.0
-        with contextlib.suppress(ValueError):  # else an = inside of a path
-            head, equals, number = body.rpartition("=")
-            if equals:
-                body, weight = head, float(number)
+        what = f"--reward {word}"
+        body, weight = word.strip(), 1.0
+        with contextlib.suppress(ValueError):  # no =, or one inside of a path
+            head, number = body.rsplit("=", 1)
+            body, weight = head, float(number)
         if not math.isfinite(weight):
-            raise InputError(f"{what}: {weight} is no weight.")
+            raise UserError(f"{what}: {weight} is no weight.")
 
-        known = f"choose from {', '.join(LOADERS)}, FILE.py:FUNCTION"
-        several = re.split("[, ]+", word.strip())
-        if len(several) > 1:
-            known = f"several are words of their own: --reward {' '.join(several)}"
-        file, _, function = body.rpartition(":")  # the last colon: C:\me\my.py:f
-        label, _, path = body.partition(":")  # the first: hpsv2:C:\me\weights.pt
+        label, _, path = body.partition(":")
+        file, _, function = body.rpartition(":")
         own = file.endswith(".py") and function
         if own:
             label, path = function, file
-        elif label not in LOADERS:
-            raise InputError(f"{what}: no reward {body!r}; {known}.")
-        elif path and label.endswith("compressibility"):
-            raise InputError(f"{what}: {label} takes no path.")
-        if path:  # links stay: the hub's cache has files beside them
-            path = os.path.abspath(os.path.expanduser(path))
+        elif label not in LOADERS or (path and "compressibility" in label):
+            raise UserError(f"{what}: no reward {body!r}; {known}.")
+        if path:
+            path = os.path.abspath(os.path.expanduser(path))  # links stay: the hub's cache has them
             if not os.path.exists(path):
-                raise InputError(f"{what}: no such file or folder: {path}; {known}.")
+                raise UserError(f"{what}: no such file or folder: {path}; {known}.")
 
-        names = (path, function) if own else (label, path)
-        if names in [other[2:] for other in components]:
-            raise InputError(f"{what}: is named twice.")
-        labels[label] += 1
-        if labels[label] > 1:
-            label = f"{label}-{labels[label]}"
-        components.append(Component(label, weight, *names))
+        term = (path, function) if own else (label, path)
+        if term in [other[2:] for other in components]:
+            raise UserError(f"{what}: is named twice.")
+        same = sum(other[0].partition("-")[0] == label for other in components)
+        label = f"{label}-{same + 1}" if same else label
+        components.append((label, weight, *term))
+
+    folders = {os.path.dirname(source) for _, _, source, _ in components if source not in LOADERS}
+    if len(folders) > 1:  # each may hold a module of the same name
+        raise UserError(f"--reward: put your files in one folder: {', '.join(sorted(folders))}.")
     return components
 
 
 def resolve_reward(words: str | tuple | list) -> tuple[str, ...]:
     """The same words with absolute paths, which mean the same in another folder."""
-    named = {f"{c.source}:{c.detail}".rstrip(":"): c.weight for c in parse_reward(words)}
-    return tuple(word + f"={w}" * (w != 1 or "=" in word) for word, w in named.items())
+    resolved = []
+    for _, weight, source, detail in parse_reward(words):
+        word = f"{source}:{detail}" if detail else source
+        resolved.append(f"{word}={weight}" if weight != 1 or "=" in word else word)
+    return tuple(resolved)
 
 
-@quiet()
 def load_reward(reward: str | tuple | list | Scorer, device: torch.device | str) -> Reward:
-    """The reward that words name, or that is given, with its models on `device`."""
+    """What words name, or a function, as a Reward that rests on `device`; a Reward as it is."""
     if isinstance(reward, Reward):
         return reward
     if callable(reward):
         label = getattr(reward, "__name__", type(reward).__name__)
-        return Reward({label: (1.0, reward)})
-    while MODULES and not RUNNING:  # of a reward before: what was edited since is read again
-        sys.modules.pop(MODULES.popitem()[0], None)
+        return Reward({label: (1.0, reward)}, device=device)
+
     components, files = {}, {}
     for label, weight, source, detail in parse_reward(reward):
         if source in LOADERS:
@@ -186,19 +184,17 @@ def load_reward(reward: str | tuple | list | Scorer, device: torch.device | str)
             files[source] = detail
         components[label] = (weight, scorer)
     if not components:
-        raise InputError("--reward: names no reward.")
-    return Reward(components, tuple(files)).to(device)
+        raise UserError("--reward: names no reward.")
+    return Reward(components, tuple(files), device)
 
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:
     """Size of each image as a JPEG of quality 95, in 1,000 bytes: (M, 3, H, W) uint8 -> (M,)."""
-    from PIL import Image
-
     sizes = []
     for pixels in images.permute(0, 2, 3, 1).cpu().numpy():
         Image.fromarray(pixels).save(buffer := io.BytesIO(), "JPEG", quality=95)
         sizes.append(buffer.tell() / 1000)
-    return torch.tensor(sizes)
+    return torch.tensor(sizes, dtype=torch.float32)
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -207,31 +203,23 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def preprocess_clip(images: Tensor, size: int = 224) -> Tensor:
-    """CLIP's own: Pillow's bicubic on uint8 to shortest edge `size`, centre crop, normalise.
-
-    (M, 3, H, W) uint8 -> (M, 3, size, size) float32. Pillow itself: resizing tensors differs from
-    it by up to 10 levels."""
-    import numpy as np
-    from PIL import Image
-
-    height, width = images.shape[-2:]
-    longer = int(size * max(height, width) / min(height, width))
-    new_width, new_height = (size, longer) if width <= height else (longer, size)
-    left, top = (new_width - size) // 2, (new_height - size) // 2
-
-    def resize(pixels) -> Tensor:
-        picture = Image.fromarray(pixels).resize((new_width, new_height), Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(picture.crop((left, top, left + size, top + size))))
-
-    pixels = torch.stack([resize(p) for p in images.permute(0, 2, 3, 1).cpu().numpy()])
-    return normalise(pixels.permute(0, 3, 1, 2).to(images.device).float() / 255)
+    """CLIP's own, (M, 3, H, W) uint8 -> (M, 3, size, size) float32: Pillow's bicubic on uint8 to
+    shortest edge `size` (torch's differs by up to 10 levels), centre crop, normalise."""
+    edges = images.shape[-1], images.shape[-2]
+    width, height = (int(size * edge / min(edges)) for edge in edges)
+    left, top = (width - size) // 2, (height - size) // 2
+    pixels = []
+    for image in images.permute(0, 2, 3, 1).cpu().numpy():
+        picture = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+        pixels.append(np.array(picture.crop((left, top, left + size, top + size))))
+    pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
+    return normalise(pixels.to(images.device).float() / 255)
 
 
 def preprocess_hpsv2(images: Tensor, size: int = 224) -> Tensor:
-    """HPSv2's own: longest edge to `size`, zero padding to a square, normalise.
-
-    (M, 3, H, W) uint8 -> (M, 3, size, size) float32. Bicubic on floats, neither clamped nor
-    rounded, padded *before* normalising: borders are not zero."""
+    """HPSv2's own, (M, 3, H, W) uint8 -> (M, 3, size, size) float32: bicubic on floats, neither
+    clamped nor rounded, to longest edge `size`, zero padding to a square, and then normalise. The
+    authors' code antialiases from torchvision 0.17 on, as here, and up to 0.16 (2023) does not."""
     height, width = images.shape[-2:]
     scale = size / max(height, width)
     pixels = images.float() / 255
@@ -244,107 +232,73 @@ def preprocess_hpsv2(images: Tensor, size: int = 224) -> Tensor:
 
 
 def clean_text(prompt: str) -> str:
-    """open_clip's cleaning: mend Unicode, unescape HTML twice, fold spaces, lower case.
+    """open_clip's cleaning: mend Unicode, unescape HTML twice, fold spaces, lower case. Names of
+    control tokens are cut out: transformers' tokenizer would end or begin the text there."""
+    plain = {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0xFB01: "fi", 0xFB02: "fl"}
+    with contextlib.suppress(ImportError):  # without ftfy only these are mended
+        import ftfy
 
-    ftfy mends where it is installed. Names of control tokens are cut out: transformers' tokenizer
-    would obey them, and pool the text at the wrong place."""
-    try:
-        from ftfy import fix_text
-    except ImportError:
-        plain = {**str.maketrans("\u2018\u2019\u201c\u201d", "''\"\""), 0xFB01: "fi", 0xFB02: "fl"}
-
-        def fix_text(text: str) -> str:
-            return text.translate(plain)
-
-    text = html.unescape(html.unescape(fix_text(prompt)))
-    control = r"<\|(start|end)oftext\|>|<(start|end)_of_text>"
-    text = re.sub(control, " ", text, flags=re.IGNORECASE)
+        prompt = ftfy.fix_text(prompt)
+    text = html.unescape(html.unescape(prompt.translate(plain)))
+    text = re.sub(r"<\|(start|end)oftext\|>|<(start|end)_of_text>", " ", text, flags=re.IGNORECASE)
     return re.sub(r"\s+", " ", text).strip().lower()
 
 
-def cosine_scorer(
-    model, tokenizer, preprocess: Callable[[Tensor, int], Tensor], clean: Callable[[str], str]
-) -> Scorer:
+def cosine_scorer(model: nn.Module, tokenizer, preprocess: Callable, clean: Callable) -> Scorer:
     """Cosine of image and prompt in a transformers CLIPModel, in float32, unscaled."""
     size = model.config.vision_config.image_size
     context = model.config.text_config.max_position_embeddings
     options = {"padding": "max_length", "truncation": True, "max_length": context}
 
-    def score(images: Tensor, prompts: list[str]) -> Tensor:
-        texts = [clean(prompt) for prompt in prompts]
-        tokens = tokenizer(texts, **options, return_tensors="pt").input_ids.to(model.device)
+    def score(images, prompts):
+        tokens = tokenizer([*map(clean, prompts)], **options, return_tensors="pt").input_ids
         scores = []
         for part, ids in zip(images.split(32), tokens.split(32), strict=True):
             pixels = preprocess(part, size).to(model.device)
             image = model.get_image_features(pixel_values=pixels).pooler_output.float()
-            text = model.get_text_features(input_ids=ids).pooler_output.float()
+            text = model.get_text_features(input_ids=ids.to(model.device)).pooler_output.float()
             scores.append((F.normalize(image, dim=-1) * F.normalize(text, dim=-1)).sum(-1))
         return torch.cat(scores)
 
-    score.networks, score.tokenizer = (model,), tokenizer
+    score.networks = (model,)
     return score
 
 
-def fetch(reward: str, repository: str, file: str) -> str:
+def fetch(what: str, repository: str, file: str) -> str:
     """The path of a file of the hub, from the cache if it is there."""
-    from huggingface_hub import hf_hub_download
-
-    with reading(f"--reward {reward}: {file} of {repository}"):
-        return hf_hub_download(repository, file)
+    with reading(f"{what}: {file} of {repository}"):
+        return huggingface_hub.hf_hub_download(repository, file)
 
 
 def load_pickscore(path: str) -> Scorer:
-    """PickScore (Kirstain et al. 2023): cosine in a CLIP ViT-H/14, about 0.2. `path`: any CLIPModel
-    folder, tokenizer included."""
-    from transformers import CLIPModel
-
+    """PickScore (Kirstain et al. 2023), about 0.2. `path`: a CLIPModel's folder with tokenizer."""
     folder = path or "yuvalkirstain/PickScore_v1"
-    model = load_network(f"--reward pickscore: {folder}", CLIPModel, folder)
-    tokenizer = load_tokenizer("--reward pickscore", path or TOKENIZER)
+    what = f"--reward pickscore: {folder}"
+    model = load_network(what, transformers.CLIPModel, folder)
+    tokenizer = load_tokenizer(what, path or TOKENIZER, model.config.text_config.vocab_size)
     return cosine_scorer(model, tokenizer, preprocess_clip, clean=str)
 
 
-def load_hpsv2(version: str, file: str, path: str) -> Scorer:
-    """HPSv2 (Wu et al. 2023): cosine in a finetuned open_clip ViT-H/14, about 0.27.
-
-    `path`: the official .pt file; the tokenizer beside it is used if there is one."""
-    path = path or fetch(version, "xswu/HPSv2", file)
-    model = hpsv2_model(version, load_tensors(f"--reward {version}", path))
-    beside = Path(path).parent
-    named = str(beside) if (beside / "tokenizer_config.json").is_file() else TOKENIZER
-    tokenizer = load_tokenizer(f"--reward {version}", named)
+def load_hpsv2(what: str, file: str, path: str) -> Scorer:
+    """HPSv2 (Wu et al. 2023), about 0.27. `path`: its .pt; a tokenizer in its folder is used."""
+    path = path or fetch(what, "xswu/HPSv2", file)
+    weights = open_clip_to_transformers(load_tensors(what, path))
+    options = {"config": vit_h_14_config(), "state_dict": weights}
+    model = load_network(f"{what}: {path}", transformers.CLIPModel, None, **options)
+    folder = os.path.dirname(path)
+    if not os.path.isfile(f"{folder}/tokenizer_config.json"):
+        folder = TOKENIZER
+    tokenizer = load_tokenizer(what, folder, model.config.text_config.vocab_size)
     return cosine_scorer(model, tokenizer, preprocess_hpsv2, clean_text)
 
 
 def vit_h_14_config():
-    """open_clip's ViT-H-14 as a transformers config.
-
-    Exact GELU in both towers; 16 heads, of 64 in the text's, of 80 in the image's."""
-    from transformers import CLIPConfig
-
-    shared = {"hidden_act": "gelu", "projection_dim": 1024, "num_attention_heads": 16}
-    text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24}
-    vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
-    return CLIPConfig(
-        text_config={**shared, **text, "eos_token_id": 49407},
-        vision_config={**shared, **vision, "patch_size": 14},
-        projection_dim=1024,
-    )
-
-
-def hpsv2_model(what: str, state_dict: dict[str, Tensor], config=None):
-    """An open_clip state dict as a float32 CLIPModel, every tensor accounted for; or InputError."""
-    from transformers import CLIPModel
-
-    with torch.device("meta"):
-        model = CLIPModel(config or vit_h_14_config())
-    weights = {n: x.float() for n, x in open_clip_to_transformers(state_dict).items()}
-    with reading(f"--reward {what}: no open_clip ViT-H-14"):
-        model.load_state_dict(weights, assign=True)
-    for embeddings in (model.text_model.embeddings, model.vision_model.embeddings):
-        count = embeddings.position_embedding.num_embeddings
-        embeddings.position_ids = torch.arange(count)[None]  # not in a checkpoint
-    return model.eval().requires_grad_(False)
+    """open_clip's ViT-H-14: exact GELU; 16 heads, of 64 in the text tower, of 80 in the image's."""
+    both = dict(hidden_act="gelu", projection_dim=1024, num_attention_heads=16, eos_token_id=49407)
+    text = dict(both, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24)
+    vision = dict(both, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32)
+    vision["patch_size"] = 14
+    return transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024)
 
 
 RENAMED = [  # open_clip's names, in this order, and a CLIPModel's
@@ -384,37 +338,33 @@ def open_clip_to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def load_aesthetic(path: str) -> Scorer:
-    """LAION aesthetic predictor v2 on CLIP ViT-L/14, about 5; ignores the prompt. `path`: the
-    official .pth file of its head, 768-1024-128-64-16-1: its dropout is off, and it has no
-    activations."""
-    from transformers import CLIPVisionModelWithProjection
-
-    path = path or fetch("aesthetic", "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
-    layers = nn.Sequential(
-        nn.Linear(768, 1024), nn.Dropout(), nn.Linear(1024, 128), nn.Dropout(),
-        nn.Linear(128, 64), nn.Dropout(), nn.Linear(64, 16), nn.Linear(16, 1),
-    )  # fmt: skip
-    head = nn.ModuleDict({"layers": layers}).eval().requires_grad_(False)
-    with reading(f"--reward aesthetic: {path} is no head sac+logos+ava1-l14-linearMSE"):
-        head.load_state_dict(load_tensors("--reward aesthetic", path))
+    """LAION aesthetic predictor v2, about 5; ignores the prompt. `path`: the .pth of its head."""
+    what = "--reward aesthetic"
+    path = path or fetch(what, "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
+    widths = itertools.pairwise((768, 1024, 128, 64, 16, 1))
+    layers = nn.ModuleDict({n: nn.Linear(*pair) for n, pair in zip("02467", widths, strict=True)})
+    affine = nn.Sequential(*layers.values())  # no activations; layers 1, 3 and 5 are dropout
+    head = nn.ModuleDict({"layers": layers}).requires_grad_(False)
+    with reading(f"{what}: {path} is no head sac+logos+ava1-l14-linearMSE"):
+        head.load_state_dict(load_tensors(what, path))
     clip = "openai/clip-vit-large-patch14"
-    model = load_network(f"--reward aesthetic: {clip}", CLIPVisionModelWithProjection, clip)
+    model = load_network(f"{what}: {clip}", transformers.CLIPVisionModelWithProjection, clip)
 
-    def score(images: Tensor, prompts: list[str]) -> Tensor:
+    def score(images, prompts):
         scores = []
         for part in images.split(32):
             pixels = preprocess_clip(part, model.config.image_size).to(model.device)
             embeds = model(pixel_values=pixels).image_embeds
-            scores.append(layers(F.normalize(embeds, dim=-1)).squeeze(-1))
+            scores.append(affine(F.normalize(embeds, dim=-1)).squeeze(-1))
         return torch.cat(scores)
 
     score.networks = (model, head)
     return score
 
 
-LOADERS: dict[str, Callable[[str], Scorer]] = {
-    "hpsv2": partial(load_hpsv2, "hpsv2", "HPS_v2_compressed.pt"),
-    "hpsv2.1": partial(load_hpsv2, "hpsv2.1", "HPS_v2.1_compressed.pt"),
+LOADERS = {  # NAME -> scorer of the weights in a path
+    "hpsv2": lambda path: load_hpsv2("--reward hpsv2", "HPS_v2_compressed.pt", path),
+    "hpsv2.1": lambda path: load_hpsv2("--reward hpsv2.1", "HPS_v2.1_compressed.pt", path),
     "pickscore": load_pickscore,
     "aesthetic": load_aesthetic,
     "compressibility": lambda path: lambda images, prompts: -jpeg_kilobytes(images),
@@ -429,14 +379,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", default="", help="of all of them (default: an empty one)")
     with command("rewards.py"):
         args = parser.parse_args(argv)
-        pictures = [read_picture(file, "--images")[None] for file in args.images]
         reward = load_reward(args.reward, "cuda" if torch.cuda.is_available() else "cpu")
-        for file, picture in zip(args.images, pictures, strict=True):
-            total = reward(picture, [args.prompt])
-            scores = reward.with_sum(total)
-            if picture is pictures[0]:
-                print("".join(f"{name:>18}" for name in scores) + "  image")
-            print("".join(f"{score.item():>18.6g}" for score in scores.values()) + f"  {file}")
+        columns = list(reward.components)
+        if len(columns) > 1:
+            columns.append("sum")
+        print("".join(f"{name:>18}" for name in columns) + "  image")
+        for file in args.images:
+            picture = read_picture(file, "--images").to(reward.device)
+            total, parts = reward.score(picture[None], [args.prompt])
+            row = [*parts.values(), total][: len(columns)]
+            print("".join(f"{score.item():>18.6g}" for score in row) + f"  {file}")
 
 
 if __name__ == "__main__":

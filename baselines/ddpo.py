@@ -16,40 +16,41 @@ normalised rewards          advantages
 from __future__ import annotations
 
 import functools
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import prdp
-from support.cli import InputError, flag
-from support.distributed import gather, gradient_step, own_share, processes
-from support.report import epoch_metrics, phase
-from support.settings import run_command
+from support.cli import UserError, flag
+from support.distributed import average_gradients, gather, processes, require_finite, shard
+from support.report import epoch_metrics
+from support.settings import parse_settings, run_command
 
 MINIBATCHES = dict(updates_per_epoch=4, clip_range=1e-4)
-MANY = dict(prompts_per_epoch=512, images_per_prompt=1, learning_rate=1e-5)
-OF_PRESET = dict(large=MANY, multi=MANY, toy=dict(epochs=100, clip_range=1e-3, learning_rate=6e-4))
+MANY = dict(MINIBATCHES, prompts_per_epoch=512, images_per_prompt=1, learning_rate=1e-5)
+PRESETS = {
+    "small": MINIBATCHES,
+    "large": prdp.PRESETS["large"] | MANY,
+    "multi": prdp.PRESETS["multi"] | MANY,
+    "toy": prdp.PRESETS["toy"] | dict(MINIBATCHES, epochs=100, clip_range=1e-3, learning_rate=6e-4),
+}
 
 
 @dataclass
 class Config(prdp.Config):
     """prdp.py's settings, and DDPO's own."""
 
-    program: ClassVar = "baselines/ddpo.py"
-    presets: ClassVar = {
-        name: settings | MINIBATCHES | OF_PRESET.get(name, {})
-        for name, settings in prdp.PRESETS.items()
-    }
-    unused: ClassVar = ("kl_weight", "offline")
-    least: ClassVar = {}
+    program = "baselines/ddpo.py"
+    images_per_prompt: int = flag(16, "B")
+    clip_range: float = flag(1e-4, "of the importance weight, as PPO's; inf: none")
+    kl_weight: float = flag(0.0, least=0)
+    offline: bool = flag(False)
     loss: str = flag("ddpo", "DDPO_IS, or the score function's DDPO_SF", "ddpo", "ddpo-sf",
                      group="DDPO")  # fmt: skip
     advantage: str = flag("per-prompt", "whose mean rewards are held against: the prompt's last "
@@ -60,11 +61,11 @@ class Config(prdp.Config):
     def check(self) -> None:
         images = self.prompts_per_epoch * self.images_per_prompt
         if self.loss == "ddpo" and images % self.updates_per_epoch:
-            raise InputError(f"--updates-per-epoch: must divide the {images} images of an epoch.")
+            raise UserError(f"--updates-per-epoch: must divide the {images} images of an epoch.")
         if self.loss == "ddpo-sf" and self.updates_per_epoch > 1:
-            raise InputError("--loss ddpo-sf: is on-policy, and needs --updates-per-epoch 1.")
+            raise UserError("--loss ddpo-sf: is on-policy, and needs --updates-per-epoch 1.")
         if self.advantage == "group" and self.images_per_prompt < 2:
-            raise InputError("--advantage group: needs --images-per-prompt 2 or more.")
+            raise UserError("--advantage group: needs --images-per-prompt 2 or more.")
 
     def passes(self) -> tuple[float, float]:
         """As prdp.py's: an image is learned from once, and scored before unless update 1 does."""
@@ -131,69 +132,93 @@ def minibatches(config: Config, epoch: int) -> list[list[int]]:
     images = config.prompts_per_epoch * config.images_per_prompt
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
     order = torch.randperm(images, generator=generator)
-    own = range(images)[own_share(images)]
+    own = range(images)[shard(images)]
     parts = order.chunk(config.updates_per_epoch)
     return [[place - own.start for place in part.tolist() if place in own] for part in parts]
 
 
 def update(
-    config: Config, models: prdp.Models, optimizer: torch.optim.Optimizer,
-    batch: prdp.Trajectories | None, advantages: Tensor, first: bool,
-) -> dict[str, Tensor]:  # fmt: skip
+    config: Config,
+    models: prdp.Models,
+    optimizer: torch.optim.Optimizer,
+    batch: prdp.Trajectories | None,
+    advantages: Tensor,
+    first: bool,
+) -> dict[str, Tensor]:
     """Learn from a minibatch, of which this process has these images, or none; at the first update
     of an epoch theta is theta_old. Means are over the minibatch of all processes."""
-    entries = config.prompts_per_epoch * config.images_per_prompt * config.ddpm_steps
-    entries = entries / config.updates_per_epoch / processes()  # if all had as many
+    parameters = optimizer.param_groups[0]["params"]
+    optimizer.zero_grad()
     metrics = dict.fromkeys(METRICS, torch.zeros((), device=models.sd.device))
-    weights, backward = torch.zeros(0), lambda weights: None
     if batch is not None:
-        old, policy = batch.log_probs, models.policy
-        log_probs = old.clone() if first else prdp.score_trajectories(policy, batch)
+        log_probs_old = batch.log_probs
+        log_probs = log_probs_old.clone()
+        if not first:
+            log_probs = prdp.score_trajectories(models.policy, batch)
         log_probs.requires_grad_()
-        share = log_probs.numel() / entries
-        loss = share * ddpo_loss(log_probs, old, advantages, config.clip_range)
+
+        # A process's share of the minibatch may be more or less than that of another.
+        entries = config.prompts_per_epoch * config.images_per_prompt * config.ddpm_steps
+        share = log_probs.numel() / (entries / config.updates_per_epoch / processes())
         if config.loss == "ddpo-sf":
             loss = share * ddpo_sf_loss(log_probs, advantages)
-        (weights,) = torch.autograd.grad(loss, log_probs)
-        backward = functools.partial(prdp.backward_trajectories, policy, batch)
-        moved = (log_probs.detach() - old).abs()
-        clips = torch.expm1(log_probs.detach() - old).abs() > config.clip_range
-        measured = (loss.detach(), moved, clips, weights == 0)
-        for name, x in zip(METRICS, measured, strict=True):
-            metrics[name] = x if name == "loss" else share * x.double().mean()
+        else:
+            loss = share * ddpo_loss(log_probs, log_probs_old, advantages, config.clip_range)
+        (grad_log_probs,) = torch.autograd.grad(loss, log_probs)
+        prdp.backward_trajectories(models.policy, batch, grad_log_probs)
 
-    with phase("update"):
-        options = (config.max_grad_norm, models.policy.autocast, math.prod(models.sd.latent_shape))
-        norm = gradient_step(optimizer, backward, weights, *options)
-    return metrics | {"grad_norm": norm}
+        moved = log_probs.detach() - log_probs_old
+        clipped = torch.expm1(moved).abs() > config.clip_range
+        metrics["loss"] = loss.detach()
+        metrics["log_ratio_old"] = share * moved.abs().mean()
+        metrics["clip_fraction"] = share * clipped.double().mean()
+        metrics["skipped_fraction"] = share * (grad_log_probs == 0).double().mean()
+
+    average_gradients(parameters)
+    grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    require_finite("the gradient", grad_norm)
+    optimizer.step()
+    return metrics | {"grad_norm": grad_norm}
 
 
 def train(
-    config: Config, models: prdp.Models, optimizer: torch.optim.Optimizer, prompts: list[str],
-    start: int, statistics: RewardStatistics,
-) -> Iterator[dict[str, float]]:  # fmt: skip
+    config: Config,
+    models: prdp.Models,
+    optimizer: torch.optim.Optimizer,
+    prompts: list[str],
+    start: int,
+    statistics: RewardStatistics,
+) -> Iterator[dict[str, float]]:
     """DDPO from epoch `start` on; yields each epoch's metrics."""
-    policy, count = models.policy, config.images_per_prompt
+    count = config.images_per_prompt
     for epoch in range(start, config.epochs + 1):
-        drawn = prdp.draw_prompts(config, prompts, epoch)
-        own = own_share(len(drawn))
-        texts = [prompt for prompt in drawn[own] for _ in range(count)]
-        noise = prdp.image_generators(config.seed, epoch, range(len(drawn))[own], count)
+        epoch_prompts = prdp.draw_prompts(config, prompts, epoch)
+        own = shard(len(epoch_prompts))
+        repeated = [prompt for prompt in epoch_prompts[own] for _ in range(count)]
+        numbers = range(len(epoch_prompts))[own]
+        generators = prdp.image_generators(config.seed, epoch, numbers, count)
 
         # Each minibatch is drawn by itself, so that it is scored in the same microbatches.
         parts, batches = minibatches(config, epoch), []
         for part in parts:
             batch = None
             if part:
-                of_part = [texts[n] for n in part], [noise[n] for n in part]
-                batch = prdp.sample_prompts(models, policy, *of_part)
+                batch = prdp.sample_prompts(
+                    models,
+                    models.policy,
+                    [repeated[n] for n in part],
+                    [generators[n] for n in part],
+                )
             batches.append(batch)
+
+        # Rewards of all, put back into their order, and held against their mean.
         order = [n for part in parts for n in part]
         x_0 = torch.cat([batch.latents[:, -1] for batch in batches if batch])
-        _, scores = prdp.score_images(models, x_0, [texts[n] for n in order])
+        _, scores, reward_parts = prdp.score_images(models, x_0, [repeated[n] for n in order])
         rewards = torch.empty_like(scores)
         rewards[order] = scores
-        advantages = statistics.advantages(gather(rewards), drawn)[own_share(count * len(drawn))]
+        advantages = statistics.advantages(gather(rewards), epoch_prompts)
+        advantages = advantages[shard(len(advantages))]
 
         updates = []
         for part, batch in zip(parts, batches, strict=True):
@@ -202,27 +227,34 @@ def train(
         others = {}
         if config.measure_kl:
             others = measure_kl(models, [batch for batch in batches if batch])
-        del batch, batches, x_0  # and their memory, before others are drawn
-        yield epoch_metrics(rewards, models.reward.parts, updates, **others)
+        del batch, batches, x_0  # and gradients: their memory, before others are drawn
+        optimizer.zero_grad()
+        yield epoch_metrics(rewards, reward_parts, updates, **others)
 
 
 def measure_kl(models: prdp.Models, batches: list[prdp.Trajectories]) -> dict[str, Tensor]:
     """Of theta_old to the pretrained model, a step's mean and a trajectory's sum, as prdp.py's."""
-    reference, ratios = models.reference, []
-    with models.sd.in_use(reference.unet):
-        for batch in batches:
-            ratios.append(batch.log_probs - prdp.score_trajectories(reference, batch, "reference"))
+    ratios = []
+    for batch in batches:
+        log_probs_ref = prdp.score_trajectories(models.reference, batch, "reference")
+        ratios.append(batch.log_probs - log_probs_ref)
     ratio = torch.cat(ratios)
-    numel = ratio.shape[1] * math.prod(models.sd.latent_shape)
-    return {"log_ratio_ref": ratio, "kl_nats": ratio * numel}
+    return {"log_ratio_ref": ratio, "kl_nats": ratio * batch.latents[0, 1:].numel()}
 
 
 def run(config: Config, reward=None, prompts=None) -> None:
-    kept = RewardStatistics(config.advantage)
-    prdp.run(config, reward, prompts, train=functools.partial(train, statistics=kept), state=kept)
+    statistics = RewardStatistics(config.advantage)
+    learn = functools.partial(train, statistics=statistics)
+    prdp.run(config, reward, prompts, train=learn, state=statistics)
 
 
-main = functools.partial(run_command, Config, run)
+def parse_args(argv: list[str] | None = None) -> Config:
+    return parse_settings(Config, PRESETS, __doc__, argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_command(Config.program, parse_args, run, argv)
+
 
 if __name__ == "__main__":
     main()

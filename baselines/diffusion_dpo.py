@@ -23,10 +23,9 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,48 +33,44 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import prdp
 from baselines.pairs import People
 from baselines.rwr import batches, noised
-from rewards import Reward
-from support.cli import InputError, flag
-from support.distributed import gather, gradient_step, processes, rank
+from rewards import Reward, resolve_reward
+from support.cli import UserError, flag
+from support.distributed import average_gradients, gather, processes, rank, require_finite
+from support.machine import scaled_backward
 from support.report import epoch_metrics, phase
-from support.settings import absolute, run_command
+from support.settings import absolute, parse_settings, prompt_paths, run_command
 
 PUBLISHED = dict(epochs=100, updates_per_epoch=10, learning_rate=8.192e-9)
 TOY = dict(batch_size=64, updates_per_epoch=16, warmup=0)
+PRESETS = {
+    name: settings | (TOY if name == "toy" else PUBLISHED)
+    for name, settings in prdp.PRESETS.items()
+}
 
 
 @dataclass
 class Config(prdp.Config):
     """prdp.py's settings, and Diffusion-DPO's own."""
 
-    program: ClassVar = "baselines/diffusion_dpo.py"
-    presets: ClassVar = {
-        name: settings | (TOY if name == "toy" else PUBLISHED)
-        for name, settings in prdp.PRESETS.items()
-    }
-    unused: ClassVar = ("kl_weight", "clip_range", "offline")
-    least: ClassVar = {"images_per_prompt": 2, "warmup": 0}
+    program = "baselines/diffusion_dpo.py"
+    kl_weight: float = flag(0.0, least=0)
+    clip_range: float = flag(0.0, least=0)
+    offline: bool = flag(False)
     reward: tuple = flag((), "what ranks images (default: the preset's or hpsv2; for --pairs alone "
-                         "none)")  # fmt: skip
+                         "none)", resolve=resolve_reward)  # fmt: skip
     prompts: tuple = flag((), "files (default: the preset's or animals.txt; for --pairs alone "
-                          "theirs)")  # fmt: skip
+                          "theirs)", resolve=prompt_paths)  # fmt: skip
     learning_rate: float = flag(8.192e-9, "of AdamW (Sec. 5.1); their code's is 2.048e-5")
-    pairs: str = flag("", "people's choices, .jsonl", group="Diffusion-DPO")
+    pairs: str = flag("", "people's choices, .jsonl", group="Diffusion-DPO",
+                      resolve=lambda file: absolute(file) if file else "")  # fmt: skip
     online: bool = flag(False, "rank images of the current model, not of the pretrained one")
     beta: float = flag(5000.0, "of Eq. 14")
     batch_size: int = flag(2048, "pairs an update")
-    warmup: int = flag(250, "updates until the learning rate is reached, linearly")
-
-    def resolved(self, reward: object = None, prompts: object = None) -> Config:
-        given = {"pairs": absolute(self.pairs) if self.pairs else ""}
-        if not self.pairs:
-            given["reward"] = self.reward or prdp.Config.reward
-            given["prompts"] = self.prompts or prdp.Config.prompts
-        return super(Config, replace(self, **given)).resolved(reward, prompts)
+    warmup: int = flag(250, "updates until the learning rate is reached, linearly", least=0)
 
     def check(self) -> None:
         if self.pairs and self.online:
-            raise InputError("--online: not with --pairs, whose pictures are given.")
+            raise UserError("--online: not with --pairs, whose pictures are given.")
 
     def passes(self) -> tuple[float, float]:
         """As prdp.py counts them: an image is drawn, unless pairs are given; of a pair, one step is
@@ -93,16 +88,18 @@ def diffusion_dpo_loss(error: Tensor, error_ref: Tensor, beta: float) -> Tensor:
 
 
 def denoising_errors(
-    policy: prdp.Policy, scheduler, x_0: Tensor, text: Tensor, timesteps: Tensor, noise: Tensor
-) -> Tensor:
+    policy: prdp.Policy, scheduler, x_0: Tensor, prompt_embeds: Tensor, timesteps: Tensor,
+    noise: Tensor,
+) -> Tensor:  # fmt: skip
     """||eps - eps_theta(x_t, t)||^2 of Eq. 14, a mean over latent dimensions: (m, 2) float64.
 
-    x_0 (m, 2, C, H, W); both of a pair share text (m, L, D), timesteps (m,) and noise.
+    x_0 (m, 2, C, H, W); both of a pair share prompt_embeds (m, L, W), timesteps (m,) and noise.
     """
-    text, timesteps, noise = (x.repeat_interleave(2, 0) for x in (text, timesteps, noise))
-    x_t, target = noised(scheduler, x_0.flatten(0, 1), timesteps, noise)
-    with policy.casting(x_0.device):
-        predicted = policy.unet(x_t, timesteps, encoder_hidden_states=text).sample
+    prompt_embeds = prompt_embeds.repeat_interleave(2, 0)
+    timesteps = timesteps.repeat_interleave(2, 0)
+    x_t, target = noised(scheduler, x_0.flatten(0, 1), timesteps, noise.repeat_interleave(2, 0))
+    with policy.autocast():
+        predicted = policy.unet(x_t, timesteps, encoder_hidden_states=prompt_embeds).sample
     return (predicted.double() - target).square().flatten(1).mean(1).unflatten(0, (-1, 2))
 
 
@@ -122,17 +119,18 @@ def train(
     sd, sampler = models.sd, models.policy if config.online else models.reference
     for epoch in range(start, config.epochs + 1):
         if people:
-            owner, load = people.owner(), functools.partial(people.load, sd, config.seed, epoch)
+            owner = people.owner()
+            load = functools.partial(people.load, sd, config.seed, epoch)
             count = config.updates_per_epoch * config.batch_size // processes()
             rewards, parts = torch.full((max(1, count),), math.nan), {}
         else:
             drawn, trajectories = prdp.sample_epoch(config, models, sampler, prompts, epoch)
-            x_0, text = trajectories.latents[:, -1].clone(), trajectories.text
+            x_0, prompt_embeds = trajectories.latents[:, -1].clone(), trajectories.prompt_embeds
             del trajectories
-            _, rewards = prdp.score_images(models, x_0, drawn)
-            parts = models.reward.parts
+            _, rewards, parts = prdp.score_images(models, x_0, drawn)
             pairs = ranked_pairs(gather(rewards).cpu(), config.images_per_prompt)
-            owner, load = pairs[:, 0] // len(x_0), functools.partial(own_pairs, pairs, x_0, text)
+            owner = pairs[:, 0] // len(x_0)
+            load = functools.partial(own_pairs, pairs, x_0, prompt_embeds)
 
         updates = []
         for k, batch in enumerate(batches(config, epoch, torch.arange(len(owner)), sd)):
@@ -144,10 +142,13 @@ def train(
         yield epoch_metrics(rewards, parts, updates or [none])  # if all rewards tie
 
 
-def own_pairs(pairs: Tensor, x_0: Tensor, text: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Of pairs (m,), all of this process's images: x_0 (m, 2, C, H, W), the chosen first; text."""
+def own_pairs(
+    pairs: Tensor, x_0: Tensor, prompt_embeds: Tensor, numbers: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x_0 (m, 2, C, H, W), the chosen first, and prompt_embeds of pairs (m,), all of this
+    process's images."""
     rows = (pairs[numbers] - rank() * len(x_0)).to(x_0.device)  # (m, 2)
-    return x_0[rows], text[rows[:, 0]]
+    return x_0[rows], prompt_embeds[rows[:, 0]]
 
 
 def update(
@@ -156,31 +157,37 @@ def update(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Learn from a batch of pairs, of which this process loads its own."""
     policy, reference, scheduler = models.policy, models.reference, models.sd.pipe.scheduler
+    parameters = optimizer.param_groups[0]["params"]
     own = (owner[numbers] == rank()).nonzero()[:, 0]
     microbatches, losses = [], torch.zeros(len(own), dtype=torch.float64)
     if len(own):
         with phase("pictures"):
-            x_0, text = load(numbers[own])
+            x_0, prompt_embeds = load(numbers[own])
         drawn = (x[own].to(x_0.device) for x in (timesteps, noise))
-        inputs = (torch.arange(len(own)), x_0, text, *drawn)
+        inputs = (torch.arange(len(own)), x_0, prompt_embeds, *drawn)
         microbatches = [*zip(*(x.split(policy.microbatch) for x in inputs), strict=True)]
-    with torch.no_grad(), phase("reference"), models.sd.in_use(reference.unet):
+    with torch.no_grad(), phase("reference"), reference.autocast():
         references = [denoising_errors(reference, scheduler, *x) for _, *x in microbatches]
 
-    def backward(weights: Tensor) -> None:
+    def backward(scaled: Tensor) -> None:
         for (part, *x), error_ref in zip(microbatches, references, strict=True):
             error = denoising_errors(policy, scheduler, *x)
             loss = diffusion_dpo_loss(error, error_ref, config.beta)
-            (weights[part].to(loss.device) * loss).sum().backward()
+            (scaled[part].to(loss.device) * loss).sum().backward()
             losses[part] = loss.detach().cpu()
 
     with phase("update"):
         share = torch.full((len(own),), processes() / len(numbers), dtype=torch.float64)
-        numel = noise[0].numel() / config.beta  # a loss is at most beta / 2 as steep as an error
-        options = (config.max_grad_norm, policy.autocast, numel)
-        norm = gradient_step(optimizer, backward, share, *options)
+        latent_dim = noise[0].numel() / config.beta  # a loss is at most beta / 2 as steep
+        optimizer.zero_grad()
+        scaled_backward(policy.unet, backward, share, latent_dim)
+        average_gradients(parameters)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        require_finite("the gradient", grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
     right = losses < math.log(2)
-    return {"loss": share @ losses, "accuracy": share @ right.double(), "grad_norm": norm}
+    return {"loss": share @ losses, "accuracy": share @ right.double(), "grad_norm": grad_norm}
 
 
 class NoReward(Reward):
@@ -189,11 +196,20 @@ class NoReward(Reward):
     def __init__(self) -> None:
         super().__init__({})
 
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return torch.full((len(images),), math.nan, device=images.device)
+    def score(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        return torch.full((len(images),), math.nan, device=images.device), {}
+
+
+def complete(config: Config) -> Config:
+    """Without --pairs, images of prdp.py's prompts are ranked by its reward, if no others are named."""
+    if config.pairs:
+        return config
+    reward = config.reward or prdp.Config.reward
+    return replace(config, reward=reward, prompts=config.prompts or prdp.Config.prompts)
 
 
 def run(config: Config, reward=None, prompts=None) -> None:
+    config = complete(config)
     people = People(config.pairs) if config.pairs else None
     if people and reward is None and not config.reward:
         reward = NoReward()
@@ -203,7 +219,13 @@ def run(config: Config, reward=None, prompts=None) -> None:
     prdp.run(config, reward, prompts, train=learn, state=people)
 
 
-main = functools.partial(run_command, Config, run)
+def parse_args(argv: list[str] | None = None) -> Config:
+    return complete(parse_settings(Config, PRESETS, __doc__, argv))
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_command(Config.program, parse_args, run, argv)
+
 
 if __name__ == "__main__":
     main()

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 import prdp
-from support.cli import InputError, reading
+from support.cli import UserError, reading
 from support.distributed import gather_objects, processes, rank
 from support.inputs import as_prompts, read_picture
 from support.report import phase
@@ -27,7 +27,7 @@ class People:
     def __init__(self, file: str) -> None:
         self.file, self.records = file, []
         if Path(file).suffix.lower() != ".jsonl":
-            raise InputError(f"--pairs {file}: must be .jsonl, an object a line.")
+            raise UserError(f"--pairs {file}: must be .jsonl, an object a line.")
         with reading(f"--pairs {file}"):
             data = Path(file).read_bytes()
             lines = data.decode("utf-8-sig").split("\n")
@@ -35,7 +35,7 @@ class People:
             if line.strip():
                 self.records.append(self.read(f"--pairs {file}, line {number}", line))
         if not self.records:
-            raise InputError(f"--pairs {file}: has no pair.")
+            raise UserError(f"--pairs {file}: has no pair.")
         own, digests = range(len(self.records))[rank() :: processes()], {}
         with phase("pictures", len(own)) as done, ThreadPoolExecutor() as pool:
             for number, found in zip(own, pool.map(self.check, own), strict=True):
@@ -51,23 +51,23 @@ class People:
             record = json.loads(line)
         found = set(record) if isinstance(record, dict) else set()
         if found != COLUMNS or not all(isinstance(x, str) and x for x in record.values()):
-            raise InputError(f"{what}: must have prompt, chosen and rejected, texts, and no more.")
+            raise UserError(f"{what}: must have prompt, chosen and rejected, texts, and no more.")
         (prompt,) = as_prompts([record["prompt"]], what)
         return {**record, "prompt": prompt, "what": what}
 
     def check(self, number: int) -> bytes:
-        """A digest of a pair, whose pictures can be used; else InputError."""
+        """A digest of a pair, whose pictures can be used; else UserError."""
         record = self.records[number]
         parts = [record["prompt"].encode(), *(x.numpy().tobytes() for x in self.pictures(record))]
         return hashlib.sha256(b"".join(parts)).digest()
 
     def pictures(self, record: dict) -> list[Tensor]:
-        """Both, (3, H, W) uint8; InputError for what cannot be read or compared."""
+        """Both, (3, H, W) uint8; UserError for what cannot be read or compared."""
         folder, what = Path(self.file).parent, record["what"]
         names = ("chosen", "rejected")
         both = [read_picture(folder / record[name], f"{what}: {name}") for name in names]
         if torch.equal(*both):
-            raise InputError(f"{what}: its two pictures are the same.")
+            raise UserError(f"{what}: its two pictures are the same.")
         return both
 
     def owner(self) -> Tensor:
@@ -76,13 +76,12 @@ class People:
 
     @torch.no_grad()
     def load(self, sd, seed: int, epoch: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """x_0 (m, 2, C, H, W) of pairs (m,), the chosen first, and text (m, L, D): as in their code
+        """x_0 (m, 2, C, H, W) of pairs (m,), the chosen first, and prompt_embeds (m, L, W): as in their code
         a sample of what the VAE makes of a picture."""
         records, latents = [self.records[n] for n in numbers], []
         pictures = [picture for record in records for picture in self.pictures(record)]
         generators = prdp.image_generators(seed, epoch, numbers.tolist(), 2)
-        autocast = torch.autocast(sd.device.type, sd.autocast, enabled=sd.autocast is not None)
-        with sd.in_use(sd.vae), autocast:
+        with sd.autocast(sd.vae):
             for picture, generator in zip(pictures, generators, strict=True):
                 pixels = prepare(picture, sd, generator).to(sd.device)
                 found = sd.vae.encode(pixels[None]).latent_dist
@@ -96,7 +95,7 @@ class People:
 
     def load_state_dict(self, state: dict) -> None:
         if state != self.state_dict():
-            raise InputError(f"--pairs {self.file}: has other pairs than the run began with.")
+            raise UserError(f"--pairs {self.file}: has other pairs than the run began with.")
 
 
 def prepare(picture: Tensor, sd, generator: torch.Generator) -> Tensor:

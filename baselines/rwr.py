@@ -18,57 +18,61 @@ p                            percentile
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import prdp
-from support.cli import InputError, flag
-from support.distributed import gather, gradient_step, own_share, processes, rank
+from support.cli import UserError, flag
+from support.distributed import average_gradients, gather, processes, rank, require_finite, shard
+from support.machine import scaled_backward
 from support.report import epoch_metrics, phase
-from support.settings import run_command
+from support.settings import parse_settings, run_command
 
 PUBLISHED = dict(epochs=5, updates_per_epoch=400, prompts_per_epoch=400, images_per_prompt=25,
                  learning_rate=1e-5)  # fmt: skip
 TOY = dict(batch_size=64, updates_per_epoch=16, inverse_temperature=100.0)
+PRESETS = {
+    name: settings | (TOY if name == "toy" else PUBLISHED)
+    for name, settings in prdp.PRESETS.items()
+}
+SAMPLED_AT_ONCE = 512  # images whose trajectories are there at once; 10,000 would take 33 GB
 
 
 @dataclass
 class Config(prdp.Config):
     """prdp.py's settings, and RWR's own."""
 
-    program: ClassVar = "baselines/rwr.py"
-    presets: ClassVar = {
-        name: settings | (TOY if name == "toy" else PUBLISHED)
-        for name, settings in prdp.PRESETS.items()
-    }
-    unused: ClassVar = ("kl_weight", "clip_range", "offline")
-    least: ClassVar = {"images_per_prompt": 2, "percentile": 0}
-    keeps_trajectories: ClassVar = False
+    program = "baselines/rwr.py"
+    kl_weight: float = flag(0.0, least=0)
+    clip_range: float = flag(0.0, least=0)
+    offline: bool = flag(False)
     weighting: str = flag("softmax", "softmax: exp(beta r) over a prompt's images; sparse: 1 from "
                           "--percentile up, else 0", "softmax", "sparse",
                           group="reward-weighted regression")  # fmt: skip
     inverse_temperature: float = flag(0.2, "beta of softmax; as published, for rewards that differ "
                                       "by some units: cosines want about 100")  # fmt: skip
-    percentile: float = flag(0.9, "sparse drops this share of a prompt's images")
+    percentile: float = flag(0.9, "sparse drops this share of a prompt's images", least=0)
     batch_size: int = flag(128, "images an update")
 
     def check(self) -> None:
         if self.percentile >= 1:
-            raise InputError(f"--percentile {self.percentile}: must be below 1; 0.9 is usual.")
+            raise UserError(f"--percentile {self.percentile}: must be below 1; 0.9 is usual.")
 
     def passes(self) -> tuple[float, float]:
         """As prdp.py counts them: an image is drawn; an update learns one step of each of its."""
         images = self.prompts_per_epoch * self.images_per_prompt
         return 1, self.updates_per_epoch * self.batch_size / (images * self.ddpm_steps)
+
+    def images_held(self) -> int:
+        """`sample_pool` draws so many at a time."""
+        return min(SAMPLED_AT_ONCE, super().images_held())
 
 
 def rwr_weights(rewards: Tensor, prompts: list[str], inverse_temperature: float) -> Tensor:
@@ -102,18 +106,20 @@ def rows_by_prompt(prompts: list[str]) -> list[list[int]]:
 
 
 def denoising_error(
-    policy: prdp.Policy, scheduler, x_0: Tensor, text: Tensor, timesteps: Tensor, noise: Tensor
-) -> Tensor:
+    policy: prdp.Policy, scheduler, x_0: Tensor, prompt_embeds: Tensor,
+    timesteps: Tensor, noise: Tensor,
+) -> Tensor:  # fmt: skip
     """The denoising loss (Eq. 1, of noise in place of means, as in their code) of the guided
     prediction (Eq. 5, App. G.1), with gradient: (m,) float64, a mean over latent dimensions.
 
-    x_0 and noise (m, C, H, W), text (m, L, D), timesteps (m,) of the 1,000; `scheduler` is
+    x_0 and noise (m, C, H, W), prompt_embeds (m, L, W), timesteps (m,) of the 1,000; `scheduler` is
     diffusers', of the model's noise schedule.
     """
     x_t, target = noised(scheduler, x_0, timesteps, noise)
     every = torch.arange(len(scheduler.alphas_cumprod), device=x_0.device)
     policy = policy._replace(schedule=policy.schedule._replace(timesteps=every))
-    noise_pred = prdp.run_unet(policy, x_t, text, timesteps)
+    with policy.autocast():
+        noise_pred = prdp.run_unet(policy, x_t, prompt_embeds, timesteps)
     unconditional, conditional = noise_pred.double().chunk(2)
     guided = unconditional + policy.guidance_scale * (conditional - unconditional)  # Eq. 5
     return (guided - target).square().flatten(1).mean(1)
@@ -145,81 +151,113 @@ def batches(config, epoch: int, pool: Tensor, sd) -> Iterator[tuple[Tensor, Tens
 
 
 def sample_pool(
-    config: Config, models: prdp.Models, drawn: list[str], epoch: int
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """This process's share of an epoch's images (App. F.2): x_0 (M, C, H, W), the text of each of
-    its prompts, rewards (M,) and their parts. Of trajectories, which would take 33 GB, 512 at a
-    time are there."""
-    own, count = own_share(len(drawn)), config.images_per_prompt
+    config: Config, models: prdp.Models, epoch_prompts: list[str], epoch: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """This process's share of an epoch's images (App. F.2): x_0 (M, C, H, W), rewards (M,) and the
+    parts of these."""
+    count = config.images_per_prompt
+    own = torch.arange(len(epoch_prompts))[shard(len(epoch_prompts))]
     latents, rewards, parts = [], [], []
-    for numbers in torch.arange(len(drawn))[own].split(max(1, 512 // count)):
-        prompts = [drawn[n] for n in numbers]
+    for numbers in own.split(max(1, SAMPLED_AT_ONCE // count)):
+        prompts = [epoch_prompts[n] for n in numbers]
         generators = prdp.image_generators(config.seed, epoch, numbers.tolist(), count)
         trajectories = prdp.sample_prompts(models, models.policy, prompts, generators)
         latents.append(trajectories.latents[:, -1].clone())
         del trajectories
-        of_each = [prompt for prompt in prompts for _ in range(count)]
-        rewards.append(prdp.score_images(models, latents[-1], of_each)[1])
-        parts.append(models.reward.parts)
+        _, scores, score_parts = prdp.score_images(models, latents[-1], prompts)
+        rewards.append(scores)
+        parts.append(score_parts)
     parts = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return torch.cat(latents), models.sd.encode(drawn[own]), torch.cat(rewards), parts
+    return torch.cat(latents), torch.cat(rewards), parts
 
 
 def train(
-    config: Config, models: prdp.Models, optimizer: torch.optim.Optimizer, prompts: list[str],
+    config: Config,
+    models: prdp.Models,
+    optimizer: torch.optim.Optimizer,
+    prompts: list[str],
     start: int,
-) -> Iterator[dict[str, float]]:  # fmt: skip
+) -> Iterator[dict[str, float]]:
     """RWR from epoch `start` on; yields each epoch's metrics."""
+    parameters = optimizer.param_groups[0]["params"]
     for epoch in range(start, config.epochs + 1):
-        drawn = prdp.draw_prompts(config, prompts, epoch)
-        x_0, text, rewards, parts = sample_pool(config, models, drawn, epoch)
+        epoch_prompts = prdp.draw_prompts(config, prompts, epoch)
+        x_0, rewards, parts = sample_pool(config, models, epoch_prompts, epoch)
+        prompt_embeds = models.sd.encode(epoch_prompts[shard(len(epoch_prompts))])
 
-        every = gather(rewards).cpu()
-        of_each = [prompt for prompt in drawn for _ in range(config.images_per_prompt)]
+        every_reward = gather(rewards).cpu()
+        repeated = [prompt for prompt in epoch_prompts for _ in range(config.images_per_prompt)]
         if config.weighting == "sparse":
-            weights = sparse_weights(every, of_each, config.percentile)
+            weights = sparse_weights(every_reward, repeated, config.percentile)
             pool = weights.nonzero()[:, 0]
         else:
-            weights = rwr_weights(every, of_each, config.inverse_temperature)
+            weights = rwr_weights(every_reward, repeated, config.inverse_temperature)
             pool = torch.arange(len(weights))
 
         updates = []
-        with phase("update", config.updates_per_epoch) as done:
+        with phase("update", config.updates_per_epoch) as advance:
             for images, timesteps, noise in batches(config, epoch, pool, models.sd):
+                batch = (images, timesteps, noise)
                 share = processes() * weights[images] / len(images)
-                errors = torch.zeros(len(images))
-                batch = (x_0, text, images, timesteps, noise, errors)
-                backward = functools.partial(backward_batch, config, models, *batch)
-                options = (config.max_grad_norm, models.policy.autocast, noise[0].numel())
-                norm = gradient_step(optimizer, backward, share, *options)
-                updates.append({"loss": (share * errors).sum(), "grad_norm": norm})
-                done(1)
-        del x_0, text, batch, backward
+                optimizer.zero_grad()
+                errors = backward_batch(config, models, x_0, prompt_embeds, batch, share)
+                average_gradients(parameters)
+                grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+                require_finite("the gradient", grad_norm)
+                optimizer.step()
+                updates.append({"loss": (share * errors).sum(), "grad_norm": grad_norm})
+                advance(1)
+        del x_0, prompt_embeds, batch  # and gradients: their memory, before others are drawn
+        optimizer.zero_grad()
         yield epoch_metrics(rewards, parts, updates)
 
 
 def backward_batch(
-    config: Config, models: prdp.Models, x_0: Tensor, text: Tensor, images: Tensor,
-    timesteps: Tensor, noise: Tensor, errors: Tensor, weights: Tensor,
-) -> None:  # fmt: skip
-    """Add the gradient of sum(weights * error) over those images of a batch that this process has
-    to each `.grad`, a microbatch at a time; and fill `errors`."""
+    config: Config,
+    models: prdp.Models,
+    x_0: Tensor,
+    prompt_embeds: Tensor,
+    batch: tuple[Tensor, Tensor, Tensor],
+    share: Tensor,
+) -> Tensor:
+    """Add the gradient of sum(share * error) over those images of a batch that this process has to
+    each `.grad`, a microbatch at a time; returns the errors, 0 where another process has them."""
+    images, timesteps, noise = batch
+    policy, scheduler, device = models.policy, models.sd.pipe.scheduler, x_0.device
     first = rank() * len(x_0)
     own = ((images >= first) & (images < first + len(x_0))).nonzero()[:, 0]
-    for part in own.split(models.policy.microbatch) if len(own) else ():
-        rows = images[part] - first
-        texts = text[rows // config.images_per_prompt]
-        drawn = (timesteps[part].to(x_0.device), noise[part].to(x_0.device))
-        error = denoising_error(models.policy, models.sd.pipe.scheduler, x_0[rows], texts, *drawn)
-        (weights[part].to(x_0.device) * error).sum().backward()
-        errors[part] = error.detach().float().cpu()
+    errors = torch.zeros(len(images))
+
+    def backward(scaled: Tensor) -> None:
+        for part in own.split(policy.microbatch):
+            rows = images[part] - first
+            error = denoising_error(
+                policy,
+                scheduler,
+                x_0[rows],
+                prompt_embeds[rows // config.images_per_prompt],
+                timesteps[part].to(device),
+                noise[part].to(device),
+            )
+            (scaled[part].to(device) * error).sum().backward()
+            errors[part] = error.detach().float().cpu()
+
+    if len(own):
+        scaled_backward(policy.unet, backward, share, noise[0].numel())
+    return errors
 
 
 def run(config: Config, reward=None, prompts=None) -> None:
     prdp.run(config, reward, prompts, train=train)
 
 
-main = functools.partial(run_command, Config, run)
+def parse_args(argv: list[str] | None = None) -> Config:
+    return parse_settings(Config, PRESETS, __doc__, argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_command(Config.program, parse_args, run, argv)
+
 
 if __name__ == "__main__":
     main()

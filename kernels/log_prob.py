@@ -5,10 +5,10 @@ guided_sample     x_{t-1} and its log-prob, from noise: prdp.py's sampling
 guided_log_ratio  the first with Eq. 20's clip in the same pass: for other trainers
 
 They take CUDA tensors (any under TRITON_INTERPRET=1), and compute what prdp.py's functions of these
-names say in plain torch, in the same order of operations. M rows, each one image at one step; D =
-C*H*W. Arithmetic is float64 in registers: log-probs are compared to within clip_range = 1e-6, and
-at the last step (sigma = 0.02, log-prob 2.5) a float32 residual alone errs by 4e-8. It costs no
-time where memory is the limit, as on A100, H100 and H200.
+names say in plain torch, in the same order of operations; a run compares both when it starts. M
+rows, each one image at one step; D = C*H*W. Arithmetic is float64 in registers: log-probs are
+compared to within clip_range = 1e-6, and at the last step (sigma = 0.02, log-prob 2.5) a float32
+residual alone errs by 4e-8.
 """
 
 from __future__ import annotations
@@ -16,25 +16,12 @@ from __future__ import annotations
 import functools
 import math
 import os
-import shutil
-import sysconfig
-from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-
-def missing() -> str:
-    """What Triton lacks here to compile its driver, which it does at the first launch, or ""."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None or shutil.which(compiler) is None:
-        return "no C compiler"
-    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton
-    header = Path(sysconfig.get_path("include", scheme), "Python.h")
-    return "" if header.is_file() else "no Python.h"
 
 
 # Floats are passed as tl.float64: unannotated, Triton would round them to float32.
@@ -71,8 +58,11 @@ def forward_kernel(
     three operations share one binary, with one order of summation, and a sample's log-prob has the
     same bits as its later re-scoring."""
     row = tl.program_id(0).to(tl.int64)
-    a, b, s = tl.load(coef_sample + row), tl.load(coef_noise + row), tl.load(sigma + row)
+    a = tl.load(coef_sample + row)
+    b = tl.load(coef_noise + row)
+    s = tl.load(sigma + row)
     total = tl.zeros((BLOCK,), tl.float64)
+
     for start in range(0, D, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < D
@@ -90,8 +80,10 @@ def forward_kernel(
     tl.store(log_prob + row, value)
     if clip != 0:
         reference = tl.load(log_prob_ref + row)
-        ratio, ratio_old = value - reference, tl.load(log_prob_old + row) - reference  # Eq. 19
-        low, high = ratio_old - clip_range, ratio_old + clip_range
+        ratio = value - reference  # Eq. 19
+        ratio_old = tl.load(log_prob_old + row) - reference
+        low = ratio_old - clip_range
+        high = ratio_old + clip_range
         tl.store(log_ratio + row, ratio)
         # Eq. 20. Not tl.clamp, which would turn NaN into a bound.
         clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
@@ -112,7 +104,9 @@ def backward_kernel(
     dmean/du = coef_noise * (1 - guidance_scale). The mean is computed again: reading one would cost
     more."""
     row = tl.program_id(0).to(tl.int64)
-    a, b, s = tl.load(coef_sample + row), tl.load(coef_noise + row), tl.load(sigma + row)
+    a = tl.load(coef_sample + row)
+    b = tl.load(coef_noise + row)
+    s = tl.load(sigma + row)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < D
     u_block = tl.load(u + row * D + column, inside, 0.0)
@@ -159,7 +153,8 @@ def launch_forward(
     """log_prob; with clipping = (log_prob_ref, log_prob_old, clip_range) also log_ratio and
     clipped_log_ratio. Reads x_prev, or writes it where `noise` is given."""
     count = 3 if clipping else 1
-    out = torch.empty(count, len(x_t), dtype=torch.float64, device=x_t.device).expand(3, -1)
+    out = torch.empty(count, len(x_t), dtype=torch.float64, device=x_t.device)
+    out = out.expand(3, -1)
     log_prob_ref, log_prob_old, clip_range = clipping or (out[0], out[0], math.inf)  # not read
     given = x_prev if noise is None else noise
     with torch.cuda.device_of(x_t):

@@ -6,17 +6,26 @@ import dataclasses
 import os
 import sys
 import textwrap
+import traceback
 from collections.abc import Iterable, Iterator
 
 import torch
 
 
-class InputError(Exception):
-    """Something the user gave cannot be used; the message names it and the remedy."""
+class UserError(Exception):
+    """What the user or the machine gave cannot be used; the message names it and the remedy."""
 
 
-def flag(default, text: str, *choices: str, **options):
-    """A dataclass field that is a flag too; options are argparse's, `group` begins a heading."""
+class CodeError(UserError):
+    """A user's own code failed; its cause is what that code raised."""
+
+
+def flag(default, text: str = "", *choices: str, **options):
+    """A dataclass field that is a flag too; without a text it is none.
+
+    `least` is its smallest value, where that is not above 0; `resolve` gives the value that acts;
+    `group` begins a heading of --help; other options are argparse's.
+    """
     options |= {"help": text, "choices": choices or None}
     return dataclasses.field(default=default, metadata=options)
 
@@ -27,38 +36,43 @@ def option(name: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose errors are InputErrors, and whose descriptions keep their lines."""
+    """One whose errors are UserErrors, and whose descriptions keep their lines."""
 
     def __init__(self, **options) -> None:
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=form, allow_abbrev=False, **options)
 
     def error(self, message: str) -> None:
-        raise InputError(f"{message}; see --help.")
+        raise UserError(f"{message}; see --help.")
 
     def add_fields(self, fields: Iterable[dataclasses.Field], preset: dict | None = None) -> None:
-        """A flag for each field that `flag` made, with the default of a preset in its help. What is
-        not given stays absent."""
+        """A flag for each field that `flag` gave a text, with a preset's default in its help. What
+        the command line does not name stays absent."""
         group = self
         for field in fields:
             options = {"type": type(field.default), **field.metadata}
-            default = (preset or {}).get(field.name, field.default)
+            for name in ("least", "resolve"):
+                options.pop(name, None)
             if "group" in options:
                 group = self.add_argument_group(options.pop("group"))
+            if not options["help"]:
+                continue
+
+            default = (preset or {}).get(field.name, field.default)
             if isinstance(default, tuple):
                 options |= {"type": str, "nargs": "+"}
                 default = " ".join(default)
             if default is False:
                 options = {"action": "store_true", "help": options["help"]}
             elif default != "":
-                options["help"] += f" (default: {default})"
+                options["help"] += f" (default: {default})".replace("%", "%%")
             group.add_argument(option(field.name), default=argparse.SUPPRESS, **options)
 
 
 @contextlib.contextmanager
 def command(name: str) -> Iterator[None]:
-    """A command's whole work: a foreseen error ends it with one sentence and exit code 2, Ctrl-C
-    with 130. A mistake of ours keeps its traceback."""
+    """Run a command: a foreseen error ends it with one sentence and exit code 2, Ctrl-C with 130. A
+    mistake of ours keeps its traceback, and so does one in a user's own code."""
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
     try:
@@ -72,6 +86,8 @@ def command(name: str) -> Iterator[None]:
         sentence = in_words(error)
         if sentence is None:
             raise
+        if isinstance(error, CodeError):
+            traceback.print_exception(error.__cause__)
         process = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"{name}{process}: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
@@ -80,7 +96,7 @@ def command(name: str) -> Iterator[None]:
 def in_words(error: Exception) -> str | None:
     """A foreseen error as one sentence with its remedy, else None."""
     text = " ".join(str(error).split())
-    if isinstance(error, InputError):
+    if isinstance(error, UserError):
         return text
     if isinstance(error, torch.OutOfMemoryError):
         smaller = "a smaller --microbatch, --gradient-checkpointing, --offload on or --lora-rank 8"
@@ -88,7 +104,7 @@ def in_words(error: Exception) -> str | None:
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return "out of memory: try a smaller --microbatch or --prompts-per-epoch."
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'output'}: {error.strerror}; what was saved before is intact."
+        return f"{error.filename or 'output'}: {error.strerror}."
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"--compile: failed ({text[:200]}); begin a new run without it."
     return None
@@ -96,7 +112,7 @@ def in_words(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turn what a missing, damaged or foreign file or the hub raises into an InputError. Errors of
+    """Turn what a missing, damaged or foreign file or the hub raises into a UserError. Errors of
     other kinds, as a TypeError, are ours."""
     try:
         yield
@@ -106,28 +122,24 @@ def reading(what: str) -> Iterator[None]:
         foreign = isinstance(error, kinds) or type(error).__module__.startswith(libraries)
         if isinstance(error, torch.OutOfMemoryError) or not foreign:
             raise
-        raise InputError(f"{what}: {in_brief(error)}.") from error
+        raise UserError(f"{what}: {in_brief(error)}.") from error
 
 
 def in_brief(error: BaseException) -> str:
-    """Why a file cannot be used, in the words of a sentence: by the kinds and the HTTP status of
-    the errors that led to this one."""
+    """Why a file cannot be used: the hub's answer, damaged weights, or the error's own words."""
     chain = [error]
     while link := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(link)
-    kinds = {type(link).__name__ for link in chain}
     for link in reversed(chain):
         status = getattr(getattr(link, "response", None), "status_code", 0)
         if status >= 400:
-            todo = "check the name, accept its licence on its page, log in by `hf auth login`"
-            return f"the hub answers {status}; {todo if status < 429 else 'try later'}"
+            remedy = "check the name, accept its licence on its page, log in by `hf auth login`"
+            return f"the hub answers {status}; {remedy}"
+
+    kinds = {type(link).__name__ for link in chain}
     if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError"}:
         return "not cached, and the hub is out of reach"
-    if "UnpicklingError" in kinds:
-        return "is damaged, or holds code beside weights (a .safetensors file cannot)"
-    if kinds & {"SafetensorError", "EOFError"}:
-        return "a file of weights is damaged or cut short"
+    if kinds & {"SafetensorError", "EOFError", "UnpicklingError"}:
+        return "a file of weights is damaged, cut short, or holds more than weights"
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    if isinstance(error, UnicodeDecodeError):
-        reason += "; save it as UTF-8"
     return textwrap.shorten(reason.removeprefix("Error "), 300, placeholder=" ...").rstrip(".")

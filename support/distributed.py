@@ -1,6 +1,5 @@
 """One process or several: who this is, what they tell each other, the steps they take together."""
 
-import math
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -9,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from support.cli import InputError
+from support.cli import UserError
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -45,14 +44,14 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def say(text: str) -> None:
+def print0(text: str) -> None:
     """Print, at once, on rank 0."""
     if rank() == 0:
         print(text, flush=True)
 
 
-def own_share(count: int) -> slice:
-    """Which of `count` things in a row are this process's."""
+def shard(count: int) -> slice:
+    """This process's part of `count` things in a row."""
     size = count // processes()
     return slice(size * rank(), size * (rank() + 1))
 
@@ -75,37 +74,20 @@ def on_rank_0(read: Callable):
     return gather_objects(read() if rank() == 0 else None)[0]
 
 
-def gradient_step(
-    optimizer: torch.optim.Optimizer, backward: Callable[[Tensor], None], weights: Tensor,
-    max_grad_norm: float, autocast: torch.dtype | None, numel: float,
-) -> Tensor:  # fmt: skip
-    """Take a step along the gradient that backward(weights) adds to each `.grad`, averaged over
-    processes, and scaled down to max_grad_norm where it is longer; returns its norm before that.
-
-    weights are of means over `numel` numbers. In fp16 the loss is scaled by a power of two, so that
-    the largest weight is about 2**-6 for each of its numbers; if that overflows, 1/256 of it."""
-    parameters, scale = optimizer.param_groups[0]["params"], 1.0
-    if autocast == torch.float16 and weights.any():
-        scale = 2.0 ** round(math.log2(numel / weights.abs().max().item()) - 6)
-    for factor in (scale, scale / 256) if autocast == torch.float16 else (1.0,):
-        optimizer.zero_grad(set_to_none=True)
-        backward(factor * weights)
-        for p in parameters:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.div_(factor)
-            if processes() > 1:
-                dist.all_reduce(p.grad)
-                p.grad /= processes()
-        norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        if norm.isfinite():
-            break
-    require_finite("the gradient", norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Each `.grad` becomes its mean over processes; where nothing was learned it is 0."""
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        if processes() > 1:
+            dist.all_reduce(p.grad)
+            p.grad /= processes()
 
 
 def require_finite(what: str, values: Tensor) -> None:
     """Stop before anything is learned from NaN or infinity."""
     if not values.isfinite().all():
-        todo = "a lower --learning-rate or --guidance-scale, a higher --kl-weight, another --dtype"
-        raise InputError(f"{what} is not finite; try, in a new run, {todo}.")
+        remedy = (
+            "a lower --learning-rate or --guidance-scale, a higher --kl-weight, another --dtype"
+        )
+        raise UserError(f"{what} is not finite; try, in a new run, {remedy}.")

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import math
-import os
 import sys
 import textwrap
 import time
@@ -14,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from support.cli import InputError
-from support.distributed import gather, processes, rank, say
-from support.inputs import quiet, read_picture
-from support.run_folder import writing
+from support.cli import UserError
+from support.distributed import gather, print0, processes, rank
+from support.inputs import read_picture
+from support.run_folder import forgiving, writing
 
-SECONDS: dict[str, float] = {}  # of each `phase` since this was last emptied
+SECONDS: dict[str, float] = {}  # each `phase` since this was last emptied
 
 
 @contextlib.contextmanager
@@ -38,7 +37,7 @@ def phase(name: str, total: int = 0) -> Iterator[Callable[[int], object]]:
     spent = time.perf_counter() - started - (sum(SECONDS.values()) - counted)
     SECONDS[name] = SECONDS.get(name, 0.0) + spent
     if spent > 10 and not sys.stderr.isatty():
-        say(f"{name}: {duration(spent)}")
+        print0(f"{name}: {duration(spent)}")
 
 
 def duration(seconds: float) -> str:
@@ -49,47 +48,50 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2g} s"
 
 
-def introduce(config, sd, log_probs: str, prompts: list[str]) -> None:
-    """What is about to run."""
+def introduce(config, sd, kernels: str, prompts: list[str]) -> None:
+    """Print what is about to run."""
+    parameters = sum(p.numel() for p in sd.unet.parameters())
     millions = sum(p.numel() for p in sd.unet.parameters() if p.requires_grad) / 1e6
     sizes = f"E {config.epochs}, K {config.updates_per_epoch}, N {config.prompts_per_epoch}"
     sizes += f", B {config.images_per_prompt}, T {config.ddpm_steps}"
-    say(f"{config.program}: {millions:.3g} M parameters of {config.model} learn; {sizes}")
-    say(f"{processes()} process(es); passes in {config.dtype}; log-probs: {log_probs}")
+    print0(f"{config.program}: {millions:.3g} M parameters of {config.model} learn; {sizes}")
+    print0(f"{processes()} process(es); passes in {config.dtype}; log-probs: {kernels}")
     plan = f"gradient checkpointing {config.gradient_checkpointing}, offload {config.offload}"
-    say(f"microbatch {config.microbatch}, {plan}")
+    print0(f"microbatch {config.microbatch}, {plan}")
     reward = " ".join(config.reward) or "of the caller, or none"
-    say(f"reward {reward}; {len(prompts)} prompts; to {config.out}")
+    print0(f"reward {reward}; to {config.out}")
+    print0(f"{len(prompts)} prompts: {'; '.join(prompts[:3])}, ...")
+
     tokenizer, some = sd.pipe.tokenizer, prompts[:1000]
     context = tokenizer.model_max_length
-    with quiet():
-        long = sum(len(ids) > context for ids in tokenizer(some).input_ids)
+    long = sum(len(ids) > context for ids in tokenizer(some).input_ids)
     if long:
-        say(f"warning: {long} of {len(some)} prompts exceed {context} tokens, and are cut there.")
-    if not torch.cuda.is_available() and sum(p.numel() for p in sd.unet.parameters()) > 1e8:
-        found = f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU"
-        say(f"warning: on the CPU, which may take months: {found}.")
+        print0(f"warning: {long} of {len(some)} prompts exceed {context} tokens, cut there.")
+    if not torch.cuda.is_available() and parameters > 1e8:
+        version = f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU"
+        print0(f"warning: on the CPU, which may take months: {version}.")
 
 
 def forecast(config, seconds: tuple[float, float], start: int) -> None:
-    """What a run will take, from the seconds of a pass through T steps of an image, without
+    """Print what a run will take, from an image's seconds of a pass through T steps, without
     gradient and with."""
     images = config.prompts_per_epoch * config.images_per_prompt / processes()
-    passes = sum(count * x for count, x in zip(config.passes(), seconds, strict=True))
-    epoch, epochs = images * passes, config.epochs - start + 1
+    without, with_gradient = config.passes()
+    epoch = images * (without * seconds[0] + with_gradient * seconds[1])
+    epochs = config.epochs - start + 1
     whole = f"an epoch takes about {duration(epoch)}, {epochs} epochs {duration(epochs * epoch)}"
-    say(f"{duration(seconds[0])} to sample an image: {whole}")
+    print0(f"{duration(seconds[0])} to sample an image: {whole}")
 
 
 def epoch_metrics(
     rewards: Tensor, parts: dict[str, Tensor], updates: list[dict[str, Tensor]], **others: Tensor
 ) -> dict[str, float]:
-    """Of an epoch and all processes, by the names of docs/running.md: rewards (M,), the parts of a
-    summed reward (M,), means of what each update measured and of others."""
+    """An epoch's metrics over all processes, by the names of docs/running.md: rewards (any shape),
+    the parts of a summed reward, means of what each update measured and of others."""
     means = {name: torch.stack([update[name] for update in updates]) for name in updates[0]}
     means = {name: x.double().mean()[None] for name, x in (means | others).items()}
     means |= {f"reward_mean/{label}": part for label, part in parts.items()}
-    rewards = gather(rewards)
+    rewards = gather(rewards.flatten())
     std = deviation(rewards)
     row = {"images": len(rewards), "reward_mean": rewards.mean().item(), "reward_std": std}
     row["reward_se"] = std / len(rewards) ** 0.5
@@ -108,54 +110,67 @@ def show_epoch(config, rows: list[dict], start: int, track: Callable) -> None:
     """Six columns on the screen; the tracker and metrics.jsonl have all."""
     row = rows[-1]
     if (row["epoch"] - start) % 20 == 0:
-        say("epoch    reward_mean +- se  clip_fraction  log_ratio_ref  grad_norm  seconds")
+        print0("epoch    reward_mean +- se  clip_fraction  log_ratio_ref  grad_norm  seconds")
     names = ("reward_se", "clip_fraction", "log_ratio_ref", "grad_norm")
     error, *cells = ("-" if row.get(name) is None else f"{row[name]:.3g}" for name in names)
     mean = "-" if row["reward_mean"] is None else f"{row['reward_mean']:.4f} +- {error}"
     seconds = sum(x for name, x in row.items() if name.startswith("seconds_"))
     line = "{:>5} {:>20}  {:>13}  {:>13}  {:>9}  {:>7.1f}"
-    say(line.format(row["epoch"], mean, *cells, seconds))
+    print0(line.format(row["epoch"], mean, *cells, seconds))
     if row["reward_std"] == 0:
-        say("warning: every image has the same reward; there is nothing to learn from.")
+        print0("warning: every image has the same reward; there is nothing to learn from.")
     left = (config.epochs - start) * seconds
     if row["epoch"] == start and left > 120:
-        say(f"as this epoch went, {config.epochs - start} more take {duration(left)}")
-    track(row["epoch"], {name: x for name, x in row.items() if x is not None})
-    plot_rewards(config, rows)
+        print0(f"as this epoch went, {config.epochs - start} more take {duration(left)}")
+    track(row["epoch"], {name: x for name, x in row.items() if x is not None}, None)
+    with forgiving("reward.png"):
+        plot_rewards(Path(config.out, "reward.png"), rows)
 
 
 def open_tracker(config, record: dict, start: int) -> Callable:
-    """The function that sends an epoch's numbers, or its samples' picture, to --log-to; InputError
-    where that cannot be opened. What fails later is a warning."""
+    """The function (epoch, numbers, picture or None) that sends to --log-to; UserError where that
+    cannot be opened. What fails later is a warning."""
     if rank() != 0 or config.log_to == "none":
-        return lambda epoch, numbers, picture=None: None
+        return lambda epoch, numbers, picture: None
     what = f"--log-to {config.log_to}"
     try:
-        if config.log_to == "wandb":
-            import wandb
-
-            settings = {"id": record["tracker_id"], "resume": "allow", "config": record}
-            run = wandb.init(project="prdp", name=Path(config.out).name, dir=config.out, **settings)
-        else:
-            from torch.utils.tensorboard import SummaryWriter
-
-            run = SummaryWriter(config.out, purge_step=start)
+        send = {"wandb": wandb_tracker, "tensorboard": tensorboard_tracker}[config.log_to]
+        send = send(config, record, start)
     except Exception as error:
-        raise InputError(f"{what}: cannot be opened ({type(error).__name__}: {error}).") from error
+        raise UserError(f"{what}: cannot be opened ({type(error).__name__}: {error}).") from error
 
-    def send(epoch: int, numbers: dict[str, float], picture: Path | None = None) -> None:
-        try:
-            if config.log_to == "wandb":
-                pictures = {"samples": wandb.Image(str(picture))} if picture else {}
-                run.log(numbers | pictures, step=epoch)
-                return
-            for name, value in numbers.items():
-                run.add_scalar(name, value, epoch)
-            if picture:
-                run.add_image("samples", read_picture(picture, what), epoch)
-            run.flush()
-        except Exception as error:
-            say(f"warning: {what}: epoch {epoch} was not sent ({type(error).__name__}: {error}).")
+    def track(epoch: int, numbers: dict[str, float], picture: Path | None) -> None:
+        with forgiving(f"{what}: epoch {epoch} was not sent"):
+            send(epoch, numbers, picture)
+
+    return track
+
+
+def wandb_tracker(config, record: dict, start: int) -> Callable:
+    import wandb
+
+    name = Path(config.out).name
+    settings = {"id": record["tracker_id"], "resume": "allow", "config": record}
+    run = wandb.init(project="prdp", name=name, dir=config.out, **settings)
+
+    def send(epoch: int, numbers: dict[str, float], picture: Path | None) -> None:
+        pictures = {"samples": wandb.Image(str(picture))} if picture else {}
+        run.log(numbers | pictures, step=epoch)
+
+    return send
+
+
+def tensorboard_tracker(config, record: dict, start: int) -> Callable:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(config.out, purge_step=start)
+
+    def send(epoch: int, numbers: dict[str, float], picture: Path | None) -> None:
+        for name, value in numbers.items():
+            writer.add_scalar(name, value, epoch)
+        if picture:
+            writer.add_image("samples", read_picture(picture, "--log-to tensorboard"), epoch)
+        writer.flush()
 
     return send
 
@@ -165,7 +180,7 @@ class Samples(NamedTuple):
 
     prompts: list[str]
     images: Tensor  # (P*S, 3, H, W) uint8
-    rewards: Tensor  # (P*S,) float32
+    rewards: Tensor  # (P*S,)
 
 
 def mean_and_error(rewards: Tensor) -> tuple[float, float]:
@@ -175,66 +190,71 @@ def mean_and_error(rewards: Tensor) -> tuple[float, float]:
 
 
 def deviation(x: Tensor) -> float:
-    """Of numbers (M,); NaN of a single one."""
+    """The standard deviation of numbers (M,); NaN of a single one."""
     return x.std().item() if len(x) > 1 else math.nan
 
 
-def plot_rewards(config, rows: list[dict]) -> None:
-    """reward.png: mean and deviation of each epoch's rewards, whatever back end or style is set."""
-    if rank() != 0 or rows[-1]["reward_mean"] is None:
+def plot_rewards(path: Path, rows: list[dict]) -> None:
+    """reward.png: mean and deviation of each epoch's rewards."""
+    rows = [row for row in rows if row["reward_mean"] is not None]
+    if rank() != 0 or not rows:
         return
-    backend = os.environ.pop("MPLBACKEND", None)  # of a notebook; matplotlib may not know it
-    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # whatever back end is set
     from matplotlib.figure import Figure
 
-    if backend is not None:
-        os.environ["MPLBACKEND"] = backend
     epochs = [row["epoch"] for row in rows]
     mean = torch.tensor([row["reward_mean"] for row in rows])
     std = torch.tensor([row["reward_std"] or 0.0 for row in rows])
-    with matplotlib.rc_context(matplotlib.rcParamsDefault):
-        drawn = Figure(figsize=(6, 4), layout="constrained")
-        axes = drawn.subplots()
-        axes.fill_between(epochs, mean - std, mean + std, alpha=0.15, lw=0)
-        axes.plot(epochs, mean, marker="." if len(rows) < 40 else None)
-        title = "training images of each epoch: mean, standard deviation"
-        axes.set(xlabel="epoch", ylabel="reward", title=title)
-        with writing(Path(config.out, "reward.png")) as temporary:
-            drawn.savefig(temporary, dpi=120, format="png")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.fill_between(epochs, mean - std, mean + std, alpha=0.15, lw=0)
+    axes.plot(epochs, mean, marker="." if len(rows) < 40 else None)
+    title = "training images of each epoch: mean, standard deviation"
+    axes.set(xlabel="epoch", ylabel="reward", title=title)
+    with writing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
-def draw_images(path: Path, shown: dict[str, Samples], shots: int = 2) -> None:
+def draw_images(path: Path, models: dict[str, Samples], shots: int = 2) -> None:
     """At most `shots` images for each of the first 8 prompts: a column a prompt, a row a model and
     seed, each image's reward below it."""
     from PIL import Image, ImageDraw, ImageFont
 
     if rank() != 0:
         return
-    prompts, images, _ = next(iter(shown.values()))
+    prompts, images, _ = next(iter(models.values()))
     per_prompt = len(images) // len(prompts)
     shots = min(shots, per_prompt)
-    zoom = -(-128 // images.shape[-1])  # small pictures are shown larger
-    width, height = (zoom * size for size in images.shape[:1:-1])
-    text = ImageFont.load_default(size=max(12, width // 14))
-    line, step, left = text.size + 4, width + width // 16, 8 * text.size
+
+    # Sizes in pixels: small pictures are shown larger.
+    zoom = -(-128 // images.shape[-1])
+    height, width = zoom * images.shape[-2], zoom * images.shape[-1]
+    font = ImageFont.load_default(size=max(12, width // 14))
+    line = font.size + 4
+    column = width + width // 16
+    left = 8 * font.size
     titles = [textwrap.wrap(prompt, 20, max_lines=4, placeholder=" ...") for prompt in prompts[:8]]
     top = line * max(map(len, titles)) + 8
-    block = len(shown) * (height + 2 * line) + line
-    page = Image.new("RGB", (left + len(titles) * step, top + shots * block), "white")
+    row = height + 2 * line
+    block = len(models) * row + line  # one shot of every model
+
+    page = Image.new("RGB", (left + len(titles) * column, top + shots * block), "white")
     draw = ImageDraw.Draw(page)
-    for column, title in enumerate(titles):
-        draw.text((left + column * step, 4), "\n".join(title), "black", text)
-    for shot, (row, name) in itertools.product(range(shots), enumerate(shown)):
-        y = top + shot * block + row * (height + 2 * line)
-        lines = textwrap.wrap(name, 14)
-        middle = y + height // 2 - line * (len(lines) - 1) // 2
-        draw.text((4, middle), "\n".join(lines), "black", text)
-        for column in range(len(titles)):
-            n, x = column * per_prompt + shot, left + column * step
-            pixels = Image.fromarray(shown[name].images[n].permute(1, 2, 0).numpy())
+    for n, title in enumerate(titles):
+        draw.text((left + n * column, 4), "\n".join(title), "black", font)
+    for shot, (m, (name, samples)) in itertools.product(range(shots), enumerate(models.items())):
+        y = top + shot * block + m * row
+        label = textwrap.wrap(name, 14)
+        middle = y + height // 2 - line * (len(label) - 1) // 2
+        draw.text((4, middle), "\n".join(label), "black", font)
+        for n in range(len(titles)):
+            x, number = left + n * column, n * per_prompt + shot
+            pixels = Image.fromarray(samples.images[number].permute(1, 2, 0).numpy())
             page.paste(pixels.resize((width, height), Image.Resampling.NEAREST), (x, y))
-            reward = shown[name].rewards[n]
-            draw.text((x, y + height), "" if reward.isnan() else f"{reward:.4g}", "black", text)
+            reward = samples.rewards[number]
+            text = "" if reward.isnan() else f"{reward:.4g}"
+            draw.text((x, y + height), text, "black", font)
     with writing(path) as temporary:
         page.save(temporary, "png")
 
@@ -243,21 +263,23 @@ def save_samples(config, epoch: int, samples: Samples, track: Callable) -> None:
     """samples/epoch_NNNN.png."""
     rows = samples.rewards.view(len(samples.prompts), -1)
     if epoch == 0 and rows.shape[1] > 1 and rows.std() > 0 and (rows == rows[:, :1]).all():
-        say("warning: the reward is the same for different pictures of a prompt.")
+        print0("warning: the reward is the same for different pictures of a prompt.")
     path = Path(config.out, "samples", f"epoch_{epoch:04d}.png")
-    draw_images(path, {f"epoch {epoch}": samples}, 8)
-    track(epoch, {}, path)
+    with forgiving(str(path)):
+        draw_images(path, {f"epoch {epoch}": samples}, 8)
+        track(epoch, {}, path)
 
 
 def compare(config, before: Samples, after: Samples, track: Callable) -> None:
-    """A finished run's last samples, before_after.png, and how far the mean reward rose."""
+    """Show a finished run's last samples, before_after.png, and how far the mean reward rose."""
     save_samples(config, config.epochs, after, track)
     path = Path(config.out, "before_after.png")
-    draw_images(path, {"base": before, "finetuned": after})
-    if after.rewards.isnan().all():
-        say(f"see {path}")
-        return
-    rise, error = mean_and_error((after.rewards - before.rewards).unsqueeze(0))
-    means = f"{before.rewards.mean():.4f} -> {after.rewards.mean():.4f}, {rise:+.4f} +- {error:.4f}"
-    say(f"mean reward of {len(before.rewards)} images on fixed prompts and seeds: {means}")
-    say(f"(standard error of the paired difference); see {path}")
+    with forgiving(str(path)):
+        draw_images(path, {"base": before, "finetuned": after})
+    if not after.rewards.isnan().all():
+        rise, error = mean_and_error((after.rewards - before.rewards).unsqueeze(0))
+        means = f"{before.rewards.mean():.4f} -> {after.rewards.mean():.4f}"
+        count = f"mean reward of {len(before.rewards)} images on fixed prompts and seeds"
+        print0(f"{count}: {means}, {rise:+.4f} +- {error:.4f}")
+        print0("(standard error of the paired difference)")
+    print0(f"see {path}")

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     sys.path.insert(0, str(HERE.parent))
     import prdp
     from evaluate import find_model
-    from support.cli import InputError, Parser, command
+    from support.cli import UserError, Parser, command
 
     parser = Parser(description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="run folder of a toy run")
@@ -77,11 +77,11 @@ def main(argv: list[str] | None = None) -> None:
         args = parser.parse_args(argv)
         count = args.images_per_prompt
         if count < 2:
-            raise InputError(f"--images-per-prompt {count}: must be at least 2.")
+            raise UserError(f"--images-per-prompt {count}: must be at least 2.")
         folders = {"base": HERE / "sd"}
         if args.run:
             if not (args.run / "pipeline").is_dir():
-                raise InputError(f"{args.run}: no pipeline/ there; it is written when a run ends.")
+                raise UserError(f"{args.run}: no pipeline/ there; it is written when a run ends.")
             find_model(str(args.run))  # refuses a pipeline of an earlier epoch
             folders["finetuned"] = args.run / "pipeline"
         oracle = load_oracle()

@@ -1,0 +1,203 @@
+"""What a run's machine decides: number format, kernels, and which settings fit its GPU's memory."""
+
+import contextlib
+import functools
+import gc
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from support import report
+from support.cli import UserError
+from support.distributed import gather_objects, print0, require_finite
+from support.inputs import load_module
+
+KERNELS = Path(__file__).resolve().parents[1] / "kernels" / "log_prob.py"
+FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
+
+
+@contextlib.contextmanager
+def own_state() -> Iterator[None]:
+    """Compute as a program of its own would, whatever a notebook has switched on around it."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None if device.type == "cpu" else device)
+
+
+def set_precision(dtype: str) -> torch.dtype | None:
+    """Let this process's GPU round as --dtype says; what autocast is to use, None for float32."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype != "fp32"
+    return FORMATS.get(dtype)
+
+
+def reference_tolerance(config) -> float:
+    """How far log-probs of policy and reference may be apart while their weights are the same: not
+    at all where both are one program, else one rounding of the format (float32: eight)."""
+    if not config.compile:
+        return 0.0
+    return {"fp32": 1e-6, "bf16": 8e-3}.get(config.dtype, 1e-3)
+
+
+@functools.cache
+def load_kernels() -> tuple[object, str]:
+    """kernels/log_prob.py, by its path (Hugging Face has a package `kernels`), or None, and what to
+    say of it. Whatever goes wrong at the first launch means plain PyTorch."""
+    if not torch.cuda.is_available():
+        return None, "eager (no CUDA device)"
+    try:
+        kernels = load_module("log_prob", str(KERNELS))
+        row = torch.ones(1, device="cuda")
+        noise_pred = torch.ones(2, 1, device="cuda", requires_grad=True)
+        step = (noise_pred, row[None], row[None], row, row, row, 1.0)
+        kernels.guided_log_prob(*step).sum().backward()
+        kernels.guided_sample(*step)
+    except Exception as error:  # no compiler, no libcuda, an old driver, another vendor's GPU
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return None, f"eager ({reason[:200]})"
+    return kernels, "Triton kernels"
+
+
+def kernels_for(noise_pred: Tensor):
+    """The kernels where they can stand in for plain PyTorch: on a GPU, but for float64. Or None."""
+    if not noise_pred.is_cuda or noise_pred.dtype == torch.float64:
+        return None
+    return load_kernels()[0]
+
+
+def scaled_backward(
+    network: nn.Module, backward: Callable[[Tensor], None], grad: Tensor, latent_dim: float
+) -> None:
+    """backward(grad), which adds to the `.grad` of a network's parameters, without what fp16 loses.
+
+    grad is of means over latent_dim numbers. It is scaled by a power of two, so that its largest
+    entry is about 2**-6 for each of these, and the gradients are scaled back: exact, but for what
+    would underflow in fp16. What overflows is tried again with 1/256 of it.
+    """
+    require_finite("the loss's gradient", grad)
+    largest = grad.abs().max().item() if grad.numel() else 0.0
+    if largest == 0:
+        return
+    scale = 2.0 ** round(math.log2(latent_dim / largest) - 6)
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    before = [p.grad for p in parameters]
+    for factor in (scale, scale / 256):
+        for p in parameters:
+            p.grad = None
+        backward(factor * grad)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        torch._foreach_div_(gradients, factor)
+        if all(gradient.isfinite().all() for gradient in gradients):
+            break
+    for p, gradient in zip(parameters, before, strict=True):
+        if gradient is not None:
+            p.grad = gradient if p.grad is None else p.grad + gradient
+
+
+# ---- memory: --microbatch 0, --gradient-checkpointing auto, --offload auto -----------------------
+
+# Images a microbatch, gradient checkpointing, offload: from the fastest to the smallest.
+PLANS = [(32, "off", "off"), (16, "off", "off"), (8, "off", "on")]
+PLANS += [(count, "on", "on") for count in (8, 4, 2, 1)]
+SPARE = 0.95  # of the free memory; the allocator cannot use all of it
+
+
+def free_gigabytes() -> float | None:
+    """The least that a GPU of a process has; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    return min(gather_objects(torch.cuda.mem_get_info()[0])) / 1e9
+
+
+def needed_gigabytes(config, weights: float) -> float:
+    """The peak of a run whose UNet has `weights` GB in float32: counted by benchmarks/memory.py for
+    SD v1.4 (3.44 GB) and HPSv2, and what a UNet keeps is taken in proportion to its weights."""
+    half = config.dtype in FORMATS
+    # Gradients and Adam's moments; the reference. Adapters need neither.
+    learned = 0 if config.lora_rank else 3 * weights
+    reference = 0 if config.lora_rank else weights / (1 + half)
+    an_image = {(True, "off"): 2.5, (True, "on"): 0.46, (False, "off"): 3.74, (False, "on"): 0.96}
+    kept = config.microbatch * an_image[half, config.gradient_checkpointing] * weights / 3.44
+    casts = weights / 2 if half else 0
+    others = reference + 4.8 if config.offload == "off" else 0  # VAE, text encoder, HPSv2
+    # While HPSv2 works, 4 GB at the least; beside it all trajectories and pictures.
+    return weights + learned + max(kept + casts, 4.0) + others + 2.5
+
+
+def plans(config, weights_gigabytes: Callable[[str], float]) -> list:
+    """The settings to try, one after another: as given where they are given, else what should fit.
+    UserError where nothing does."""
+    free = free_gigabytes()
+    if free is None or with_plan(config, PLANS[0]) == config:
+        return [with_plan(config, (8, "off", "off"))]
+    fitting, size = [], weights_gigabytes(config.model)
+    for plan in PLANS:
+        chosen = with_plan(config, plan)
+        if chosen not in fitting and needed_gigabytes(chosen, size) < SPARE * free:
+            fitting.append(chosen)
+    if not fitting:
+        least = needed_gigabytes(with_plan(config, PLANS[-1]), size)
+        remedy = "name --microbatch, --gradient-checkpointing and --offload to try it all the same"
+        if not config.lora_rank:
+            remedy = "train adapters: --lora-rank 8 --learning-rate 1e-4"
+        raise UserError(f"{free:.3g} GB of free GPU memory, and this takes {least:.3g}; {remedy}.")
+    return fitting
+
+
+def with_plan(config, plan: tuple):
+    """`config` with what it leaves open taken from `plan`."""
+    chosen = zip(("microbatch", "gradient_checkpointing", "offload"), plan, strict=True)
+    return replace(config, **{n: x for n, x in chosen if getattr(config, n) in (0, "auto")})
+
+
+def first_that_fits(config, weights_gigabytes: Callable[[str], float], attempt: Callable):
+    """attempt(config) with the first of `plans` that no process runs out of GPU memory with.
+    weights_gigabytes: model -> size of its UNet in float32."""
+    configs = plans(config, weights_gigabytes)
+    for number, config in enumerate(configs, 1):
+        result = None  # and its memory, where another process had none
+        gc.collect()
+        torch.cuda.empty_cache()
+        try:
+            result = attempt(config)
+        except torch.OutOfMemoryError:
+            if number == len(configs):
+                raise
+        if not any(gather_objects(result is None)):
+            return result
+        print0("out of GPU memory; trying the next smaller settings")
+
+
+def rehearse(config, models, batch, score: Callable, backward: Callable) -> tuple[float, float]:
+    """Score the first step of a microbatch of trajectories, and learn from it, while as much memory
+    is held as Adam's moments and an epoch's trajectories will take: what does not fit fails here.
+    Returns the seconds an image of such passes through all T steps."""
+    sd, num_steps = models.sd, config.ddpm_steps
+    shape = (config.images_held(), num_steps + 1, *sd.latent_shape)
+    held = [torch.empty(shape, device=sd.device)]
+    held += [torch.empty_like(p) for p in sd.unet.parameters() if p.requires_grad for _ in "mv"]
+
+    step = batch._replace(latents=batch.latents[:, :2], log_probs=batch.log_probs[:, :1])
+    seconds = []
+    for _ in range(3):  # the first compiles
+        report.SECONDS.clear()
+        score(models.policy, step)
+        backward(models.policy, step, torch.full_like(step.log_probs, 1e-3))
+        seconds.append((report.SECONDS["score"], report.SECONDS["update"]))
+    del held
+    sd.unet.zero_grad(set_to_none=True)
+    return tuple(num_steps / len(step.latents) * min(x) for x in zip(*seconds, strict=True))
