@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -59,13 +60,12 @@ from support.settings import run_command
 
 
 def guided_mean(
-    noise_pred: Tensor,  # (2M, C, H, W), the unconditional branch first
-    x_t: Tensor,  # (M, C, H, W)
-    coef_sample: Tensor,  # (M,) float64
-    coef_noise: Tensor,  # (M,) float64
-    guidance_scale: float,
+    noise_pred: Tensor, x_t: Tensor, coef_sample: Tensor, coef_noise: Tensor, guidance_scale: float
 ) -> Tensor:
-    """mu_theta(x_t, c) of Eq. 2 under classifier-free guidance: (M, C, H, W) float64."""
+    """mu_theta(x_t, c) of Eq. 2, under classifier-free guidance: float64, as x_t (M, C, H, W).
+
+    noise_pred (2M, C, H, W), the unconditional branch first; coefficients (M,) float64.
+    """
     unconditional, conditional = noise_pred.double().chunk(2)
     guided = unconditional + guidance_scale * (conditional - unconditional)
     return coef_sample.view(-1, 1, 1, 1) * x_t.double() + coef_noise.view(-1, 1, 1, 1) * guided
@@ -155,23 +155,22 @@ def run_unet(policy: Policy, x_t: Tensor, prompt_embeds: Tensor, steps: Tensor) 
     """noise_pred (2M, C, H, W) of M images, each at its step; the unconditional branch first."""
     timesteps = policy.schedule.timesteps[steps]
     embeds = torch.cat([policy.null_embeds.expand_as(prompt_embeds), prompt_embeds])  # (2M, L, W)
-    output = policy.unet(torch.cat([x_t, x_t]), timesteps.repeat(2), encoder_hidden_states=embeds)
-    return output.sample
+    x_t = torch.cat([x_t, x_t])
+    return policy.unet(x_t, timesteps.repeat(2), encoder_hidden_states=embeds).sample
 
 
 # ---- 2. Trajectories: sampling and scoring (Eqs. 1 to 4) -----------------------------------------
 
 
 def guided_log_prob(
-    noise_pred: Tensor,  # (2M, C, H, W), which alone gets a gradient
-    x_t: Tensor,  # (M, C, H, W) float32
-    x_prev: Tensor,  # (M, C, H, W) float32: x_{t-1}
-    coef_sample: Tensor,  # (M,) float64, each row's own, so that steps may be mixed
-    coef_noise: Tensor,  # (M,) float64
-    sigma: Tensor,  # (M,) float64
-    guidance_scale: float,
-) -> Tensor:
-    """log pi(x_{t-1} | x_t, c) of Eqs. 2 and 4: (M,) float64, nats per latent dimension."""
+    noise_pred: Tensor, x_t: Tensor, x_prev: Tensor, coef_sample: Tensor, coef_noise: Tensor,
+    sigma: Tensor, guidance_scale: float,
+) -> Tensor:  # fmt: skip
+    """log pi(x_{t-1} | x_t, c) of Eqs. 2 and 4: (M,) float64, nats per latent dimension.
+
+    noise_pred (2M, C, H, W), which alone gets a gradient; x_t and x_prev (M, C, H, W) float32;
+    coefficients (M,) float64, each row's own, so that steps may be mixed.
+    """
     if kernels := kernels_for(noise_pred):  # on a GPU: the two lines below in one pass
         return kernels.guided_log_prob(
             noise_pred, x_t, x_prev, coef_sample, coef_noise, sigma, guidance_scale
@@ -182,16 +181,11 @@ def guided_log_prob(
 
 @torch.no_grad()
 def guided_sample(
-    noise_pred: Tensor,
-    x_t: Tensor,
-    noise: Tensor,  # (M, C, H, W) float32, standard normal
-    coef_sample: Tensor,
-    coef_noise: Tensor,
-    sigma: Tensor,
-    guidance_scale: float,
-) -> tuple[Tensor, Tensor]:
-    """x_{t-1} ~ N(mean, sigma^2 I) of Eq. 2, rounded to float32, and the log-prob of the rounded,
-    bit for bit what `guided_log_prob` returns for it. Other arguments are as there."""
+    noise_pred: Tensor, x_t: Tensor, noise: Tensor, coef_sample: Tensor, coef_noise: Tensor,
+    sigma: Tensor, guidance_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x_{t-1} ~ N(mean, sigma^2 I) of Eq. 2 from standard normal noise, rounded to float32, and the
+    log-prob of the rounded, bit for bit what `guided_log_prob` returns for it."""
     if kernels := kernels_for(noise_pred):  # on a GPU: the three lines below in one pass
         return kernels.guided_sample(
             noise_pred, x_t, noise, coef_sample, coef_noise, sigma, guidance_scale
@@ -213,26 +207,22 @@ def image_generators(seed: int, epoch: int, prompts: Sequence[int], images: int)
     """One CPU generator for each of `images` images of each prompt, by its number: noise depends on
     no microbatch, device or other image. Epoch 0 is of pictures to show, -epoch of draw_prompts."""
     generators = []
-    for prompt in prompts:
-        for image in range(images):
-            name = f"{seed} {epoch} {prompt} {image}"
-            key = hashlib.sha256(name.encode()).digest()[:8]
-            number = int.from_bytes(key, "little", signed=True)
-            generators.append(torch.Generator().manual_seed(number))
+    for prompt, image in itertools.product(prompts, range(images)):
+        key = hashlib.sha256(f"{seed} {epoch} {prompt} {image}".encode()).digest()[:8]
+        number = int.from_bytes(key, "little", signed=True)
+        generators.append(torch.Generator().manual_seed(number))
     return generators
 
 
 @torch.no_grad()
 def sample_trajectories(
-    policy: Policy,
-    prompt_embeds: Tensor,  # (M, L, W)
-    generators: list[torch.Generator],  # one for each image
-    shape: tuple[int, int, int],  # (C, H, W)
+    policy: Policy, prompt_embeds: Tensor, generators: list, shape: tuple[int, int, int]
 ) -> Trajectories:
     """Draw x_T, ..., x_0 by ancestral sampling (Eq. 1; Alg. 1, line 6), with each step's log-prob.
 
-    Latents are rounded to float32 *before* they are scored: scoring what is stored, under the same
-    weights, gives the same bits.
+    prompt_embeds (M, L, W), a generator for each image, shape (C, H, W). Latents are rounded to
+    float32 *before* they are scored: scoring what is stored, under the same weights, gives the same
+    bits.
     """
     num_images, num_steps = len(prompt_embeds), len(policy.schedule.timesteps)
     assert len(generators) == num_images, (len(generators), prompt_embeds.shape)
@@ -246,22 +236,15 @@ def sample_trajectories(
             own = [generators[m] for m in rows.tolist() for _ in range(num_steps + 1)]
             noise = torch.stack([torch.randn(shape, generator=generator) for generator in own])
             noise = noise.unflatten(0, (len(rows), -1)).to(device)  # (m, T+1, C, H, W)
+            latents[rows, 0] = noise[:, 0]  # x_T
 
-            # x_T is standard normal.
-            latents[rows, 0] = noise[:, 0]
-
-            # Each step draws x_{t-1} from the Gaussian around the guided mean.
+            # From x_T on, each step draws x_{t-1} around the guided mean, and scores it.
             for step in range(num_steps):
                 steps = torch.full_like(rows, step)
                 x_t = latents[rows, step]
                 noise_pred = run_unet(policy, x_t, prompt_embeds[rows], steps)
-                x_prev, log_prob = guided_sample(
-                    noise_pred,
-                    x_t,
-                    noise[:, step + 1],
-                    *policy.coefficients(steps),
-                    policy.guidance_scale,
-                )
+                gaussian = (*policy.coefficients(steps), policy.guidance_scale)
+                x_prev, log_prob = guided_sample(noise_pred, x_t, noise[:, step + 1], *gaussian)
                 latents[rows, step + 1] = x_prev
                 log_probs[rows, step] = log_prob
                 advance(len(rows))
@@ -293,9 +276,8 @@ def step_log_prob(
     x_t = trajectories.latents[rows, steps]
     x_prev = trajectories.latents[rows, steps + 1]
     noise_pred = run_unet(policy, x_t, trajectories.prompt_embeds[rows], steps)
-    return guided_log_prob(
-        noise_pred, x_t, x_prev, *policy.coefficients(steps), policy.guidance_scale
-    )
+    gaussian = (*policy.coefficients(steps), policy.guidance_scale)
+    return guided_log_prob(noise_pred, x_t, x_prev, *gaussian)
 
 
 # ---- 3. The loss: reward difference prediction, proximal updates (Secs. 3.1 and 3.3, App. G) -----
@@ -653,10 +635,11 @@ def check_kernels(policy: Policy, batch: Trajectories) -> None:
 
     results = []
     for output in (noise_pred.requires_grad_(), noise_pred.detach().double().requires_grad_()):
-        step = (*policy.coefficients(steps), policy.guidance_scale)
-        log_prob = guided_log_prob(output, x_t, x_prev, *step)
+        gaussian = (*policy.coefficients(steps), policy.guidance_scale)
+        log_prob = guided_log_prob(output, x_t, x_prev, *gaussian)
         (gradient,) = torch.autograd.grad(x_t[0].numel() * log_prob.sum(), output)
-        results.append([log_prob, gradient, *guided_sample(output, x_t, x_prev, *step)])
+        sample, sample_log_prob = guided_sample(output, x_t, x_prev, *gaussian)  # x_prev as noise
+        results.append((log_prob, gradient, sample, sample_log_prob))
     formats = (torch.float64, noise_pred.dtype, torch.float32, torch.float64)
     for kernel, plain, format in zip(*results, formats, strict=True):
         rounding = max(torch.finfo(format).eps, 1e-12)
@@ -695,13 +678,9 @@ def read_inputs(
 
 @machine.own_state()
 def run(
-    config: Config,
-    reward: Callable | None = None,
-    prompts: list[str] | None = None,
-    *,
-    train: Callable = train,
-    state: object = None,
-) -> None:
+    config: Config, reward: Callable | None = None, prompts: list[str] | None = None, *,
+    train: Callable = train, state: object = None,
+) -> None:  # fmt: skip
     """Train from the first epoch or the last checkpoint, then show what changed; UserError for what
     cannot run.
 

@@ -21,11 +21,9 @@ class CodeError(UserError):
 
 
 def flag(default, text: str = "", *choices: str, **options):
-    """A dataclass field that is a flag too; without a text it is none.
-
-    `least` is its smallest value, where that is not above 0; `resolve` gives the value that acts;
-    `group` begins a heading of --help; other options are argparse's.
-    """
+    """A dataclass field that is a flag too; without a text it is none. `least` is its smallest
+    value, where that is not above 0; `resolve` gives the value that acts; `group` begins a heading
+    of --help; other options are argparse's."""
     options |= {"help": text, "choices": choices or None}
     return dataclasses.field(default=default, metadata=options)
 
@@ -55,18 +53,17 @@ class Parser(argparse.ArgumentParser):
                 options.pop(name, None)
             if "group" in options:
                 group = self.add_argument_group(options.pop("group"))
-            if not options["help"]:
-                continue
 
             default = (preset or {}).get(field.name, field.default)
             if isinstance(default, tuple):
                 options |= {"type": str, "nargs": "+"}
                 default = " ".join(default)
+            if default not in (False, ""):
+                options["help"] += f" (default: {default})".replace("%", "%%")
             if default is False:
                 options = {"action": "store_true", "help": options["help"]}
-            elif default != "":
-                options["help"] += f" (default: {default})".replace("%", "%%")
-            group.add_argument(option(field.name), default=argparse.SUPPRESS, **options)
+            if field.metadata["help"]:
+                group.add_argument(option(field.name), default=argparse.SUPPRESS, **options)
 
 
 @contextlib.contextmanager
@@ -79,35 +76,20 @@ def command(name: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:  # of `| head`; else the interpreter's last flush would fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(2) from None
-    except Exception as error:
-        sentence = in_words(error)
-        if sentence is None:
-            raise
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        sentence = " ".join(str(error).split())
+        if isinstance(error, torch.OutOfMemoryError):
+            smaller = "a smaller --microbatch, --gradient-checkpointing, --offload on"
+            sentence = f"out of GPU memory: try {smaller} or --lora-rank 8."
+        elif isinstance(error, MemoryError):
+            sentence = "out of memory: try a smaller --microbatch or --prompts-per-epoch."
+        elif isinstance(error, OSError):
+            sentence = f"{error.filename or 'output'}: {error.strerror or sentence}."
         if isinstance(error, CodeError):
             traceback.print_exception(error.__cause__)
         process = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
         print(f"{name}{process}: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-
-
-def in_words(error: Exception) -> str | None:
-    """A foreseen error as one sentence with its remedy, else None."""
-    text = " ".join(str(error).split())
-    if isinstance(error, UserError):
-        return text
-    if isinstance(error, torch.OutOfMemoryError):
-        smaller = "a smaller --microbatch, --gradient-checkpointing, --offload on or --lora-rank 8"
-        return f"out of GPU memory: try {smaller}."
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        return "out of memory: try a smaller --microbatch or --prompts-per-epoch."
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'output'}: {error.strerror}."
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"--compile: failed ({text[:200]}); begin a new run without it."
-    return None
 
 
 @contextlib.contextmanager
@@ -135,7 +117,6 @@ def in_brief(error: BaseException) -> str:
         if status >= 400:
             remedy = "check the name, accept its licence on its page, log in by `hf auth login`"
             return f"the hub answers {status}; {remedy}"
-
     kinds = {type(link).__name__ for link in chain}
     if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError"}:
         return "not cached, and the hub is out of reach"

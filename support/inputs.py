@@ -24,13 +24,13 @@ COLUMNS = ("prompt", "prompts", "caption", "text")  # of tables and records: the
 def load_prompts(path: str | Path) -> list[str]:
     """Prompts of a .txt (a line each; blank and # lines skipped), .csv, .tsv, .json or .jsonl file
     (strings, or records with one of COLUMNS), in order, repeats dropped; UserError if it is none.
-
-    FILE:COLUMN names another column.
-    """
+    FILE:COLUMN names another column."""
     file, _, column = str(path).rpartition(":")
     if os.path.exists(path) or not file:
         file, column = str(path), ""
     what, kind = f"--prompts {path}", Path(file).suffix.lower()
+    if kind not in (".txt", "", ".csv", ".tsv", ".json", ".jsonl"):
+        raise UserError(f"{what}: must be .txt, .csv, .tsv, .json or .jsonl.")
     with reading(what):
         data = Path(file).read_bytes()
         wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
@@ -43,57 +43,44 @@ def load_prompts(path: str | Path) -> list[str]:
         records = [line for line in lines if not line.lstrip().startswith("#")]
     elif kind in (".csv", ".tsv"):
         records = read_table(what, text, lines[0], kind)
-    elif kind == ".json":
-        with reading(what):
-            records = json.loads(text)
-        if not isinstance(records, list):
-            raise UserError(f"{what}: must be a list of prompts.")
-    elif kind == ".jsonl":
-        records = []
-        for number, line in enumerate(lines, 1):
-            with reading(f"{what}, line {number}"):
-                records += [json.loads(line)] if line.strip() else []
     else:
-        raise UserError(f"{what}: must be .txt, .csv, .tsv, .json or .jsonl.")
+        with reading(what):
+            documents = [text] if kind == ".json" else filter(str.strip, lines)
+            records = [json.loads(document) for document in documents]
+        if kind == ".json":
+            (records,) = records
     return as_prompts(records, what, (column.lower(),) if column else COLUMNS)
 
 
 def read_table(what: str, text: str, header: str, kind: str) -> list[dict]:
     """The rows below a table's header; UserError for quotes or cells that do not fit."""
-    separator = "\t"
+    form = {"delimiter": "\t" if kind == ".tsv" else ",", "strict": True}
     if kind == ".csv":
-        try:
-            separator = csv.Sniffer().sniff(header, delimiters=",;\t|").delimiter
-        except csv.Error:  # one column
-            separator = ","
-    form = {"delimiter": separator, "strict": True}
+        with contextlib.suppress(csv.Error):  # which means one column
+            form["delimiter"] = csv.Sniffer().sniff(header, delimiters=",;\t|").delimiter
     table = csv.DictReader(io.StringIO(text, newline=""), **form)
     try:
         rows = list(table)
     except csv.Error as error:
-        if separator != "\t":
+        if form["delimiter"] != "\t":
             why = f"near line {table.line_num}: {error}; is a quote not closed?"
             raise UserError(f"{what}, {why}") from error
         form["quoting"] = csv.QUOTE_NONE  # its quotes are text, as in PartiPrompts
         rows = list(csv.DictReader(io.StringIO(text, newline=""), **form))
-
     for number, row in enumerate(rows, 2):
         if None in row:
-            remedy = f"quote what holds a {separator!r}"
+            remedy = f"quote what holds a {form['delimiter']!r}"
             raise UserError(f"{what}: row {number} has more cells than the header; {remedy}.")
     return rows
 
 
-def as_prompts(
-    records: Iterable, what: str = "prompts", columns: tuple[str, ...] = COLUMNS
-) -> list[str]:
+def as_prompts(records: Iterable, what: str = "prompts", columns: tuple = COLUMNS) -> list[str]:
     """The text of each, stripped, blanks and repeats dropped; UserError for what is no prompt."""
     if isinstance(records, str) and not os.path.isfile(records):
         records = [records]
     # A path, or a table or set, whose order is not that of prompts.
     if isinstance(records, (str, os.PathLike, set, frozenset)) or hasattr(records, "items"):
-        raise UserError(f"{what}: must be texts, in a list; load_prompts reads a file.")
-
+        raise UserError(f"{what}: must be a list of texts; load_prompts reads a file.")
     texts = []
     for number, text in enumerate(records, 1):
         if isinstance(text, dict):
@@ -142,8 +129,8 @@ def quiet_libraries() -> None:
 
 
 def load_network(what: str, kind: type, folder: str, **options) -> nn.Module:
-    """A diffusers or transformers network, frozen, in float32 whatever the file's; UserError where
-    it cannot be read, lacks a weight, or has one of another shape or that is no number."""
+    """A diffusers or transformers network, frozen, in float32; UserError where it cannot be read,
+    lacks a weight, or has one of another shape or that is no number."""
     quiet_libraries()
     options |= {"dtype": torch.float32, "output_loading_info": True}
     with reading(what):

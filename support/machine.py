@@ -82,17 +82,16 @@ def kernels_for(noise_pred: Tensor):
 def scaled_backward(
     network: nn.Module, backward: Callable[[Tensor], None], grad: Tensor, latent_dim: float
 ) -> None:
-    """backward(grad), which adds to the `.grad` of a network's parameters, without what fp16 loses.
+    """backward(grad), which adds to a network's gradients, so that they do not underflow in fp16.
 
-    grad is of means over latent_dim numbers. It is scaled by a power of two, so that its largest
-    entry is about 2**-6 for each of these, and the gradients are scaled back: exact, but for what
-    would underflow in fp16. What overflows is tried again with 1/256 of it.
+    grad is of means over latent_dim numbers. It is scaled by a power of two, to about 2**-6 for
+    each of them, and the gradients are scaled back, which is exact in any format that has room for
+    them. If they overflow, 1/256 of it is tried.
     """
     require_finite("the loss's gradient", grad)
-    largest = grad.abs().max().item() if grad.numel() else 0.0
-    if largest == 0:
+    if not grad.any():
         return
-    scale = 2.0 ** round(math.log2(latent_dim / largest) - 6)
+    scale = 2.0 ** round(math.log2(latent_dim / grad.abs().max().item()) - 6)
     parameters = [p for p in network.parameters() if p.requires_grad]
     before = [p.grad for p in parameters]
     for factor in (scale, scale / 256):
@@ -107,8 +106,6 @@ def scaled_backward(
         if gradient is not None:
             p.grad = gradient if p.grad is None else p.grad + gradient
 
-
-# ---- memory: --microbatch 0, --gradient-checkpointing auto, --offload auto -----------------------
 
 # Images a microbatch, gradient checkpointing, offload: from the fastest to the smallest.
 PLANS = [(32, "off", "off"), (16, "off", "off"), (8, "off", "on")]
@@ -168,14 +165,14 @@ def first_that_fits(config, weights_gigabytes: Callable[[str], float], attempt: 
     """attempt(config) with the first of `plans` that no process runs out of GPU memory with.
     weights_gigabytes: model -> size of its UNet in float32."""
     configs = plans(config, weights_gigabytes)
-    for number, config in enumerate(configs, 1):
+    for config in configs:
         result = None  # and its memory, where another process had none
         gc.collect()
         torch.cuda.empty_cache()
         try:
             result = attempt(config)
         except torch.OutOfMemoryError:
-            if number == len(configs):
+            if config is configs[-1]:
                 raise
         if not any(gather_objects(result is None)):
             return result
