@@ -20,7 +20,7 @@ from torch import Tensor
 
 import prdp
 from rewards import Reward, load_reward
-from stable_diffusion import find_folder
+from stable_diffusion import read_configs
 from support import report, run_folder
 from support.cli import Parser, UserError, command
 from support.distributed import end_processes, gather_objects, on_rank_0, print0, processes, rank
@@ -77,7 +77,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         label = next((x for x in ("base", "pretrained") if x not in folders), base)
         folders = {label: base, **folders}
     for folder in folders.values():  # before hours of drawing
-        find_folder(folder)
+        read_configs(folder)
 
     given = {name: run[name] for name in SETTINGS if name in run}
     if torch.cuda.is_available():

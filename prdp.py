@@ -32,12 +32,10 @@ Departures from the paper, and choices where it is silent or disagrees with itse
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,8 +46,8 @@ from rewards import Reward, load_reward, resolve_reward
 from stable_diffusion import StableDiffusion, noise_settings
 from support import machine, report, run_folder
 from support.cli import UserError, flag
-from support.distributed import average_gradients, gather, print0, processes, require_finite, shard
-from support.distributed import start_processes
+from support.distributed import average_gradients, draw_noise, gather, image_generators
+from support.distributed import print0, processes, require_finite, shard, start_processes
 from support.inputs import as_prompts, load_prompts
 from support.machine import kernels_for, scaled_backward
 from support.report import Samples, epoch_metrics, phase
@@ -60,12 +58,13 @@ from support.settings import run_command
 
 
 def guided_mean(
-    noise_pred: Tensor, x_t: Tensor, coef_sample: Tensor, coef_noise: Tensor, guidance_scale: float
+    noise_pred: Tensor,  # (2M, C, H, W), the unconditional branch first
+    x_t: Tensor,  # (M, C, H, W)
+    coef_sample: Tensor,  # (M,) float64
+    coef_noise: Tensor,  # (M,) float64
+    guidance_scale: float,
 ) -> Tensor:
-    """mu_theta(x_t, c) of Eq. 2, under classifier-free guidance: float64, as x_t (M, C, H, W).
-
-    noise_pred (2M, C, H, W), the unconditional branch first; coefficients (M,) float64.
-    """
+    """mu_theta(x_t, c) of Eq. 2, under classifier-free guidance: (M, C, H, W) float64."""
     unconditional, conditional = noise_pred.double().chunk(2)
     guided = unconditional + guidance_scale * (conditional - unconditional)
     return coef_sample.view(-1, 1, 1, 1) * x_t.double() + coef_noise.view(-1, 1, 1, 1) * guided
@@ -107,22 +106,19 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     betas = torch.linspace(start, end, train_steps, dtype=torch.float64) ** power
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
 
-    stride = train_steps // max(num_steps, 1)  # "leading" spacing leaves out what remains
+    stride = train_steps // num_steps  # "leading" spacing leaves out what remains
     timesteps = torch.arange(num_steps - 1, -1, -1) * stride + config["steps_offset"]
-    if num_steps < 3 or stride * num_steps < 0.8 * train_steps or timesteps[0] >= train_steps:
-        span = f"must be 3 or more, and span the model's {train_steps} timesteps"
-        raise UserError(f"--ddpm-steps {num_steps}: {span}; 50 does.")
+    if stride * num_steps < 0.8 * train_steps or timesteps[0] >= train_steps:
+        raise UserError(f"--ddpm-steps {num_steps}: must span {train_steps} timesteps; 50 does.")
     prev_timestep = timesteps - stride
 
     alpha_bar = alphas_cumprod[timesteps]  # of x_t
     alpha_bar_prev = alphas_cumprod[prev_timestep.clamp(min=0)]  # of x_{t-1}
-    if config["set_alpha_to_one"]:
-        alpha_bar_prev[prev_timestep < 0] = 1
     alpha = alpha_bar / alpha_bar_prev
 
-    sigma = ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)).clamp(min=0).sqrt()
+    sigma = ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)).sqrt()
     if not (sigma > 0).all():
-        raise UserError("--model: sigma = 0 at its end; steps_offset 1, set_alpha_to_one false.")
+        raise UserError("--model: its schedule has a step of sigma = 0.")
     coef_sample = alpha.rsqrt()
     coef_noise = -(1 - alpha) / ((1 - alpha_bar) * alpha).sqrt()
     if config["prediction_type"] == "v_prediction":
@@ -163,14 +159,15 @@ def run_unet(policy: Policy, x_t: Tensor, prompt_embeds: Tensor, steps: Tensor) 
 
 
 def guided_log_prob(
-    noise_pred: Tensor, x_t: Tensor, x_prev: Tensor, coef_sample: Tensor, coef_noise: Tensor,
-    sigma: Tensor, guidance_scale: float,
-) -> Tensor:  # fmt: skip
-    """log pi(x_{t-1} | x_t, c) of Eqs. 2 and 4: (M,) float64, nats per latent dimension.
-
-    noise_pred (2M, C, H, W), which alone gets a gradient; x_t and x_prev (M, C, H, W) float32;
-    coefficients (M,) float64, each row's own, so that steps may be mixed.
-    """
+    noise_pred: Tensor,  # (2M, C, H, W), which alone gets a gradient
+    x_t: Tensor,  # (M, C, H, W) float32
+    x_prev: Tensor,  # (M, C, H, W) float32: x_{t-1}
+    coef_sample: Tensor,  # (M,) float64, each row's own, so that steps may be mixed
+    coef_noise: Tensor,  # (M,) float64
+    sigma: Tensor,  # (M,) float64
+    guidance_scale: float,
+) -> Tensor:
+    """log pi(x_{t-1} | x_t, c) of Eqs. 2 and 4: (M,) float64, nats per latent dimension."""
     if kernels := kernels_for(noise_pred):  # on a GPU: the two lines below in one pass
         return kernels.guided_log_prob(
             noise_pred, x_t, x_prev, coef_sample, coef_noise, sigma, guidance_scale
@@ -181,11 +178,16 @@ def guided_log_prob(
 
 @torch.no_grad()
 def guided_sample(
-    noise_pred: Tensor, x_t: Tensor, noise: Tensor, coef_sample: Tensor, coef_noise: Tensor,
-    sigma: Tensor, guidance_scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x_{t-1} ~ N(mean, sigma^2 I) of Eq. 2 from standard normal noise, rounded to float32, and the
-    log-prob of the rounded, bit for bit what `guided_log_prob` returns for it."""
+    noise_pred: Tensor,
+    x_t: Tensor,
+    noise: Tensor,  # (M, C, H, W), standard normal
+    coef_sample: Tensor,
+    coef_noise: Tensor,
+    sigma: Tensor,
+    guidance_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """x_{t-1} ~ N(mean, sigma^2 I) of Eq. 2, rounded to float32, and the log-prob of the rounded,
+    bit for bit what `guided_log_prob` returns for it."""
     if kernels := kernels_for(noise_pred):  # on a GPU: the three lines below in one pass
         return kernels.guided_sample(
             noise_pred, x_t, noise, coef_sample, coef_noise, sigma, guidance_scale
@@ -203,29 +205,20 @@ class Trajectories(NamedTuple):
     prompt_embeds: Tensor  # (M, L, W)
 
 
-def image_generators(seed: int, epoch: int, prompts: Sequence[int], images: int) -> list:
-    """One CPU generator for each of `images` images of each prompt, by its number: noise depends on
-    no microbatch, device or other image. Epoch 0 is of pictures to show, -epoch of draw_prompts."""
-    generators = []
-    for prompt, image in itertools.product(prompts, range(images)):
-        key = hashlib.sha256(f"{seed} {epoch} {prompt} {image}".encode()).digest()[:8]
-        number = int.from_bytes(key, "little", signed=True)
-        generators.append(torch.Generator().manual_seed(number))
-    return generators
-
-
 @torch.no_grad()
 def sample_trajectories(
-    policy: Policy, prompt_embeds: Tensor, generators: list, shape: tuple[int, int, int]
+    policy: Policy,
+    prompt_embeds: Tensor,  # (M, L, W)
+    generators: list[torch.Generator],  # one for each image
+    shape: tuple[int, int, int],  # (C, H, W)
 ) -> Trajectories:
     """Draw x_T, ..., x_0 by ancestral sampling (Eq. 1; Alg. 1, line 6), with each step's log-prob.
 
-    prompt_embeds (M, L, W), a generator for each image, shape (C, H, W). Latents are rounded to
-    float32 *before* they are scored: scoring what is stored, under the same weights, gives the same
-    bits.
+    Latents are rounded to float32 *before* they are scored: scoring what is stored, under the same
+    weights, gives the same bits.
     """
-    num_images, num_steps = len(prompt_embeds), len(policy.schedule.timesteps)
-    assert len(generators) == num_images, (len(generators), prompt_embeds.shape)
+    num_images = len(generators)
+    num_steps = len(policy.schedule.timesteps)
     device = prompt_embeds.device
     latents = torch.empty(num_images, num_steps + 1, *shape, device=device)
     log_probs = torch.empty(num_images, num_steps, dtype=torch.float64, device=device)
@@ -233,12 +226,11 @@ def sample_trajectories(
     with policy.autocast(), phase("sample", num_images * num_steps) as advance:
         for rows in torch.arange(num_images, device=device).split(policy.microbatch):
             # All noise at once, x_T and each step's: drawing at each step would stall a GPU.
-            own = [generators[m] for m in rows.tolist() for _ in range(num_steps + 1)]
-            noise = torch.stack([torch.randn(shape, generator=generator) for generator in own])
-            noise = noise.unflatten(0, (len(rows), -1)).to(device)  # (m, T+1, C, H, W)
+            own = [generators[m] for m in rows]
+            noise = draw_noise(own, num_steps + 1, shape).to(device)  # (m, T+1, C, H, W)
             latents[rows, 0] = noise[:, 0]  # x_T
 
-            # From x_T on, each step draws x_{t-1} around the guided mean, and scores it.
+            # Each step draws x_{t-1} around the guided mean, and scores it.
             for step in range(num_steps):
                 steps = torch.full_like(rows, step)
                 x_t = latents[rows, step]
@@ -417,8 +409,7 @@ class Config:
         """UserError for settings that do not go together."""
 
     def passes(self) -> tuple[float, float]:
-        """Network passes per image and epoch, for the forecast: without gradient (sampling, the
-        other of policy and reference, scoring before each update but the first), and with."""
+        """Network passes per image and epoch, for the forecast: without gradient, and with."""
         return 1 + self.updates_per_epoch, self.updates_per_epoch
 
     def images_held(self) -> int:
@@ -461,7 +452,6 @@ def train(
         log_probs_old = log_probs_old.unflatten(0, by_prompt)
         log_probs_ref = log_probs_ref.unflatten(0, by_prompt)
         rewards = rewards.unflatten(0, by_prompt)
-
         updates = []
         for k in range(config.updates_per_epoch):  # line 9
             log_probs = log_probs_old.clone()  # theta is theta_old at the first update
@@ -485,8 +475,8 @@ def train(
             grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             require_finite("the gradient", grad_norm)
             optimizer.step()
-            skipped = grad_log_probs == 0
-            updates.append(metrics | dict(loss=loss, grad_norm=grad_norm, skipped_fraction=skipped))
+            metrics |= {"loss": loss, "grad_norm": grad_norm}
+            updates.append(metrics | {"skipped_fraction": grad_log_probs == 0})
 
         ratio = log_probs_old - log_probs_ref
         kl = ratio * trajectories.latents[0, 1:].numel()
@@ -563,16 +553,14 @@ def load_models(
     config: Config, device: torch.device, reward: Callable | None = None, learns: bool = True
 ) -> Models:
     """The policy, and the frozen reference it starts from (Alg. 1, line 1), if it learns."""
-    sd = StableDiffusion(config.model, device, config.dtype, config.offload == "on")
-    reward = load_reward(config.reward if reward is None else reward, sd.idle)
+    sd = StableDiffusion(config, device)
+    reward = load_reward(config.reward if reward is None else reward, sd.idle).to(sd.idle)
     schedule = ddpm_schedule(sd.noise_settings, config.ddpm_steps)
     schedule = Schedule(*(column.to(device) for column in schedule))
-    images = config.prompts_per_epoch * config.images_per_prompt // processes()
-    microbatch = min(config.microbatch or 8, images)
+    microbatch = min(config.microbatch or 8, config.images_held())
     null_embeds = sd.encode([""])[0]
 
-    unet = sd.learner(config.lora_rank, config.seed, config.gradient_checkpointing, config.compile)
-    scale = config.guidance_scale
+    unet, scale = sd.learner(config), config.guidance_scale
     policy = Policy(unet, schedule, null_embeds, scale, microbatch, sd.autocast)
     reference = policy
     if learns:
@@ -581,72 +569,48 @@ def load_models(
     return Models(policy, reference, sd, reward)
 
 
-def load_what_fits(
-    config: Config, device: torch.device, reward: Callable, prompts: list[str]
+def prepare(
+    config: Config, device: torch.device, reward: Reward, prompts: list[str]
 ) -> tuple[Config, Models, tuple[float, float]]:
-    """The plan that fits this GPU, its models, and an image's seconds without and with gradient."""
-
-    def attempt(plan: Config) -> tuple[Config, Models, tuple[float, float]]:
-        models = load_models(plan, device, reward)
-        report.introduce(plan, models.sd, machine.load_kernels()[1], prompts)
-        batch = check_on_policy(plan, models, prompts[0])
-        passes = machine.rehearse(plan, models, batch, score_trajectories, backward_trajectories)
-        return plan, models, passes
-
-    return machine.first_that_fits(config, StableDiffusion.weights_gigabytes, attempt)
+    """Models that passed the checks of a start, and an image's seconds without gradient and with.
+    Where memory runs out, that is here."""
+    models = load_models(config, device, reward)
+    report.introduce(config, models.sd, machine.load_kernels()[1], prompts)
+    batch = check_on_policy(config, models, prompts[0])
+    seconds = machine.rehearse(config, models, batch, score_trajectories, backward_trajectories)
+    return config, models, seconds
 
 
 def check_on_policy(config: Config, models: Models, prompt: str) -> Trajectories:
     """Draw a microbatch from the policy and score it again: its log-probs must have the same bits,
     for Eq. 20 compares two passes to within clip_range. Returns the microbatch.
 
-    The reference has the same weights yet. Its log-probs stand on both sides of Eq. 20, so they may
-    differ by the rounding of the number format.
+    The reference has the same weights yet. Its log-probs stand on both sides of Eq. 20, so where it
+    is another program, compiled by itself, they may differ by the number format's rounding.
     """
-    cudnn = torch.backends.cudnn
+    policy, cudnn = models.policy, torch.backends.cudnn
     for deterministic in (cudnn.deterministic, True):
         cudnn.deterministic = deterministic
-        generators = image_generators(config.seed, 0, range(1), models.policy.microbatch)
-        batch = sample_prompts(models, models.policy, [prompt], generators)
-        gap = (score_trajectories(models.policy, batch) - batch.log_probs).abs().max().item()
-        setting = ", with deterministic cuDNN, which stays" if deterministic else ""
-        print0(f"on-policy gap{setting}: {gap:.1e}")
+        generators = image_generators(config.seed, 0, range(1), policy.microbatch)
+        batch = sample_prompts(models, policy, [prompt], generators)
+        gap = (score_trajectories(policy, batch) - batch.log_probs).abs().max().item()
+        print0(f"on-policy gap: {gap:.1e} (deterministic cuDNN: {deterministic})")
         if gap == 0:
             break
     else:
         raise UserError(f"on-policy gap {gap:.1e}: the clip would act on noise; try --dtype fp32.")
-
-    check_kernels(models.policy, batch)
     gap = (score_trajectories(models.reference, batch) - batch.log_probs).abs().max().item()
-    if not gap <= machine.reference_tolerance(config):
+    if not gap <= machine.ROUNDING[config.dtype] * config.compile:
         raise UserError(f"the reference is {gap:.1e} off the policy before any update.")
-    return batch
 
-
-def check_kernels(policy: Policy, batch: Trajectories) -> None:
-    """UserError where a Triton kernel and the formulas above disagree, as when one was edited: a
-    noise_pred in float64 takes the plain form, so both compute from the same numbers."""
+    # Triton's kernels against the formulas above: who edits one must edit both.
     x_t, x_prev = batch.latents[:, 0], batch.latents[:, 1]
     steps = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
+    gaussian = (*policy.coefficients(steps), policy.guidance_scale)
     with torch.no_grad(), policy.autocast():
         noise_pred = run_unet(policy, x_t, batch.prompt_embeds, steps)
-    if not kernels_for(noise_pred):
-        return
-
-    results = []
-    for output in (noise_pred.requires_grad_(), noise_pred.detach().double().requires_grad_()):
-        gaussian = (*policy.coefficients(steps), policy.guidance_scale)
-        log_prob = guided_log_prob(output, x_t, x_prev, *gaussian)
-        (gradient,) = torch.autograd.grad(x_t[0].numel() * log_prob.sum(), output)
-        sample, sample_log_prob = guided_sample(output, x_t, x_prev, *gaussian)  # x_prev as noise
-        results.append((log_prob, gradient, sample, sample_log_prob))
-    formats = (torch.float64, noise_pred.dtype, torch.float32, torch.float64)
-    for kernel, plain, format in zip(*results, formats, strict=True):
-        rounding = max(torch.finfo(format).eps, 1e-12)
-        if not torch.allclose(kernel.double(), plain.double(), rtol=rounding, atol=rounding):
-            error = (kernel.double() - plain.double()).abs().max()
-            places = "prdp.py (guided_mean and what calls it) and kernels/log_prob.py"
-            raise UserError(f"{places} must say the same, and differ by {error:.1e}.")
+    machine.check_kernels(noise_pred, guided_log_prob, guided_sample, x_t, x_prev, *gaussian)
+    return batch
 
 
 def draw_samples(config: Config, models: Models, policy: Policy, prompts: list[str]) -> Samples:
@@ -660,42 +624,35 @@ def draw_samples(config: Config, models: Models, policy: Policy, prompts: list[s
     return Samples(fixed, pictures.cpu(), rewards.cpu())
 
 
-def read_inputs(
-    config: Config, reward: Callable | None, prompts: list[str] | None
-) -> tuple[Config, Reward, list[str]]:
-    """What the user gave, read before any network of the model: settings, prompts, the reward."""
-    if reward is not None:
-        config = replace(config, reward=())
-    if prompts is not None:
-        config = replace(config, prompts=())
-    config = resolve(config)
-    if prompts is None:
-        prompts = [prompt for file in config.prompts for prompt in load_prompts(file)]
-    prompts = as_prompts(prompts, "--prompts")
-    reward = load_reward(config.reward if reward is None else reward, "cpu")
-    return config, reward, prompts
-
-
 @machine.own_state()
 def run(
-    config: Config, reward: Callable | None = None, prompts: list[str] | None = None, *,
-    train: Callable = train, state: object = None,
-) -> None:  # fmt: skip
+    config: Config,
+    reward: Callable | None = None,  # (uint8 images (M, 3, H, W), M prompts) -> M numbers
+    prompts: list[str] | None = None,
+    *,
+    train: Callable = train,
+    state: object = None,  # what another `train` keeps between epochs
+) -> None:
     """Train from the first epoch or the last checkpoint, then show what changed; UserError for what
-    cannot run.
-
-    reward, (uint8 images (M, 3, H, W), M prompts) -> M numbers, and prompts stand in for those that
-    config names. `state` is what another `train` keeps between epochs.
-    """
+    cannot run. reward and prompts stand in for those that config names."""
     device = start_processes()
-    config, reward, prompts = read_inputs(config, reward, prompts)
+    config = resolve(config, reward, prompts)
+    if prompts is None:
+        prompts = load_prompts(*config.prompts)
+    prompts = as_prompts(prompts, "--prompts")
+    reward = load_reward(config.reward if reward is None else reward, "cpu")
     with run_folder.only_writer(Path(config.out)):
         # Alg. 1, line 1. A run that goes on is compared, then loaded, before anything is written.
         saved = run_folder.open_run(config)
-        config, models, seconds = load_what_fits(config, device, reward, prompts)
+        plans = machine.plans(config, StableDiffusion.weights_gigabytes)
+        config, models, seconds = machine.first_that_fits(plans, prepare, device, reward, prompts)
         weights = {n: p for n, p in models.sd.unet.named_parameters() if p.requires_grad}
-        options = {"weight_decay": config.weight_decay, "fused": device.type == "cuda"}
-        optimizer = torch.optim.AdamW(weights.values(), config.learning_rate, **options)
+        optimizer = torch.optim.AdamW(
+            weights.values(),
+            config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=device.type == "cuda",
+        )
         learner = run_folder.Learner(weights, optimizer, state)
         record = run_folder.restore(config, saved, learner, models, prompts)
         start = saved["epoch"] + 1
@@ -720,8 +677,8 @@ def run(
 
         # The finetuned model, and what changed.
         after = draw_samples(config, models, models.policy, prompts)
-        report.compare(config, before, after, track)
         models.sd.save(Path(config.out), record, config.epochs)
+        report.compare(config, before, after, track)
 
 
 def parse_args(argv: list[str] | None = None) -> Config:

@@ -19,23 +19,25 @@ from support.cli import UserError, reading
 from support.distributed import rank
 from support.inputs import load_network, load_tokenizer, quiet_libraries
 from support.machine import set_precision
-from support.run_folder import forgiving, read_json, writing
+from support.run_folder import read_json, writing
 
 SAMPLERS = """DDIM DDPM PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete
     DEISMultistep DPMSolverMultistep DPMSolverSinglestep UniPCMultistep KDPM2Discrete"""
 SUPPORTED = dict(  # of such samplers only the noise schedule is read
     beta_schedule=("scaled_linear", "linear"), prediction_type=("epsilon", "v_prediction"),
     steps_offset=(1,), trained_betas=(None,), rescale_betas_zero_snr=(None, False),
-    use_flow_sigmas=(None, False),
+    set_alpha_to_one=(False,), use_flow_sigmas=(None, False),
     _class_name=(None, *(f"{name}Scheduler" for name in SAMPLERS.split())),
 )  # fmt: skip
-NOISE = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end")  # must be there
-DEFAULTS = dict(steps_offset=1, set_alpha_to_one=False, prediction_type="epsilon")
+# What a config leaves open; betas it must name, for diffusers' own defaults are another chain's.
+DEFAULTS = dict(num_train_timesteps=1000, beta_schedule=None, beta_start=None, beta_end=None,
+                steps_offset=1, set_alpha_to_one=False, prediction_type="epsilon")  # fmt: skip
 # Pipelines of the same parts.
 TEXT_TO_IMAGE = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+PARTS = dict(unet="UNet2DConditionModel", vae="AutoencoderKL", text_encoder="CLIPTextModel")
 # Inputs that a UNet may want beside a latent, a timestep and a text.
-OTHER_INPUTS = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type")
-OTHER_INPUTS += ("encoder_hid_dim", "encoder_hid_dim_type")
+OTHER_INPUTS = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type",
+                "encoder_hid_dim", "encoder_hid_dim_type")  # fmt: skip
 
 CARD = """---
 library_name: diffusers
@@ -57,58 +59,40 @@ def noise_settings(scheduler_config: dict) -> dict:
             raise UserError(
                 f"the model's scheduler has {name} {config.get(name)!r}: not supported."
             )
-    missing = [name for name in NOISE if not isinstance(config.get(name), (int, float, str))]
-    if missing:
-        raise UserError(f"the model's scheduler_config.json does not say {', '.join(missing)}.")
-    if not 0 < config["beta_start"] <= config["beta_end"] < 1:
-        raise UserError("the model's scheduler: beta_start and beta_end must be between 0 and 1.")
-    return {name: config[name] for name in (*NOISE, *DEFAULTS)}
+    start, end = config["beta_start"], config["beta_end"]
+    if not (isinstance(start, float) and isinstance(end, float) and 0 < start <= end < 1):
+        raise UserError(f"the model's scheduler has beta_start {start}, beta_end {end}.")
+    return {name: config[name] for name in DEFAULTS}
 
 
-def find_folder(model: str) -> tuple[Path, dict]:
-    """A pipeline's folder, fetched from the hub if it is an id, and its model_index.json;
-    UserError unless it is Stable Diffusion's."""
+def read_configs(model: str) -> tuple[Path, dict[str, dict]]:
+    """A pipeline's folder, fetched from the hub if it is an id, and the configs of its parts;
+    UserError unless it is a Stable Diffusion that can be finetuned here."""
     from diffusers import StableDiffusionPipeline
 
     quiet_libraries()
     what, folder = f"--model {model}", Path(model)
-    if "://" in model:
-        raise UserError(f"{what}: give the hub id, as CompVis/stable-diffusion-v1-4, no address.")
-    for part in ("pipeline", "lora"):
-        if (folder / part).is_dir() and not (folder / "model_index.json").is_file():
-            merge = "; docs/running.md shows how to merge it" if part == "lora" else ""
-            raise UserError(f"{what}: is a run; its model is {folder / part}{merge}.")
-    if folder.is_file():
-        raise UserError(f"{what}: no Stable Diffusion folder; see diffusers' from_single_file.")
-    if not folder.exists() and (folder.is_absolute() or model.count("/") != 1):
-        raise UserError(f"{what}: no such folder, and no hub id.")
+    if (folder / "pipeline").is_dir():
+        raise UserError(f"{what}: is a run; its model is {folder / 'pipeline'}.")
+    if not folder.is_dir() and (folder.is_absolute() or model.count("/") != 1):
+        raise UserError(f"{what}: no such folder, and no hub id as CompVis/stable-diffusion-v1-4.")
     with reading(what):
-        index = StableDiffusionPipeline.load_config(model)
-        kind = index.get("_class_name")
+        kind = StableDiffusionPipeline.load_config(model).get("_class_name")
         if kind in TEXT_TO_IMAGE and not folder.exists():
             folder = Path(StableDiffusionPipeline.download(model))
     if kind not in TEXT_TO_IMAGE:
         raise UserError(f"{what}: a {kind}; only Stable Diffusion 1.x and 2.x work.")
-    for name in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if not (folder / name).is_dir():
-            raise UserError(f"{what}: no Stable Diffusion folder: has no {name}.")
-    return folder, index
 
-
-def read_configs(model: str) -> tuple[Path, dict[str, dict]]:
-    """A model's folder, and the configs of its parts; UserError for what is not supported."""
-    folder, _ = find_folder(model)
-    configs, what = {}, f"--model {model}"
-    for name in ("unet", "vae", "text_encoder", "scheduler"):
+    configs = {}
+    for name in (*PARTS, "scheduler"):
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         configs[name] = read_json(folder / name / file, f"{what}: its {name}/{file}")
     for name in OTHER_INPUTS:
         if configs["unet"].get(name) is not None:
             raise UserError(f"{what}: its unet has {name}, another input: not supported.")
-    for name, kind in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL")):
+    for name, kind in PARTS.items():
         if configs[name].get("_class_name", kind) != kind:
-            part = f"its {name} is an {configs[name]['_class_name']}"
-            raise UserError(f"{what}: {part}, and not an {kind}.")
+            raise UserError(f"{what}: its {name} is no {kind}: {configs[name]['_class_name']}.")
     return folder, configs
 
 
@@ -120,35 +104,28 @@ class StableDiffusion:
     chain that prdp.py samples. `dtype` is autocast's, None for float32.
     """
 
-    def __init__(self, model: str, device: torch.device, dtype: str, offload: bool) -> None:
+    def __init__(self, config, device: torch.device) -> None:
         import diffusers
-        import transformers
+        from transformers import CLIPTextModel
 
-        self.device, self.dtype = device, set_precision(dtype)
-        self.idle = torch.device("cpu") if offload else device
-        folder, configs = read_configs(model)
-        self.noise_settings, what = noise_settings(configs["scheduler"]), f"--model {model}"
-
-        kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
-        kinds["text_encoder"] = transformers.CLIPTextModel
-        parts = {}
-        for name, kind in kinds.items():
+        self.device, self.dtype = device, set_precision(config.dtype)
+        self.idle = torch.device("cpu") if config.offload == "on" else device
+        folder, configs = read_configs(config.model)
+        self.noise_settings = noise_settings(configs["scheduler"])
+        what = f"--model {config.model}"
+        parts = dict.fromkeys(("safety_checker", "feature_extractor"))
+        for name, kind in PARTS.items():
+            kind = getattr(diffusers, kind, CLIPTextModel)
             parts[name] = load_network(f"{what}: its {name}", kind, folder, subfolder=name)
         text = parts["text_encoder"].config
         tokenizer = load_tokenizer(what, folder, text.vocab_size, subfolder="tokenizer")
         places = text.max_position_embeddings
         tokenizer.model_max_length = min(tokenizer.model_max_length, places)
-        scheduler = diffusers.DDIMScheduler(
+        parts["tokenizer"] = tokenizer
+        parts["scheduler"] = diffusers.DDIMScheduler(
             **self.noise_settings, timestep_spacing="leading", clip_sample=False
         )
-        self.pipe = diffusers.StableDiffusionPipeline(
-            **parts,
-            tokenizer=tokenizer,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        self.pipe = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
         self.unet, self.vae = parts["unet"], parts["vae"]
         size, channels = self.unet.config.sample_size, self.unet.config.in_channels
@@ -163,10 +140,10 @@ class StableDiffusion:
     @staticmethod
     def weights_gigabytes(model: str) -> float:
         """The size of a model's UNet in float32; its weights are not read."""
-        import diffusers
+        from diffusers import UNet2DConditionModel
 
         with reading(f"--model {model}: its unet"), torch.device("meta"):
-            unet = diffusers.UNet2DConditionModel.from_config(read_configs(model)[1]["unet"])
+            unet = UNet2DConditionModel.from_config(read_configs(model)[1]["unet"])
         return 4e-9 * sum(p.numel() for p in unet.parameters())
 
     @contextlib.contextmanager
@@ -202,20 +179,21 @@ class StableDiffusion:
                 images.append(((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
         return torch.cat(images)
 
-    def learner(self, lora_rank: int, seed: int, checkpointing: str, compile: bool) -> Callable:
+    def learner(self, config) -> Callable:
         """The UNet, which learns; with a rank, adapters of its attention layers alone: W + B A,
         where B begins at 0 (Hu et al. 2021)."""
-        self.unet.requires_grad_(lora_rank == 0)
-        if lora_rank:
+        self.unet.requires_grad_(config.lora_rank == 0)
+        if config.lora_rank:
             from peft import LoraConfig
 
-            torch.manual_seed(seed)  # A begins at random, the same in every process
+            torch.manual_seed(config.seed)  # A begins at random, the same in every process
             layers = ["to_q", "to_k", "to_v", "to_out.0"]
-            start = {"lora_alpha": lora_rank, "init_lora_weights": "gaussian"}
-            self.unet.add_adapter(LoraConfig(r=lora_rank, target_modules=layers, **start))
-        if checkpointing == "on":
+            rank = {"r": config.lora_rank, "lora_alpha": config.lora_rank}
+            start = {"init_lora_weights": "gaussian", "target_modules": layers}
+            self.unet.add_adapter(LoraConfig(**rank, **start))
+        if config.gradient_checkpointing == "on":
             self.unet.enable_gradient_checkpointing()
-        return compiled(self.unet) if compile else self.unet
+        return compiled(self.unet) if config.compile else self.unet
 
     def reference(self, learner: Callable) -> tuple[Callable, Callable]:
         """The pretrained network beside `learner`, and the context of its passes: a frozen copy of
@@ -240,8 +218,8 @@ class StableDiffusion:
             self.unet.enable_adapters()
 
     def save(self, run: Path, record: dict, epoch: int, merge: bool = True) -> None:
-        """pipeline/, for diffusers' from_pretrained, with a model card. Of adapters lora/, for
-        `load_lora_weights`, and with `merge` a pipeline/ too, of whose UNet they become part."""
+        """pipeline/, for diffusers' from_pretrained, with prdp.json and a model card. Of adapters
+        lora/, for `load_lora_weights`, and with `merge` a pipeline/ whose UNet has them in it."""
         if rank() != 0:
             return
         if hasattr(self.unet, "peft_config"):
@@ -255,28 +233,17 @@ class StableDiffusion:
                 return
             self.unet.fuse_lora()
             self.unet.unload_lora()
+        model, rewards = record["model"], " ".join(record["reward_terms"]) or "of no one's own"
+        base = "" if os.path.isabs(model) else f"base_model: {json.dumps(model)}\n"
+        named = {"name": os.path.basename(model), "base": base, "rewards": rewards}
         with writing(run / "pipeline") as folder:
             self.pipe.save_pretrained(folder)
             for file in folder.rglob("*.safetensors"):  # else for its owner alone
                 shutil.copymode(folder / "model_index.json", file)
-            with forgiving("the model card"):
-                self.describe(folder, record, epoch)
-
-    def describe(self, folder: Path, record: dict, epoch: int) -> None:
-        """prdp.json and README.md beside a saved pipeline."""
-        settings = json.dumps({"epoch": epoch, **record}, indent=1)
-        (folder / "prdp.json").write_text(settings, encoding="utf-8")
-        model = record["model"]
-        card = CARD.format(
-            name=json.dumps(os.path.basename(model)),
-            base="" if os.path.isabs(model) else f"base_model: {json.dumps(model)}\n",
-            rewards=" ".join(record["reward_terms"]) or "of no one's own",
-            epoch=epoch,
-            program=record["program"],
-            ddpm_steps=record["ddpm_steps"],
-            guidance_scale=record["guidance_scale"],
-        )
-        (folder / "README.md").write_text(card, encoding="utf-8")
+            settings = json.dumps({"epoch": epoch, **record}, indent=1)
+            (folder / "prdp.json").write_text(settings, encoding="utf-8")
+            card = CARD.format(epoch=epoch, **named, **record)
+            (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
 
 def compiled(network: nn.Module) -> nn.Module:

@@ -201,7 +201,7 @@ class NoReward(Reward):
 
 
 def complete(config: Config) -> Config:
-    """Without --pairs, images of prdp.py's prompts are ranked by its reward, if no others are named."""
+    """Without --pairs, prompts and a reward: prdp.py's, if no others are named."""
     if config.pairs:
         return config
     reward = config.reward or prdp.Config.reward

@@ -76,8 +76,8 @@ class People:
 
     @torch.no_grad()
     def load(self, sd, seed: int, epoch: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """x_0 (m, 2, C, H, W) of pairs (m,), the chosen first, and prompt_embeds (m, L, W): as in their code
-        a sample of what the VAE makes of a picture."""
+        """x_0 (m, 2, C, H, W) of pairs (m,), the chosen first, and prompt_embeds (m, L, W): as in
+        their code a sample of what the VAE makes of a picture."""
         records, latents = [self.records[n] for n in numbers], []
         pictures = [picture for record in records for picture in self.pictures(record)]
         generators = prdp.image_generators(seed, epoch, numbers.tolist(), 2)

@@ -24,8 +24,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from shared import CUDA, DEVICE, TOY, UNET, attempt, free_memory, print_tables, require
-from shared import require_minutes, sd_v1_4, table
+from shared import CUDA, DEVICE, SCHEDULER, TOY, UNET, attempt, free_memory, print_tables
+from shared import require, require_minutes, sd_v1_4, table
 from torch import Tensor, nn
 
 import prdp
@@ -33,8 +33,8 @@ from rewards import vit_h_14_config
 from stable_diffusion import StableDiffusion, compiled
 from support import report, run_folder
 from support.cli import Parser, command
-from support.distributed import gradient_step
-from support.settings import set_precision
+from support.distributed import average_gradients, require_finite
+from support.machine import set_precision
 
 T, K = 50, 10  # of the epoch that times are scaled to
 DTYPES = ("fp16", "bf16", "tf32", "fp32")
@@ -76,24 +76,27 @@ class Job:
 
     def __init__(self, unet: nn.Module, images: int, dtype: str, steps: Iterable[int]) -> None:
         self.images, self.batches = images, dict.fromkeys(self.passes, images)
-        columns = prdp.ddpm_schedule({}, T)
+        columns = prdp.ddpm_schedule(SCHEDULER, T)
         schedule = prdp.Schedule(*(column[list(steps)].to(DEVICE) for column in columns))
         width, size = unet.config.cross_attention_dim, unet.config.sample_size
         self.shape = (unet.config.in_channels, size, size)
-        text = torch.randn(1 + images, 77, width, generator=torch.Generator().manual_seed(0))
-        null_text, self.text = text[0].to(DEVICE), text[1:].to(DEVICE)
-        self.policy = prdp.Policy(unet, schedule, null_text, 5.0, images, set_precision(dtype))
+        embeds = torch.randn(1 + images, 77, width, generator=torch.Generator().manual_seed(0))
+        null_embeds, self.prompt_embeds = embeds[0].to(DEVICE), embeds[1:].to(DEVICE)
+        cast = set_precision(dtype)
+        autocast = functools.partial(torch.autocast, DEVICE.type, cast, enabled=cast is not None)
+        self.policy = prdp.Policy(unet, schedule, null_embeds, 5.0, images, autocast)
 
     def sample(self) -> None:
         generators = prdp.image_generators(0, 1, range(1), self.images)
-        self.stored = prdp.sample_trajectories(self.policy, self.text, generators, self.shape)
+        embeds, shape = self.prompt_embeds, self.shape
+        self.stored = prdp.sample_trajectories(self.policy, embeds, generators, shape)
 
     def score(self) -> None:
         self.log_probs = prdp.score_trajectories(self.policy, self.stored)
 
     def backward(self) -> None:
-        weights = torch.full_like(self.stored.log_probs, 1e-3)  # none is 0: nothing is skipped
-        prdp.backward_trajectories(self.policy, self.stored, weights)
+        grad = torch.full_like(self.stored.log_probs, 1e-3)  # none is 0: nothing is skipped
+        prdp.backward_trajectories(self.policy, self.stored, grad)
 
     def gap(self) -> str:
         return str((self.log_probs - self.stored.log_probs).abs().max().item())
@@ -106,13 +109,17 @@ class PeerJob(Job):
     passes = {"sample": 2, "backward": K}  # pi_ref scores for as long as pi_theta samples
 
     def backward(self) -> None:
-        latents, log_probs_old, text = self.stored
+        policy = self.policy
+        latents, log_probs_old, prompt_embeds = self.stored
         for rows in torch.arange(self.images, device=DEVICE).split(self.batches["backward"]):
             for k in range(log_probs_old.shape[1]):
                 steps = torch.full_like(rows, k)
-                noise_pred = prdp.run_unet(self.policy, latents[rows, k], text[rows], steps)
-                step = (noise_pred, latents[rows, k], latents[rows, k + 1], *self.policy.at(steps))
-                log_prob = prdp.guided_log_prob.__wrapped__(*step)
+                x_t, x_prev = latents[rows, k], latents[rows, k + 1]
+                with policy.autocast():
+                    noise_pred = prdp.run_unet(policy, x_t, prompt_embeds[rows], steps)
+                *coefs, sigma = policy.coefficients(steps)
+                mean = prdp.guided_mean(noise_pred, x_t, *coefs, policy.guidance_scale)
+                log_prob = prdp.gaussian_log_prob(x_prev, mean, sigma)
                 (log_prob - log_probs_old[rows, k]).exp().mean().backward()
 
 
@@ -198,19 +205,24 @@ def drifts(job: Job, unet: nn.Module, noise: float) -> tuple[float, float, float
     images with rewards as scattered as HPSv2's; and the latter over the noise."""
     config, old = prdp.Config(), job.stored.log_probs
     scores = 0.01 * torch.randn(job.images, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    learning = {"weight_decay": config.weight_decay, "fused": CUDA}
-    optimizer = torch.optim.AdamW(unet.parameters(), config.learning_rate, **learning)
-    backward = functools.partial(prdp.backward_trajectories, job.policy, job.stored)
-    how = (config.max_grad_norm, job.policy.autocast, math.prod(job.shape))
-    found, job.log_probs = [], old
+    parameters = list(unet.parameters())
+    options = {"weight_decay": config.weight_decay, "fused": CUDA}
+    optimizer = torch.optim.AdamW(parameters, config.learning_rate, **options)
+    moved, job.log_probs = [], old
     for _ in range(3):
         log_probs = job.log_probs.clone().requires_grad_()
         loss = prdp.prdp_loss(log_probs, old, old, scores, config.clip_range, config.kl_weight)
-        (weights,) = torch.autograd.grad(loss, log_probs)
-        gradient_step(optimizer, backward, weights, *how)
+        (grad_log_probs,) = torch.autograd.grad(loss, log_probs)
+
+        optimizer.zero_grad()  # Alg. 1, line 11
+        prdp.backward_trajectories(job.policy, job.stored, grad_log_probs)
+        average_gradients(parameters)
+        grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        require_finite("the gradient", grad_norm)
+        optimizer.step()
         job.score()
-        found.append(rms(job.log_probs - log_probs.detach()))
-    return found[0], found[2], found[2] / max(noise, 1e-30)
+        moved.append(rms(job.log_probs - log_probs.detach()))
+    return moved[0], moved[2], moved[2] / max(noise, 1e-30)
 
 
 def noise_table(options: argparse.Namespace, end: float) -> None:
@@ -329,15 +341,15 @@ def run(folder: Path, functions: list[tuple], flags: str) -> list[str]:
 def memory_table(options: argparse.Namespace, end: float) -> None:
     cap, dtype = 23 * 2**30, options.dtypes[0]  # of a card's 24 GiB CUDA itself takes some
     size = (options.microbatch or [2 if options.quick else 8])[0]
-    room = 512 * (4 * (51 * 4 * 64 * 64 + 77 * 768) + 3 * 512 * 512)  # latents, text; pictures
+    room = 512 * (4 * (51 * 4 * 64 * 64 + 77 * 768) + 3 * 512 * 512)  # latents, embeds; pictures
     row = table(
         f"(d) memory: each phase's seconds and peak GB, where the allocator has {cap / 1e9:.1f}; "
-        "runs of two epochs, K = 2, T = 2, with gradient checkpointing, a reward of HPSv2's size, "
+        "runs of two epochs, K = 2, T = 3, with gradient checkpointing, a reward of HPSv2's size, "
         "and the room of 512 trajectories of 50 steps",
         "learns", "dtype", "microbatch", "offload", *PHASES,
     )  # fmt: skip
     flags = f"--epochs 2 --prompts-per-epoch 1 --images-per-prompt {size} --microbatch {size} "
-    flags += f"--ddpm-steps 2 --clip-range inf --gradient-checkpointing --dtype {dtype}"
+    flags += f"--ddpm-steps 3 --clip-range inf --gradient-checkpointing --dtype {dtype}"
 
     def cells(folder: Path, rank: int, offload: str) -> list[str]:
         require_minutes(0.6, end)
@@ -364,7 +376,7 @@ def run_table(options: argparse.Namespace, end: float) -> None:
     names = ("load_models", "check_on_policy", "draw_samples", "run")
     functions = [(run_folder, "save_state"), (StableDiffusion, "save")]
     functions += [(prdp, name) for name in names]
-    images, steps = (2, 2) if options.quick else (8, T)
+    images, steps = (2, 3) if options.quick else (8, T)
     row = table(
         "(e) a run of one epoch, from loading to the saved pipeline: seconds in all, and phases' "
         f"peak GB; N = 2, B = {images}, T = {steps}, K = 2",

@@ -12,13 +12,15 @@ import statistics
 import sys
 import timeit
 from collections.abc import Callable
+from unittest import mock
 
 import torch
-from shared import CUDA, DEVICE, attempt, print_tables, show, table
+from shared import CUDA, DEVICE, SCHEDULER, attempt, print_tables, show, table
 from torch._functorch import config as functorch_config
 
 import prdp
 from support.cli import Parser, command
+from support.machine import load_kernels
 
 T = 50
 
@@ -58,14 +60,14 @@ def one_pass(name: str, score: Callable, sample: Callable, args: tuple) -> Calla
     return lambda: torch.autograd.grad(log_prob, leaf, upstream, retain_graph=True)
 
 
+@mock.patch.object(prdp, "kernels_for", lambda noise_pred: None)  # plain torch, on a GPU too
 @functorch_config.patch(donated_buffer=False)  # a backward is timed again and again on one graph
 def kernel_table(quick: bool) -> None:
     rate = copy_rate(2**22 if quick else 2**30)
-    # What prdp.py wraps: its plain torch, on a GPU too.
-    paths = {"eager": (prdp.guided_log_prob.__wrapped__, prdp.guided_sample.__wrapped__)}
+    paths = {"eager": (prdp.guided_log_prob, prdp.guided_sample)}
     if CUDA:
         paths["torch.compile"] = tuple(torch.compile(f, dynamic=False) for f in paths["eager"])
-    if kernels := prdp.load_kernels()[0]:
+    if kernels := load_kernels()[0]:
         paths["Triton"] = (kernels.guided_log_prob, kernels.guided_sample)
     else:
         show("\nno Triton kernels here: only plain torch is timed.")
@@ -83,7 +85,7 @@ def kernel_table(quick: bool) -> None:
     for shape, dtype in itertools.product(shapes, (torch.float32, torch.bfloat16)):
         torch.compiler.reset()
         steps = torch.arange(shape[0]) % T
-        coefs = [column[steps].to(DEVICE) for column in prdp.ddpm_schedule({}, T)[1:]]
+        coefs = [column[steps].to(DEVICE) for column in prdp.ddpm_schedule(SCHEDULER, T)[1:]]
         noise_pred = torch.randn(2 * shape[0], *shape[1:], device=DEVICE, dtype=dtype)
         args = (noise_pred, *torch.randn(2, *shape, device=DEVICE), *coefs, 5.0)
         for name, path in itertools.product(("forward", "backward", "sample"), paths):

@@ -42,11 +42,11 @@ import stable_diffusion
 from rewards import clean_text, cosine_scorer, preprocess_hpsv2, vit_h_14_config
 from support.cli import Parser, command
 from support.inputs import load_tokenizer
-from support.memory import PLANS
+from support.machine import PLANS
 
 aten = torch.ops.aten
 GPU = "fakegpu"
-# 512 images' trajectories of 50 steps and texts; their pictures
+# 512 images' trajectories of 50 steps and prompt embeddings; their pictures
 HELD = 512 * (4 * (51 * 4 * 64 * 64 + 77 * 768) + 3 * 512 * 512)
 
 # ---- A GPU that does not exist -------------------------------------------------------------------
@@ -201,7 +201,7 @@ def load_reward(quick: bool, device: str) -> Callable:
     from transformers import CLIPConfig, CLIPModel
 
     config = CLIPConfig.from_pretrained(TOY / "pickscore") if quick else vit_h_14_config()
-    tokenizer = load_tokenizer("hpsv2", str(TOY / "sd" / "tokenizer"))
+    tokenizer = load_tokenizer("hpsv2", str(TOY / "sd/tokenizer"), config.text_config.vocab_size)
     model = materialise(partial(CLIPModel, config)).to(device)
     return cosine_scorer(model, tokenizer, preprocess_hpsv2, clean_text)
 

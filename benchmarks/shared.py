@@ -17,14 +17,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that they run from any folder
 
 import prdp
-from stable_diffusion import SD_SCHEDULER
+from support.machine import load_kernels
 
 TOY = prdp.ROOT / "toy"
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 VARIABLES = ("TORCHINDUCTOR_", "TORCH_CUDNN_", "PYTORCH_")  # of the environment, that change speed
 
-UNET = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8)  # SD v1.4's
+# SD v1.4's
+UNET = dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+SCHEDULER = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
+                 beta_schedule="scaled_linear", steps_offset=1, set_alpha_to_one=False,
+                 prediction_type="epsilon")  # fmt: skip
 
 show = partial(print, file=sys.stdout, flush=True)  # what a run prints goes to stderr
 
@@ -93,7 +97,7 @@ def sd_v1_4():
         vae=diffusers.AutoencoderKL(**width, **kinds),
         text_encoder=CLIPTextModel(CLIPTextConfig(**text, num_attention_heads=12)),
         tokenizer=CLIPTokenizer.from_pretrained(TOY / "sd" / "tokenizer", model_max_length=77),
-        scheduler=diffusers.DDIMScheduler(**SD_SCHEDULER, clip_sample=False),
+        scheduler=diffusers.DDIMScheduler(**SCHEDULER, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -113,7 +117,7 @@ def print_tables(
     signal.signal(signal.SIGINT, interrupt)
     device = torch.cuda.get_device_name() if CUDA else f"CPU, {torch.get_num_threads()} thread(s)"
     cudnn = torch.backends.cudnn.version()  # which attention there is depends on it
-    kernels = prdp.load_kernels()[1]
+    kernels = load_kernels()[1]
     triton = getattr(sys.modules.get("triton"), "__version__", None)
     show(f"# {device}\n")
     show(f"torch {torch.__version__}, cuDNN {cudnn}, triton {triton}; log-probs: {kernels}\n")

@@ -22,6 +22,7 @@ import json
 import math
 import multiprocessing
 import multiprocessing.pool
+import os
 import platform
 import sys
 import time
@@ -41,6 +42,7 @@ from points.world import Arm
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
+CPUINFO = Path("/proc/cpuinfo")
 SEEDS = list(range(8))
 SWEEP_NOISE, NOISE = 1_000_001, 1_000_002  # seeds of the noise of evaluation
 
@@ -678,10 +680,6 @@ def run_claims(runner: Runner, claim: int | None, seeds: list[int]) -> None:
 
     official = not runner.quick and seeds == SEEDS
     home = HERE if official else runner.folder
-    rates = {method: best[f"many/{method}"].lr for method in METHODS}
-    figures.figure_training(results, rates, RATE_AXIS, home / "training.png")
-    figures.figure_plane(results[7], optima["blind"], home / "plane.png")
-    figures.figure_kl(results, optima["own"], home / "kl.png")
     everything = {
         "machine": machine(),
         "seeds": seeds,
@@ -694,6 +692,10 @@ def run_claims(runner: Runner, claim: int | None, seeds: list[int]) -> None:
         },
     }
     (home / "results.json").write_text(json.dumps(rounded(everything)) + "\n")
+    rates = {method: best[f"many/{method}"].lr for method in METHODS}
+    figures.figure_training(results, rates, RATE_AXIS, home / "training.png")
+    figures.figure_plane(results[7], optima["blind"], home / "plane.png")
+    figures.figure_kl(results, optima["own"], home / "kl.png")
 
 
 def rounded(x: object) -> object:
@@ -708,10 +710,13 @@ def rounded(x: object) -> object:
 
 
 def machine() -> dict:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    names = []
+    if CPUINFO.exists():  # on Linux; on ARM it names no model
+        lines = CPUINFO.read_text().splitlines()
+        names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor() or "unknown"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    return {"processor": names[0], "cores": len(names), **versions}
+    return {"processor": processor, "cores": len(names) or os.cpu_count(), **versions}
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
-import matplotlib
 import torch
 
 from points.world import ANGLES, PLANE, PROMPTS, STAR, reward_of
 
-matplotlib.use("Agg")
+os.environ["MPLBACKEND"] = "agg"  # pictures are files; a notebook's may not exist here
+import matplotlib
+
+matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 

@@ -29,7 +29,10 @@ from baselines.ddpo import ddpo_loss, ddpo_sf_loss
 from prdp import ddpm_schedule, prdp_loss
 
 BASES = Path(__file__).resolve().with_name("base.safetensors")
-SCHEDULER = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012)  # SD v1.4's
+SCHEDULER = dict(  # SD v1.4's
+    num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+    steps_offset=1, set_alpha_to_one=False, prediction_type="epsilon",
+)  # fmt: skip
 
 PROMPTS = {"few": 45, "many": 100_000}  # what is trained on: the first of all 100,256
 SEEN = {"few": range(45), "many": range(256)}  # what is evaluated

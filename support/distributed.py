@@ -1,7 +1,9 @@
-"""One process or several: who this is, what they tell each other, the gradients they share."""
+"""One process or several: who this is, what they share, and noise that does not depend on it."""
 
+import hashlib
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -58,6 +60,23 @@ def shard(count: int) -> slice:
     """This process's part of `count` things in a row."""
     size = count // processes()
     return slice(size * rank(), size * (rank() + 1))
+
+
+def image_generators(seed: int, epoch: int, prompts: Sequence[int], images: int) -> list:
+    """One CPU generator for each of `images` images of each prompt, by its number: noise depends on
+    no microbatch, device or other image. Epoch 0 is of pictures to show, -epoch of draw_prompts."""
+    generators = []
+    for prompt, image in itertools.product(prompts, range(images)):
+        key = hashlib.sha256(f"{seed} {epoch} {prompt} {image}".encode()).digest()[:8]
+        number = int.from_bytes(key, "little", signed=True)
+        generators.append(torch.Generator().manual_seed(number))
+    return generators
+
+
+def draw_noise(generators: list, count: int, shape: tuple) -> Tensor:
+    """`count` standard normal tensors of each generator, one after another: (m, count, *shape)."""
+    noise = [torch.randn(shape, generator=g) for g in generators for _ in range(count)]
+    return torch.stack(noise).unflatten(0, (len(generators), count))
 
 
 def gather_objects(content: object) -> list:

@@ -21,10 +21,15 @@ OURS = str(Path(__file__).resolve().parents[1])
 COLUMNS = ("prompt", "prompts", "caption", "text")  # of tables and records: the first that exists
 
 
-def load_prompts(path: str | Path) -> list[str]:
-    """Prompts of a .txt (a line each; blank and # lines skipped), .csv, .tsv, .json or .jsonl file
-    (strings, or records with one of COLUMNS), in order, repeats dropped; UserError if it is none.
+def load_prompts(*paths: str | Path) -> list[str]:
+    """Prompts of .txt (a line each; blank and # lines skipped), .csv, .tsv, .json or .jsonl files
+    (strings, or records with one of COLUMNS), in order, repeats dropped; UserError if one is none.
     FILE:COLUMN names another column."""
+    return list(dict.fromkeys(prompt for path in paths for prompt in read_prompts(path)))
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of one file."""
     file, _, column = str(path).rpartition(":")
     if os.path.exists(path) or not file:
         file, column = str(path), ""

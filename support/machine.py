@@ -16,23 +16,20 @@ from support.cli import UserError
 from support.distributed import gather_objects, print0, require_finite
 from support.inputs import load_module
 
-KERNELS = Path(__file__).resolve().parents[1] / "kernels" / "log_prob.py"
-FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of autocast
+FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # autocast's
+# One rounding of a number format, of float32 eight: two programs may differ so much.
+ROUNDING = {"fp32": 1e-6, "tf32": 1e-3, "fp16": 1e-3, "bf16": 8e-3}
 
 
 @contextlib.contextmanager
 def own_state() -> Iterator[None]:
     """Compute as a program of its own would, whatever a notebook has switched on around it."""
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    autocast = [torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda")]
     torch.set_default_dtype(torch.float32)
     torch.set_default_device(None)
     try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-            torch.autocast("cuda", enabled=False),
-        ):
+        with torch.inference_mode(False), torch.enable_grad(), autocast[0], autocast[1]:
             yield
     finally:
         torch.set_default_dtype(dtype)
@@ -45,22 +42,15 @@ def set_precision(dtype: str) -> torch.dtype | None:
     return FORMATS.get(dtype)
 
 
-def reference_tolerance(config) -> float:
-    """How far log-probs of policy and reference may be apart while their weights are the same: not
-    at all where both are one program, else one rounding of the format (float32: eight)."""
-    if not config.compile:
-        return 0.0
-    return {"fp32": 1e-6, "bf16": 8e-3}.get(config.dtype, 1e-3)
-
-
 @functools.cache
 def load_kernels() -> tuple[object, str]:
     """kernels/log_prob.py, by its path (Hugging Face has a package `kernels`), or None, and what to
-    say of it. Whatever goes wrong at the first launch means plain PyTorch."""
+    say of it: whatever goes wrong at the first launch means plain PyTorch."""
     if not torch.cuda.is_available():
         return None, "eager (no CUDA device)"
+    file = Path(__file__).resolve().parents[1] / "kernels" / "log_prob.py"
     try:
-        kernels = load_module("log_prob", str(KERNELS))
+        kernels = load_module("log_prob", str(file))
         row = torch.ones(1, device="cuda")
         noise_pred = torch.ones(2, 1, device="cuda", requires_grad=True)
         step = (noise_pred, row[None], row[None], row, row, row, 1.0)
@@ -77,6 +67,28 @@ def kernels_for(noise_pred: Tensor):
     if not noise_pred.is_cuda or noise_pred.dtype == torch.float64:
         return None
     return load_kernels()[0]
+
+
+def check_kernels(
+    noise_pred: Tensor, log_prob: Callable, sample: Callable, x_t: Tensor, x_prev: Tensor, *gaussian
+) -> None:
+    """UserError where prdp.py's guided_log_prob and guided_sample (x_prev serves as its noise)
+    disagree with the kernels: they take the plain form where noise_pred is float64."""
+    if kernels_for(noise_pred) is None:
+        return
+    results = []
+    for output in (noise_pred.detach(), noise_pred.detach().double()):
+        value = log_prob(output.requires_grad_(), x_t, x_prev, *gaussian)
+        # Times D, so that half precision has room for it.
+        (gradient,) = torch.autograd.grad(value.sum() * output[0].numel(), output)
+        results.append((value, gradient, *sample(output, x_t, x_prev, *gaussian)))
+    formats = (torch.float64, noise_pred.dtype, torch.float32, torch.float64)
+    for kernel, plain, kind in zip(*results, formats, strict=True):
+        rounding = max(torch.finfo(kind).eps, 1e-12)
+        if not torch.allclose(kernel.double(), plain.double(), rtol=rounding, atol=rounding):
+            error = (kernel.double() - plain.double()).abs().max()
+            places = "guided_mean and what calls it in prdp.py, and kernels/log_prob.py"
+            raise UserError(f"{places}, must say the same, and differ by {error:.1e}.")
 
 
 def scaled_backward(
@@ -107,17 +119,10 @@ def scaled_backward(
             p.grad = gradient if p.grad is None else p.grad + gradient
 
 
-# Images a microbatch, gradient checkpointing, offload: from the fastest to the smallest.
+# Memory: images a microbatch, gradient checkpointing, offload; from the fastest to the smallest.
 PLANS = [(32, "off", "off"), (16, "off", "off"), (8, "off", "on")]
 PLANS += [(count, "on", "on") for count in (8, 4, 2, 1)]
 SPARE = 0.95  # of the free memory; the allocator cannot use all of it
-
-
-def free_gigabytes() -> float | None:
-    """The least that a GPU of a process has; None without a GPU."""
-    if not torch.cuda.is_available():
-        return None
-    return min(gather_objects(torch.cuda.mem_get_info()[0])) / 1e9
 
 
 def needed_gigabytes(config, weights: float) -> float:
@@ -137,17 +142,21 @@ def needed_gigabytes(config, weights: float) -> float:
 
 def plans(config, weights_gigabytes: Callable[[str], float]) -> list:
     """The settings to try, one after another: as given where they are given, else what should fit.
-    UserError where nothing does."""
-    free = free_gigabytes()
-    if free is None or with_plan(config, PLANS[0]) == config:
-        return [with_plan(config, (8, "off", "off"))]
-    fitting, size = [], weights_gigabytes(config.model)
-    for plan in PLANS:
-        chosen = with_plan(config, plan)
-        if chosen not in fitting and needed_gigabytes(chosen, size) < SPARE * free:
-            fitting.append(chosen)
+    UserError where nothing does. weights_gigabytes: model -> size of its UNet in float32."""
+
+    def fill(plan: tuple):
+        chosen = zip(("microbatch", "gradient_checkpointing", "offload"), plan, strict=True)
+        return replace(config, **{n: x for n, x in chosen if getattr(config, n) in (0, "auto")})
+
+    if not torch.cuda.is_available() or fill(PLANS[0]) == config:
+        return [fill((8, "off", "off"))]
+    free = min(gather_objects(torch.cuda.mem_get_info()[0])) / 1e9
+    size, fitting = weights_gigabytes(config.model), []
+    for filled in map(fill, PLANS):
+        if filled not in fitting and needed_gigabytes(filled, size) < SPARE * free:
+            fitting.append(filled)
     if not fitting:
-        least = needed_gigabytes(with_plan(config, PLANS[-1]), size)
+        least = needed_gigabytes(fill(PLANS[-1]), size)
         remedy = "name --microbatch, --gradient-checkpointing and --offload to try it all the same"
         if not config.lora_rank:
             remedy = "train adapters: --lora-rank 8 --learning-rate 1e-4"
@@ -155,22 +164,15 @@ def plans(config, weights_gigabytes: Callable[[str], float]) -> list:
     return fitting
 
 
-def with_plan(config, plan: tuple):
-    """`config` with what it leaves open taken from `plan`."""
-    chosen = zip(("microbatch", "gradient_checkpointing", "offload"), plan, strict=True)
-    return replace(config, **{n: x for n, x in chosen if getattr(config, n) in (0, "auto")})
-
-
-def first_that_fits(config, weights_gigabytes: Callable[[str], float], attempt: Callable):
-    """attempt(config) with the first of `plans` that no process runs out of GPU memory with.
-    weights_gigabytes: model -> size of its UNet in float32."""
-    configs = plans(config, weights_gigabytes)
+def first_that_fits(configs: list, attempt: Callable, *arguments):
+    """attempt(config, *arguments) with the first config that no process runs out of GPU memory
+    with."""
     for config in configs:
         result = None  # and its memory, where another process had none
         gc.collect()
         torch.cuda.empty_cache()
         try:
-            result = attempt(config)
+            result = attempt(config, *arguments)
         except torch.OutOfMemoryError:
             if config is configs[-1]:
                 raise
@@ -184,10 +186,8 @@ def rehearse(config, models, batch, score: Callable, backward: Callable) -> tupl
     is held as Adam's moments and an epoch's trajectories will take: what does not fit fails here.
     Returns the seconds an image of such passes through all T steps."""
     sd, num_steps = models.sd, config.ddpm_steps
-    shape = (config.images_held(), num_steps + 1, *sd.latent_shape)
-    held = [torch.empty(shape, device=sd.device)]
+    held = [torch.empty(config.images_held(), num_steps + 1, *sd.latent_shape, device=sd.device)]
     held += [torch.empty_like(p) for p in sd.unet.parameters() if p.requires_grad for _ in "mv"]
-
     step = batch._replace(latents=batch.latents[:, :2], log_probs=batch.log_probs[:, :1])
     seconds = []
     for _ in range(3):  # the first compiles

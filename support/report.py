@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import os
 import sys
 import textwrap
 import time
@@ -50,24 +51,23 @@ def duration(seconds: float) -> str:
 
 def introduce(config, sd, kernels: str, prompts: list[str]) -> None:
     """Print what is about to run."""
-    parameters = sum(p.numel() for p in sd.unet.parameters())
-    millions = sum(p.numel() for p in sd.unet.parameters() if p.requires_grad) / 1e6
-    sizes = f"E {config.epochs}, K {config.updates_per_epoch}, N {config.prompts_per_epoch}"
-    sizes += f", B {config.images_per_prompt}, T {config.ddpm_steps}"
-    print0(f"{config.program}: {millions:.3g} M parameters of {config.model} learn; {sizes}")
+    sizes = [p.numel() for p in sd.unet.parameters() if p.requires_grad]
+    letters = f"E {config.epochs}, K {config.updates_per_epoch}, N {config.prompts_per_epoch}"
+    letters += f", B {config.images_per_prompt}, T {config.ddpm_steps}"
+    reward = " ".join(config.reward) or "of the caller, or none"
+    print0(f"{config.program}: {sum(sizes) / 1e6:.3g} M parameters of {config.model} learn")
+    print0(f"reward {reward}; {letters}; to {config.out}")
+    print0(f"{len(prompts)} prompts: {'; '.join(prompts[:3])}; ...")
     print0(f"{processes()} process(es); passes in {config.dtype}; log-probs: {kernels}")
     plan = f"gradient checkpointing {config.gradient_checkpointing}, offload {config.offload}"
     print0(f"microbatch {config.microbatch}, {plan}")
-    reward = " ".join(config.reward) or "of the caller, or none"
-    print0(f"reward {reward}; to {config.out}")
-    print0(f"{len(prompts)} prompts: {'; '.join(prompts[:3])}, ...")
 
     tokenizer, some = sd.pipe.tokenizer, prompts[:1000]
     context = tokenizer.model_max_length
     long = sum(len(ids) > context for ids in tokenizer(some).input_ids)
     if long:
         print0(f"warning: {long} of {len(some)} prompts exceed {context} tokens, cut there.")
-    if not torch.cuda.is_available() and parameters > 1e8:
+    if not torch.cuda.is_available() and sum(p.numel() for p in sd.unet.parameters()) > 1e8:
         version = f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU"
         print0(f"warning: on the CPU, which may take months: {version}.")
 
@@ -76,8 +76,8 @@ def forecast(config, seconds: tuple[float, float], start: int) -> None:
     """Print what a run will take, from an image's seconds of a pass through T steps, without
     gradient and with."""
     images = config.prompts_per_epoch * config.images_per_prompt / processes()
-    without, with_gradient = config.passes()
-    epoch = images * (without * seconds[0] + with_gradient * seconds[1])
+    passes, backward_passes = config.passes()
+    epoch = images * (passes * seconds[0] + backward_passes * seconds[1])
     epochs = config.epochs - start + 1
     whole = f"an epoch takes about {duration(epoch)}, {epochs} epochs {duration(epochs * epoch)}"
     print0(f"{duration(seconds[0])} to sample an image: {whole}")
@@ -122,7 +122,7 @@ def show_epoch(config, rows: list[dict], start: int, track: Callable) -> None:
     left = (config.epochs - start) * seconds
     if row["epoch"] == start and left > 120:
         print0(f"as this epoch went, {config.epochs - start} more take {duration(left)}")
-    track(row["epoch"], {name: x for name, x in row.items() if x is not None}, None)
+    track(row["epoch"], {name: x for name, x in row.items() if x is not None})
     with forgiving("reward.png"):
         plot_rewards(Path(config.out, "reward.png"), rows)
 
@@ -131,15 +131,15 @@ def open_tracker(config, record: dict, start: int) -> Callable:
     """The function (epoch, numbers, picture or None) that sends to --log-to; UserError where that
     cannot be opened. What fails later is a warning."""
     if rank() != 0 or config.log_to == "none":
-        return lambda epoch, numbers, picture: None
+        return lambda epoch, numbers, picture=None: None
     what = f"--log-to {config.log_to}"
     try:
-        send = {"wandb": wandb_tracker, "tensorboard": tensorboard_tracker}[config.log_to]
-        send = send(config, record, start)
+        opened = wandb_tracker if config.log_to == "wandb" else tensorboard_tracker
+        send = opened(config, record, start)
     except Exception as error:
         raise UserError(f"{what}: cannot be opened ({type(error).__name__}: {error}).") from error
 
-    def track(epoch: int, numbers: dict[str, float], picture: Path | None) -> None:
+    def track(epoch: int, numbers: dict[str, float], picture: Path | None = None) -> None:
         with forgiving(f"{what}: epoch {epoch} was not sent"):
             send(epoch, numbers, picture)
 
@@ -149,9 +149,14 @@ def open_tracker(config, record: dict, start: int) -> Callable:
 def wandb_tracker(config, record: dict, start: int) -> Callable:
     import wandb
 
-    name = Path(config.out).name
-    settings = {"id": record["tracker_id"], "resume": "allow", "config": record}
-    run = wandb.init(project="prdp", name=name, dir=config.out, **settings)
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "prdp"),
+        name=Path(config.out).name,
+        dir=config.out,
+        id=record["tracker_id"],
+        resume="allow",
+        config=record,
+    )
 
     def send(epoch: int, numbers: dict[str, float], picture: Path | None) -> None:
         pictures = {"samples": wandb.Image(str(picture))} if picture else {}
@@ -225,36 +230,37 @@ def draw_images(path: Path, models: dict[str, Samples], shots: int = 2) -> None:
         return
     prompts, images, _ = next(iter(models.values()))
     per_prompt = len(images) // len(prompts)
+    columns = min(8, len(prompts))
     shots = min(shots, per_prompt)
 
     # Sizes in pixels: small pictures are shown larger.
     zoom = -(-128 // images.shape[-1])
-    height, width = zoom * images.shape[-2], zoom * images.shape[-1]
+    height = zoom * images.shape[-2]
+    width = zoom * images.shape[-1]
     font = ImageFont.load_default(size=max(12, width // 14))
     line = font.size + 4
-    column = width + width // 16
     left = 8 * font.size
-    titles = [textwrap.wrap(prompt, 20, max_lines=4, placeholder=" ...") for prompt in prompts[:8]]
-    top = line * max(map(len, titles)) + 8
+    titles = [textwrap.fill(p, 20, max_lines=4, placeholder=" ...") for p in prompts[:8]]
+    top = line * (1 + max(title.count("\n") for title in titles)) + 8
+    column = width + width // 16
     row = height + 2 * line
-    block = len(models) * row + line  # one shot of every model
-
-    page = Image.new("RGB", (left + len(titles) * column, top + shots * block), "white")
+    page = Image.new("RGB", (left + columns * column, top + shots * len(models) * row), "white")
     draw = ImageDraw.Draw(page)
+
     for n, title in enumerate(titles):
-        draw.text((left + n * column, 4), "\n".join(title), "black", font)
-    for shot, (m, (name, samples)) in itertools.product(range(shots), enumerate(models.items())):
-        y = top + shot * block + m * row
-        label = textwrap.wrap(name, 14)
-        middle = y + height // 2 - line * (len(label) - 1) // 2
-        draw.text((4, middle), "\n".join(label), "black", font)
-        for n in range(len(titles)):
-            x, number = left + n * column, n * per_prompt + shot
-            pixels = Image.fromarray(samples.images[number].permute(1, 2, 0).numpy())
-            page.paste(pixels.resize((width, height), Image.Resampling.NEAREST), (x, y))
-            reward = samples.rewards[number]
-            text = "" if reward.isnan() else f"{reward:.4g}"
-            draw.text((x, y + height), text, "black", font)
+        draw.text((left + n * column, 4), title, "black", font)
+    y = top
+    for shot, name in itertools.product(range(shots), models):
+        draw.text((4, y + height // 2 - line), textwrap.fill(name, 14), "black", font)
+        for n in range(columns):
+            number = n * per_prompt + shot
+            pixels = Image.fromarray(models[name].images[number].permute(1, 2, 0).numpy())
+            pixels = pixels.resize((width, height), Image.Resampling.NEAREST)
+            page.paste(pixels, (left + n * column, y))
+            reward = models[name].rewards[number]
+            if not reward.isnan():
+                draw.text((left + n * column, y + height), f"{reward:.4g}", "black", font)
+        y += row
     with writing(path) as temporary:
         page.save(temporary, "png")
 

@@ -22,7 +22,7 @@ from support.distributed import on_rank_0, print0, rank
 # What a run and its continuation may differ in; paths, because digests tell what they hold.
 MAY_DIFFER = {"resume", "out", "epochs", "save_every", "keep_every", "sample_every", "log_to"}
 MACHINE = {"microbatch", "gradient_checkpointing", "offload"}  # of these the bits may depend
-MAY_DIFFER |= MACHINE | {"model", "prompts", "pairs", "reward", "tracker_id"}
+MAY_DIFFER |= MACHINE | {"model", "prompts", "pairs", "reward", "tracker_id", "reward_digests"}
 VERSION = 5  # of the checkpoint's layout
 STARTED = {"config.json", "metrics.jsonl", "checkpoint", "samples"}  # by a start that failed, too
 OURS = STARTED | {"reward.png", "before_after.png", "pipeline", "lora", "epochs"}
@@ -77,8 +77,8 @@ def forgiving(what: str) -> Iterator[None]:
 def writing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, for a file or folder that replaces it when it is whole.
 
-    When killed there is the old one or the new one; of a folder, for a moment neither. What
-    cannot be written leaves nothing behind, and is a UserError that names `path`."""
+    When killed there is the old one or the new one; of a folder, for a moment neither. What cannot
+    be written leaves nothing behind, and is a UserError that names `path`."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         remove(temporary)  # of a run that was killed
@@ -104,14 +104,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_json(path: Path, content: object, lines: bool = False) -> None:
+    """Strict JSON, on rank 0 alone; with `lines` each member of a list in a line of its own."""
+    parts = [json.dumps(part, allow_nan=False) + "\n" for part in content] if lines else []
     if rank() == 0:
         with writing(path) as temporary:
+            text = "".join(parts) if lines else json.dumps(content, indent=1, allow_nan=False)
             temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, content: object) -> None:
-    write_text(path, json.dumps(content, indent=1, allow_nan=False))
 
 
 def read_json(path: Path, what: str) -> dict:
@@ -178,8 +177,8 @@ def open_run(config) -> dict:
     """The last checkpoint of a run that goes on, epoch 0 of a new one; UserError where --out is in
     use, or the checkpoint is not this run's.
 
-    Neither other people's files are a use, nor what a start leaves that failed before its first
-    epoch ended: empty metrics."""
+    Other people's files are no use of it, nor what a start leaves that failed in its first epoch:
+    empty metrics."""
     out, what = Path(config.out), f"--resume {config.out}"
     if not config.resume:
         sizes = on_rank_0(lambda: {path.name: path.lstat().st_size for path in out.iterdir()})
@@ -202,11 +201,15 @@ def restore(config, saved: dict, learner: Learner, models, prompts: list[str]) -
     record = json.loads(json.dumps(now))
     then, what = saved.get("record", record), f"--resume {config.out}"
     record["tracker_id"] = then.get("tracker_id") or secrets.token_hex(4)
-    if then["reward_digest"] != record["reward_digest"]:
-        files = ", ".join(models.reward.files)
-        print0(f"warning: {files}: changed since the run began; config.json has both digests.")
-        record["reward_digest_before"] = then["reward_digest"]
-    require_same(then | {"reward_digest": record["reward_digest"]}, record, what)
+    require_same(then, record, what)
+
+    # A user's own reward may be mended and gone on with: config.json has the digest of each.
+    history = then.get("reward_digests", [])
+    record["reward_digests"] = [*history, record.pop("reward_digest")]
+    if record["reward_digests"][-1] in history[-1:]:
+        record["reward_digests"].pop()
+    elif history:
+        print0(f"warning: {', '.join(models.reward.files)}: changed since the run began.")
     if any(then.get(name, record[name]) != record[name] for name in MACHINE):
         print0("warning: another microbatch, checkpointing or offload: digits may differ now.")
     if not saved["epoch"]:
@@ -230,11 +233,18 @@ def begin(config, record: dict, start: int) -> list[dict]:
     """Write config.json, and the metrics of the epochs before `start`, which are returned."""
     out = Path(config.out)
     rows = [row for row in read_metrics(out) if row["epoch"] < start]
-    write_metrics(out, rows)
+    write_json(out / "metrics.jsonl", rows, lines=True)
     write_json(out / "config.json", record)
     if start == 1:  # a folder with metrics always has a checkpoint
-        save_state(out, record, 0, {})
+        save_checkpoint(out, record, 0, {})
     return rows
+
+
+def save_checkpoint(run: Path, record: dict, epoch: int, state: dict) -> None:
+    """checkpoint/state.pt, after a whole epoch."""
+    if rank() == 0:
+        with writing(run / "checkpoint" / "state.pt") as temporary:
+            torch.save({"version": VERSION, "record": record, "epoch": epoch, **state}, temporary)
 
 
 def save_epoch(config, record: dict, rows: list[dict], learner: Learner, sd) -> None:
@@ -243,22 +253,15 @@ def save_epoch(config, record: dict, rows: list[dict], learner: Learner, sd) -> 
     out, epoch = Path(config.out), rows[-1]["epoch"]
     if rank() == 0 and not (out / "config.json").exists():
         raise UserError(f"{out}: has gone; go on with --resume from where it is now.")
-    write_metrics(out, rows)
+    write_json(out / "metrics.jsonl", rows, lines=True)
     if epoch % config.save_every == 0 or epoch == config.epochs:
         state = {"unet": learner.weights, "optimizer": learner.optimizer.state_dict()}
         if learner.state is not None:
             state["state"] = learner.state.state_dict()
-        save_state(out, record, epoch, state)
+        save_checkpoint(out, record, epoch, state)
     if config.keep_every and epoch % config.keep_every == 0:
         with forgiving(f"the model of epoch {epoch}"):
             sd.save(out / "epochs" / f"{epoch:04d}", record, epoch, merge=False)
-
-
-def save_state(run: Path, record: dict, epoch: int, state: dict) -> None:
-    """checkpoint/state.pt, after a whole epoch."""
-    if rank() == 0:
-        with writing(run / "checkpoint" / "state.pt") as temporary:
-            torch.save({"version": VERSION, "record": record, "epoch": epoch, **state}, temporary)
 
 
 def read_state(run: Path) -> dict:
@@ -284,8 +287,3 @@ def read_metrics(run: Path) -> list[dict]:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
     return rows
-
-
-def write_metrics(run: Path, rows: list[dict]) -> None:
-    """metrics.jsonl, a row a line; strict JSON."""
-    write_text(run / "metrics.jsonl", "".join(json.dumps(r, allow_nan=False) + "\n" for r in rows))

@@ -30,9 +30,10 @@ def prompt_paths(files: str | Path | tuple) -> tuple[str, ...]:
     return tuple(map(absolute, (files,) if isinstance(files, (str, Path)) else files))
 
 
-def resolve(config):
+def resolve(config, reward: object = None, prompts: object = None):
     """The settings as they act: numbers checked, paths absolute, the number format decided; what
-    memory decides, support/machine.py does. UserError for settings that cannot run."""
+    memory decides, support/machine.py does. A caller's reward and prompts stand in for those named
+    here. UserError for settings that cannot run."""
     acting = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -51,6 +52,10 @@ def resolve(config):
             acting["dtype"] = "bf16" if coarse else "fp16"
     if config.log_to != "none" and importlib.util.find_spec(config.log_to) is None:
         raise UserError(f"--log-to {config.log_to}: not installed; pip install {config.log_to}.")
+    if reward is not None:
+        acting["reward"] = ()
+    if prompts is not None:
+        acting["prompts"] = ()
     return dataclasses.replace(config, **acting)
 
 

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     sys.path.insert(0, str(HERE.parent))
     import prdp
     from evaluate import find_model
-    from support.cli import UserError, Parser, command
+    from support.cli import Parser, UserError, command
 
     parser = Parser(description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="run folder of a toy run")
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
                 models = prdp.load_models(config, torch.device("cpu"), learns=False)
                 noise = prdp.image_generators(config.seed, 0, range(len(prompts)), count)
                 drawn = prdp.sample_prompts(models, models.policy, prompts, noise)
-                images, rewards = prdp.score_images(models, drawn.latents[:, -1], of_each)
+                images, rewards, _ = prdp.score_images(models, drawn.latents[:, -1], of_each)
                 columns = [x.double() for x in (rewards, *judge(oracle, images, of_each))]
                 cells = [f"{x.mean():.3f} +- {x.std() / len(x) ** 0.5:.3f}" for x in columns]
                 line = f"{file:<18}{name:<11}{len(of_each):>6}"
