@@ -21,7 +21,7 @@ from torch import Tensor
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
 
 import prdp
-from support.settings import set_precision
+from support.machine import set_precision
 
 ROOT = Path(__file__).resolve().parent
 CPU = torch.device("cpu")

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from rewards import Reward, load_reward, resolve_reward
-from stable_diffusion import StableDiffusion, noise_settings
+from stable_diffusion import StableDiffusion, grey_picture, noise_settings
 from support import machine, report, run_folder
 from support.cli import UserError, flag
 from support.distributed import average_gradients, draw_noise, gather, image_generators
@@ -109,7 +109,8 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     stride = train_steps // num_steps  # "leading" spacing leaves out what remains
     timesteps = torch.arange(num_steps - 1, -1, -1) * stride + config["steps_offset"]
     if stride * num_steps < 0.8 * train_steps or timesteps[0] >= train_steps:
-        raise UserError(f"--ddpm-steps {num_steps}: must span {train_steps} timesteps; 50 does.")
+        last = f"the model has {train_steps}, and these reach from 1 to {timesteps[0]}"
+        raise UserError(f"--ddpm-steps {num_steps}: must span its timesteps ({last}); 50 does.")
     prev_timestep = timesteps - stride
 
     alpha_bar = alphas_cumprod[timesteps]  # of x_t
@@ -288,6 +289,7 @@ def prdp_loss(
     The B trajectories share a prompt; leading dimensions are prompts. Per prompt, the mean over
     pairs whose rewards differ (each once; 0 if all rewards tie), then the mean over prompts.
     """
+    assert rewards.shape == log_probs.shape[:-1], (rewards.shape, log_probs.shape)
     log_ratio = log_probs - log_probs_ref  # Eq. 19
     log_ratio_old = log_probs_old - log_probs_ref
     clipped_log_ratio = torch.clamp(  # Eq. 20
@@ -549,6 +551,7 @@ def score_images(
 # ---- 7. Models, a run, main ----------------------------------------------------------------------
 
 
+@machine.own_state()
 def load_models(
     config: Config, device: torch.device, reward: Callable | None = None, learns: bool = True
 ) -> Models:
@@ -641,6 +644,7 @@ def run(
         prompts = load_prompts(*config.prompts)
     prompts = as_prompts(prompts, "--prompts")
     reward = load_reward(config.reward if reward is None else reward, "cpu")
+    reward.score(grey_picture(config.model), prompts[:1])  # what cannot score ends here
     with run_folder.only_writer(Path(config.out)):
         # Alg. 1, line 1. A run that goes on is compared, then loaded, before anything is written.
         saved = run_folder.open_run(config)
@@ -662,7 +666,8 @@ def run(
         before = draw_samples(config, models, models.reference, prompts)
         rows = run_folder.begin(config, record, start)
         track = report.open_tracker(config, record, start)
-        report.save_samples(config, 0, before, track)
+        if start == 1:
+            report.save_samples(config, 0, before, track)
 
         # Algorithm 1. Nothing that comes after an epoch's checkpoint can cost the epoch.
         report.SECONDS.clear()

@@ -39,6 +39,7 @@ PARTS = dict(unet="UNet2DConditionModel", vae="AutoencoderKL", text_encoder="CLI
 OTHER_INPUTS = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type",
                 "encoder_hid_dim", "encoder_hid_dim_type")  # fmt: skip
 
+PATHS = ("model", "reward", "prompts", "pairs", "out", "resume")  # of the machine it was made on
 CARD = """---
 library_name: diffusers
 {base}---
@@ -93,7 +94,31 @@ def read_configs(model: str) -> tuple[Path, dict[str, dict]]:
     for name, kind in PARTS.items():
         if configs[name].get("_class_name", kind) != kind:
             raise UserError(f"{what}: its {name} is no {kind}: {configs[name]['_class_name']}.")
+
+    # The parts must fit each other.
+    unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
+    size = unet.get("sample_size")
+    sizes = size if isinstance(size, list) else [size]
+    channels = {unet.get("in_channels", 4), unet.get("out_channels", 4), vae["latent_channels"]}
+    if unet.get("cross_attention_dim") != text.get("hidden_size"):
+        raise UserError(f"{what}: its unet's cross_attention_dim is not its text_encoder's width.")
+    if len(channels) > 1:
+        raise UserError(f"{what}: in_channels, out_channels and latent_channels are {channels}.")
+    if not all(type(side) is int and side > 0 for side in sizes):
+        raise UserError(f"{what}: its unet's sample_size is {size!r}.")
+    if not isinstance(vae.get("scaling_factor", 1.0), (int, float)):
+        raise UserError(f"{what}: its vae's scaling_factor is {vae['scaling_factor']!r}.")
+    noise_settings(configs["scheduler"])
     return folder, configs
+
+
+def grey_picture(model: str) -> Tensor:
+    """A picture of the size that a model draws, (1, 3, H, W) uint8, to try a reward on."""
+    _, configs = read_configs(model)
+    size = configs["unet"]["sample_size"]
+    height, width = size if isinstance(size, list) else (size, size)
+    zoom = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    return torch.full((1, 3, zoom * height, zoom * width), 128, dtype=torch.uint8)
 
 
 class StableDiffusion:
@@ -128,11 +153,9 @@ class StableDiffusion:
         self.pipe = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
         self.unet, self.vae = parts["unet"], parts["vae"]
-        size, channels = self.unet.config.sample_size, self.unet.config.in_channels
-        if size is None or channels != self.vae.config.latent_channels:
-            raise UserError(f"{what}: its unet has no sample_size, or not its vae's channels.")
+        size = self.unet.config.sample_size
         sizes = size if isinstance(size, (list, tuple)) else (size, size)
-        self.latent_shape = (channels, *sizes)
+        self.latent_shape = (self.unet.config.in_channels, *sizes)
         self.unet.to(device)  # in eval(): with dropout passes would differ
         self.vae.to(self.idle)
         self.pipe.text_encoder.to(self.idle)
@@ -170,12 +193,15 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, microbatch: int) -> Tensor:
-        """x_0 (M, C, H, W) -> uint8 images (M, 3, 8H, 8W), rounded once, as a PNG file would be."""
+        """x_0 (M, C, H, W) -> uint8 images (M, 3, 8H, 8W), rounded once, as a PNG file would be. In
+        float32: there are VAEs that overflow in half precision, and NaN would be black."""
         images = []
-        at_once = microbatch if self.device.type == "cpu" else min(microbatch, 4)  # 0.7 GB each
-        with self.autocast(self.vae):
+        at_once = microbatch if self.device.type == "cpu" else min(microbatch, 4)  # 0.8 GB each
+        with self.at_work(self.vae):
             for rows in latents.split(at_once):
-                decoded = self.vae.decode(rows / self.vae.config.scaling_factor).sample.float()
+                decoded = self.vae.decode(rows / self.vae.config.scaling_factor).sample
+                if not decoded.isfinite().all():
+                    raise UserError("--model: its vae draws pictures that are not finite.")
                 images.append(((decoded / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8))
         return torch.cat(images)
 
@@ -240,7 +266,8 @@ class StableDiffusion:
             self.pipe.save_pretrained(folder)
             for file in folder.rglob("*.safetensors"):  # else for its owner alone
                 shutil.copymode(folder / "model_index.json", file)
-            settings = json.dumps({"epoch": epoch, **record}, indent=1)
+            shared = {name: x for name, x in record.items() if name not in PATHS}
+            settings = json.dumps({"epoch": epoch, **shared}, indent=1)
             (folder / "prdp.json").write_text(settings, encoding="utf-8")
             card = CARD.format(epoch=epoch, **named, **record)
             (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")

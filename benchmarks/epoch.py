@@ -355,7 +355,7 @@ def memory_table(options: argparse.Namespace, end: float) -> None:
         require_minutes(0.6, end)
         ballast = torch.empty(room if CUDA else 0, dtype=torch.uint8, device=DEVICE)
         with ExitStack() as stack:
-            for owner, name in ((run_folder, "save_state"), (StableDiffusion, "save")):
+            for owner, name in ((run_folder, "save_checkpoint"), (StableDiffusion, "save")):
                 stack.enter_context(mock.patch.object(owner, name, lambda *_: None))  # of 10 GB
             found = run(folder, [], f"{flags} --lora-rank {rank} --offload {offload}")
         del ballast
@@ -374,7 +374,7 @@ def memory_table(options: argparse.Namespace, end: float) -> None:
 
 def run_table(options: argparse.Namespace, end: float) -> None:
     names = ("load_models", "check_on_policy", "draw_samples", "run")
-    functions = [(run_folder, "save_state"), (StableDiffusion, "save")]
+    functions = [(run_folder, "save_checkpoint"), (StableDiffusion, "save")]
     functions += [(prdp, name) for name in names]
     images, steps = (2, 3) if options.quick else (8, T)
     row = table(

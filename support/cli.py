@@ -104,23 +104,19 @@ def reading(what: str) -> Iterator[None]:
         foreign = isinstance(error, kinds) or type(error).__module__.startswith(libraries)
         if isinstance(error, torch.OutOfMemoryError) or not foreign:
             raise
-        raise UserError(f"{what}: {in_brief(error)}.") from error
-
-
-def in_brief(error: BaseException) -> str:
-    """Why a file cannot be used: the hub's answer, damaged weights, or the error's own words."""
-    chain = [error]
-    while link := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(link)
-    for link in reversed(chain):
-        status = getattr(getattr(link, "response", None), "status_code", 0)
-        if status >= 400:
-            remedy = "check the name, accept its licence on its page, log in by `hf auth login`"
-            return f"the hub answers {status}; {remedy}"
-    kinds = {type(link).__name__ for link in chain}
-    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError"}:
-        return "not cached, and the hub is out of reach"
-    if kinds & {"SafetensorError", "EOFError", "UnpicklingError"}:
-        return "a file of weights is damaged, cut short, or holds more than weights"
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return textwrap.shorten(reason.removeprefix("Error "), 300, placeholder=" ...").rstrip(".")
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = textwrap.shorten(reason, 300, placeholder=" ...").rstrip(".")
+        link, kinds = error, set()
+        while link:  # the errors that led to this one
+            kinds.add(type(link).__name__)
+            status = getattr(getattr(link, "response", None), "status_code", 0)
+            if status >= 400:
+                remedy = "check the name, accept its licence on its page, log in by `hf auth login`"
+                reason = f"the hub answers {status}; {remedy}"
+            link = link.__cause__ or link.__context__
+        if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError"}:
+            if "the hub answers" not in reason:
+                reason = "not cached, and the hub is out of reach"
+        elif kinds & {"SafetensorError", "EOFError", "UnpicklingError"}:
+            reason = "a file of weights is damaged, cut short, or holds more than weights"
+        raise UserError(f"{what}: {reason}.") from error

@@ -37,8 +37,13 @@ def own_state() -> Iterator[None]:
 
 
 def set_precision(dtype: str) -> torch.dtype | None:
-    """Let this process's GPU round as --dtype says; what autocast is to use, None for float32."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = dtype != "fp32"
+    """Let this process round as --dtype says, whichever of PyTorch's switches was used before; what
+    autocast is to use, None for float32."""
+    backends = torch.backends
+    for part in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
+        part.fp32_precision = "ieee" if dtype == "fp32" else "tf32"
+    for part in (backends.mkldnn.matmul, backends.mkldnn.conv):
+        part.fp32_precision = "ieee"
     return FORMATS.get(dtype)
 
 

@@ -51,23 +51,21 @@ def duration(seconds: float) -> str:
 
 def introduce(config, sd, kernels: str, prompts: list[str]) -> None:
     """Print what is about to run."""
-    sizes = [p.numel() for p in sd.unet.parameters() if p.requires_grad]
-    letters = f"E {config.epochs}, K {config.updates_per_epoch}, N {config.prompts_per_epoch}"
-    letters += f", B {config.images_per_prompt}, T {config.ddpm_steps}"
-    reward = " ".join(config.reward) or "of the caller, or none"
-    print0(f"{config.program}: {sum(sizes) / 1e6:.3g} M parameters of {config.model} learn")
-    print0(f"reward {reward}; {letters}; to {config.out}")
+    sizes = [p.numel() for p in sd.unet.parameters()]
+    learning = sum(p.numel() for p in sd.unet.parameters() if p.requires_grad)
+    print0(f"{config.program}: {learning / 1e6:.3g} M parameters of {config.model} learn")
+    print0(f"reward {' '.join(config.reward) or 'of the caller, or none'}; to {config.out}")
     print0(f"{len(prompts)} prompts: {'; '.join(prompts[:3])}; ...")
     print0(f"{processes()} process(es); passes in {config.dtype}; log-probs: {kernels}")
     plan = f"gradient checkpointing {config.gradient_checkpointing}, offload {config.offload}"
     print0(f"microbatch {config.microbatch}, {plan}")
 
-    tokenizer, some = sd.pipe.tokenizer, prompts[:1000]
-    context = tokenizer.model_max_length
-    long = sum(len(ids) > context for ids in tokenizer(some).input_ids)
+    some = prompts[:1000]
+    context = sd.pipe.tokenizer.model_max_length
+    long = sum(len(ids) > context for ids in sd.pipe.tokenizer(some).input_ids)
     if long:
         print0(f"warning: {long} of {len(some)} prompts exceed {context} tokens, cut there.")
-    if not torch.cuda.is_available() and sum(p.numel() for p in sd.unet.parameters()) > 1e8:
+    if not torch.cuda.is_available() and sum(sizes) > 1e8:
         version = f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU"
         print0(f"warning: on the CPU, which may take months: {version}.")
 
@@ -79,8 +77,8 @@ def forecast(config, seconds: tuple[float, float], start: int) -> None:
     passes, backward_passes = config.passes()
     epoch = images * (passes * seconds[0] + backward_passes * seconds[1])
     epochs = config.epochs - start + 1
-    whole = f"an epoch takes about {duration(epoch)}, {epochs} epochs {duration(epochs * epoch)}"
-    print0(f"{duration(seconds[0])} to sample an image: {whole}")
+    whole = f"an epoch takes about {duration(epoch)}, {epochs} epochs from {start} on"
+    print0(f"{duration(seconds[0])} to sample an image: {whole} {duration(epochs * epoch)}")
 
 
 def epoch_metrics(
@@ -88,21 +86,28 @@ def epoch_metrics(
 ) -> dict[str, float]:
     """An epoch's metrics over all processes, by the names of docs/running.md: rewards (any shape),
     the parts of a summed reward, means of what each update measured and of others."""
-    means = {name: torch.stack([update[name] for update in updates]) for name in updates[0]}
-    means = {name: x.double().mean()[None] for name, x in (means | others).items()}
-    means |= {f"reward_mean/{label}": part for label, part in parts.items()}
+    for name in updates[0]:
+        others[name] = torch.stack([update[name] for update in updates])
     rewards = gather(rewards.flatten())
     std = deviation(rewards)
-    row = {"images": len(rewards), "reward_mean": rewards.mean().item(), "reward_std": std}
-    row["reward_se"] = std / len(rewards) ** 0.5
-    return row | {name: gather(x).mean().item() for name, x in means.items()}
+    metrics = {"images": len(rewards), "reward_mean": rewards.mean().item(), "reward_std": std}
+    metrics["reward_se"] = std / len(rewards) ** 0.5
+    for name, x in others.items():
+        metrics[name] = gather(x.double().mean()[None]).mean().item()
+    for label, part in parts.items():
+        metrics[f"reward_mean/{label}"] = gather(part).mean().item()
+    return metrics
 
 
 def as_row(epoch: int, metrics: dict[str, float]) -> dict:
     """A line of metrics.jsonl; null where there is no number."""
-    row = {"epoch": epoch, **metrics, **{f"seconds_{name}": x for name, x in SECONDS.items()}}
+    row = {"epoch": epoch, **metrics}
+    for name, seconds in SECONDS.items():
+        row[f"seconds_{name}"] = seconds
     row["images_per_second"] = row.pop("images") / sum(SECONDS.values())
-    row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+    row["peak_gb"] = 0.0
+    if torch.cuda.is_available():
+        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return {name: value if math.isfinite(value) else None for name, value in row.items()}
 
 
@@ -111,17 +116,15 @@ def show_epoch(config, rows: list[dict], start: int, track: Callable) -> None:
     row = rows[-1]
     if (row["epoch"] - start) % 20 == 0:
         print0("epoch    reward_mean +- se  clip_fraction  log_ratio_ref  grad_norm  seconds")
-    names = ("reward_se", "clip_fraction", "log_ratio_ref", "grad_norm")
-    error, *cells = ("-" if row.get(name) is None else f"{row[name]:.3g}" for name in names)
-    mean = "-" if row["reward_mean"] is None else f"{row['reward_mean']:.4f} +- {error}"
+    cells = []
+    for name in ("reward_se", "clip_fraction", "log_ratio_ref", "grad_norm"):
+        cells.append("-" if row.get(name) is None else f"{row[name]:.3g}")
+    mean = "-" if row["reward_mean"] is None else f"{row['reward_mean']:.4f} +- {cells[0]}"
     seconds = sum(x for name, x in row.items() if name.startswith("seconds_"))
     line = "{:>5} {:>20}  {:>13}  {:>13}  {:>9}  {:>7.1f}"
-    print0(line.format(row["epoch"], mean, *cells, seconds))
+    print0(line.format(row["epoch"], mean, *cells[1:], seconds))
     if row["reward_std"] == 0:
         print0("warning: every image has the same reward; there is nothing to learn from.")
-    left = (config.epochs - start) * seconds
-    if row["epoch"] == start and left > 120:
-        print0(f"as this epoch went, {config.epochs - start} more take {duration(left)}")
     track(row["epoch"], {name: x for name, x in row.items() if x is not None})
     with forgiving("reward.png"):
         plot_rewards(Path(config.out, "reward.png"), rows)
@@ -134,8 +137,8 @@ def open_tracker(config, record: dict, start: int) -> Callable:
         return lambda epoch, numbers, picture=None: None
     what = f"--log-to {config.log_to}"
     try:
-        opened = wandb_tracker if config.log_to == "wandb" else tensorboard_tracker
-        send = opened(config, record, start)
+        send = wandb_tracker(config, record) if config.log_to == "wandb" else None
+        send = send or tensorboard_tracker(config, start)
     except Exception as error:
         raise UserError(f"{what}: cannot be opened ({type(error).__name__}: {error}).") from error
 
@@ -146,26 +149,20 @@ def open_tracker(config, record: dict, start: int) -> Callable:
     return track
 
 
-def wandb_tracker(config, record: dict, start: int) -> Callable:
+def wandb_tracker(config, record: dict) -> Callable:
     import wandb
 
-    run = wandb.init(
-        project=os.environ.get("WANDB_PROJECT", "prdp"),
-        name=Path(config.out).name,
-        dir=config.out,
-        id=record["tracker_id"],
-        resume="allow",
-        config=record,
-    )
+    project = os.environ.get("WANDB_PROJECT", "prdp")
+    same = {"id": record["tracker_id"], "resume": "allow", "config": record}
+    run = wandb.init(project=project, name=Path(config.out).name, dir=config.out, **same)
 
     def send(epoch: int, numbers: dict[str, float], picture: Path | None) -> None:
-        pictures = {"samples": wandb.Image(str(picture))} if picture else {}
-        run.log(numbers | pictures, step=epoch)
+        run.log(numbers | ({"samples": wandb.Image(str(picture))} if picture else {}), step=epoch)
 
     return send
 
 
-def tensorboard_tracker(config, record: dict, start: int) -> Callable:
+def tensorboard_tracker(config, start: int) -> Callable:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(config.out, purge_step=start)
@@ -204,19 +201,18 @@ def plot_rewards(path: Path, rows: list[dict]) -> None:
     rows = [row for row in rows if row["reward_mean"] is not None]
     if rank() != 0 or not rows:
         return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # whatever back end is set
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which matplotlib may not know here
     from matplotlib.figure import Figure
 
     epochs = [row["epoch"] for row in rows]
     mean = torch.tensor([row["reward_mean"] for row in rows])
     std = torch.tensor([row["reward_std"] or 0.0 for row in rows])
     figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.fill_between(epochs, mean - std, mean + std, alpha=0.15, lw=0)
     axes.plot(epochs, mean, marker="." if len(rows) < 40 else None)
-    title = "training images of each epoch: mean, standard deviation"
-    axes.set(xlabel="epoch", ylabel="reward", title=title)
+    axes.set_title("training images of each epoch: mean, standard deviation")
+    axes.set(xlabel="epoch", ylabel="reward")
     with writing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
@@ -230,8 +226,8 @@ def draw_images(path: Path, models: dict[str, Samples], shots: int = 2) -> None:
         return
     prompts, images, _ = next(iter(models.values()))
     per_prompt = len(images) // len(prompts)
-    columns = min(8, len(prompts))
-    shots = min(shots, per_prompt)
+    rows = [*itertools.product(range(min(shots, per_prompt)), models.items())]
+    titles = [textwrap.fill(p, 20, max_lines=4, placeholder=" ...") for p in prompts[:8]]
 
     # Sizes in pixels: small pictures are shown larger.
     zoom = -(-128 // images.shape[-1])
@@ -240,36 +236,30 @@ def draw_images(path: Path, models: dict[str, Samples], shots: int = 2) -> None:
     font = ImageFont.load_default(size=max(12, width // 14))
     line = font.size + 4
     left = 8 * font.size
-    titles = [textwrap.fill(p, 20, max_lines=4, placeholder=" ...") for p in prompts[:8]]
     top = line * (1 + max(title.count("\n") for title in titles)) + 8
     column = width + width // 16
     row = height + 2 * line
-    page = Image.new("RGB", (left + columns * column, top + shots * len(models) * row), "white")
+    page = Image.new("RGB", (left + len(titles) * column, top + len(rows) * row), "white")
     draw = ImageDraw.Draw(page)
 
     for n, title in enumerate(titles):
-        draw.text((left + n * column, 4), title, "black", font)
-    y = top
-    for shot, name in itertools.product(range(shots), models):
-        draw.text((4, y + height // 2 - line), textwrap.fill(name, 14), "black", font)
-        for n in range(columns):
+        x = left + n * column
+        draw.text((x, 4), title, "black", font)
+        for r, (shot, (name, samples)) in enumerate(rows):
+            y = top + r * row
+            draw.text((4, y + height // 2 - line), textwrap.fill(name, 14), "black", font)
             number = n * per_prompt + shot
-            pixels = Image.fromarray(models[name].images[number].permute(1, 2, 0).numpy())
-            pixels = pixels.resize((width, height), Image.Resampling.NEAREST)
-            page.paste(pixels, (left + n * column, y))
-            reward = models[name].rewards[number]
+            pixels = Image.fromarray(samples.images[number].permute(1, 2, 0).numpy())
+            page.paste(pixels.resize((width, height), Image.Resampling.NEAREST), (x, y))
+            reward = samples.rewards[number]
             if not reward.isnan():
-                draw.text((left + n * column, y + height), f"{reward:.4g}", "black", font)
-        y += row
+                draw.text((x, y + height), f"{reward:.4g}", "black", font)
     with writing(path) as temporary:
         page.save(temporary, "png")
 
 
 def save_samples(config, epoch: int, samples: Samples, track: Callable) -> None:
     """samples/epoch_NNNN.png."""
-    rows = samples.rewards.view(len(samples.prompts), -1)
-    if epoch == 0 and rows.shape[1] > 1 and rows.std() > 0 and (rows == rows[:, :1]).all():
-        print0("warning: the reward is the same for different pictures of a prompt.")
     path = Path(config.out, "samples", f"epoch_{epoch:04d}.png")
     with forgiving(str(path)):
         draw_images(path, {f"epoch {epoch}": samples}, 8)

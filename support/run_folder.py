@@ -281,9 +281,12 @@ def read_state(run: Path) -> dict:
 
 
 def read_metrics(run: Path) -> list[dict]:
-    """The rows of metrics.jsonl, without a line that is torn."""
-    path, rows = run / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
+    """The rows of metrics.jsonl; UserError where it is not ours."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    with reading(str(path)):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if not all(isinstance(row, dict) and "epoch" in row for row in rows):
+        raise UserError(f"{path}: has a line that is no epoch's; take it away.")
     return rows

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+import numbers
 import os
 import shlex
 from collections.abc import Callable
@@ -39,6 +40,7 @@ def resolve(config, reward: object = None, prompts: object = None):
         value = getattr(config, field.name)
         if isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
             check_number(field, value)
+            acting[field.name] = type(field.default)(value)
         if "resolve" in field.metadata:
             acting[field.name] = field.metadata["resolve"](value)
     config.check()
@@ -62,6 +64,8 @@ def resolve(config, reward: object = None, prompts: object = None):
 def check_number(field: dataclasses.Field, value: float) -> None:
     """UserError for a number that its setting cannot have."""
     least = field.metadata.get("least")
+    if not isinstance(value, numbers.Real):
+        raise UserError(f"{option(field.name)} {value!r}: must be a number.")
     if value >= 2**40 and not (value == math.inf and field.name in ("clip_range", "max_grad_norm")):
         raise UserError(f"{option(field.name)} {value}: too large.")
     if not (value > 0 if least is None else value >= least):
