@@ -24,9 +24,8 @@ Departures from the paper, and choices where it is silent or disagrees with itse
  3. The mean is over pairs whose rewards differ (App. G; Alg. 1, line 10: all); 0 if none do.
  4. Steps are "leading"-spaced, sigma_t is the posterior's, alpha-bar ends at alphas_cumprod[0].
  5. The policy is the guided model, with the gradient through both branches.
- 6. With K = 1 (large scale) theta is theta_old at the only update: Eq. 20 changes nothing there.
- 7. The number format (--dtype), AdamW's betas, and that gradients are clipped by global norm.
- 8. --offline draws as many images as Sec. 4.3, but each epoch's serve its own K updates alone.
+ 6. The number format (--dtype). With K = 1 theta is theta_old, and Eq. 20 changes nothing.
+ 7. --offline draws as many images as Sec. 4.3, but each epoch's serve its own K updates alone.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def guided_mean(
     noise_pred: Tensor,  # (2M, C, H, W), the unconditional branch first
     x_t: Tensor,  # (M, C, H, W)
     coef_sample: Tensor,  # (M,) float64
-    coef_noise: Tensor,  # (M,) float64
+    coef_noise: Tensor,
     guidance_scale: float,
 ) -> Tensor:
     """mu_theta(x_t, c) of Eq. 2, under classifier-free guidance: (M, C, H, W) float64."""
@@ -109,8 +108,7 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     stride = train_steps // num_steps  # "leading" spacing leaves out what remains
     timesteps = torch.arange(num_steps - 1, -1, -1) * stride + config["steps_offset"]
     if stride * num_steps < 0.8 * train_steps or timesteps[0] >= train_steps:
-        last = f"the model has {train_steps}, and these reach from 1 to {timesteps[0]}"
-        raise UserError(f"--ddpm-steps {num_steps}: must span its timesteps ({last}); 50 does.")
+        raise UserError(f"--ddpm-steps {num_steps}: do not span {train_steps} steps; 50 do.")
     prev_timestep = timesteps - stride
 
     alpha_bar = alphas_cumprod[timesteps]  # of x_t
@@ -151,7 +149,8 @@ class Policy(NamedTuple):
 def run_unet(policy: Policy, x_t: Tensor, prompt_embeds: Tensor, steps: Tensor) -> Tensor:
     """noise_pred (2M, C, H, W) of M images, each at its step; the unconditional branch first."""
     timesteps = policy.schedule.timesteps[steps]
-    embeds = torch.cat([policy.null_embeds.expand_as(prompt_embeds), prompt_embeds])  # (2M, L, W)
+    null_embeds = policy.null_embeds.expand_as(prompt_embeds)
+    embeds = torch.cat([null_embeds, prompt_embeds])  # (2M, L, W)
     x_t = torch.cat([x_t, x_t])
     return policy.unet(x_t, timesteps.repeat(2), encoder_hidden_states=embeds).sample
 
@@ -160,12 +159,12 @@ def run_unet(policy: Policy, x_t: Tensor, prompt_embeds: Tensor, steps: Tensor) 
 
 
 def guided_log_prob(
-    noise_pred: Tensor,  # (2M, C, H, W), which alone gets a gradient
+    noise_pred: Tensor,  # (2M, C, H, W); it alone gets a gradient
     x_t: Tensor,  # (M, C, H, W) float32
     x_prev: Tensor,  # (M, C, H, W) float32: x_{t-1}
-    coef_sample: Tensor,  # (M,) float64, each row's own, so that steps may be mixed
-    coef_noise: Tensor,  # (M,) float64
-    sigma: Tensor,  # (M,) float64
+    coef_sample: Tensor,  # (M,) float64: each row may be at another step
+    coef_noise: Tensor,
+    sigma: Tensor,
     guidance_scale: float,
 ) -> Tensor:
     """log pi(x_{t-1} | x_t, c) of Eqs. 2 and 4: (M,) float64, nats per latent dimension."""
@@ -210,8 +209,8 @@ class Trajectories(NamedTuple):
 def sample_trajectories(
     policy: Policy,
     prompt_embeds: Tensor,  # (M, L, W)
-    generators: list[torch.Generator],  # one for each image
-    shape: tuple[int, int, int],  # (C, H, W)
+    generators: list,  # one for each image
+    shape: tuple,  # (C, H, W)
 ) -> Trajectories:
     """Draw x_T, ..., x_0 by ancestral sampling (Eq. 1; Alg. 1, line 6), with each step's log-prob.
 
@@ -248,8 +247,8 @@ def sample_trajectories(
 def score_trajectories(policy: Policy, trajectories: Trajectories, label: str = "score") -> Tensor:
     """log pi(x_{t-1} | x_t, c) of stored trajectories under a policy (Eqs. 2 to 4): (M, T) float64.
 
-    In the batches and order of `sample_trajectories`, so that unchanged weights return the bits of
-    `trajectories.log_probs`: another batch size alone can move them by more than the clip range.
+    In the batches and order of `sample_trajectories`: another batch size alone can move log-probs
+    by more than the clip range, and unchanged weights must return their bits.
     """
     log_probs = torch.empty_like(trajectories.log_probs)
     num_images, num_steps = log_probs.shape
@@ -289,7 +288,7 @@ def prdp_loss(
     The B trajectories share a prompt; leading dimensions are prompts. Per prompt, the mean over
     pairs whose rewards differ (each once; 0 if all rewards tie), then the mean over prompts.
     """
-    assert rewards.shape == log_probs.shape[:-1], (rewards.shape, log_probs.shape)
+    assert rewards.shape == log_probs.shape[:-1], rewards.shape
     log_ratio = log_probs - log_probs_ref  # Eq. 19
     log_ratio_old = log_probs_old - log_probs_ref
     clipped_log_ratio = torch.clamp(  # Eq. 20
@@ -328,12 +327,13 @@ def backward_trajectories(
     entries of gradient 0 (clipped, where the clipped error wins Eq. 18 in every pair) are skipped,
     and the rest packed.
     """
-    assert grad_log_probs.shape == trajectories.log_probs.shape, grad_log_probs.shape
+    assert grad_log_probs.shape == trajectories.log_probs.shape
     entries = grad_log_probs.nonzero()  # (image, step)
-    # On a GPU, or compiled, a new batch size takes seconds to prepare: entries of 0 fill it up.
+    # On a GPU, or compiled, a new batch size takes seconds: entries of 0 fill it up.
     if grad_log_probs.is_cuda or hasattr(policy.unet, "_orig_mod"):
         skipped = (grad_log_probs == 0).nonzero()
-        entries = torch.cat([entries, skipped[: -len(entries) % policy.microbatch]])
+        missing = -len(entries) % policy.microbatch
+        entries = torch.cat([entries, skipped[:missing]])
 
     def backward(scaled: Tensor) -> None:
         with phase("update", len(entries)) as advance:
@@ -344,7 +344,7 @@ def backward_trajectories(
                 (scaled[rows, steps] * log_prob).sum().backward()
                 advance(len(chunk))
 
-    latent_dim = trajectories.latents[0, 0].numel()  # D: a log-prob is a mean over so many numbers
+    latent_dim = trajectories.latents[0, 0].numel()  # D
     scaled_backward(policy.unet, backward, grad_log_probs, latent_dim)
 
 
@@ -374,13 +374,13 @@ class Config:
     updates_per_epoch: int = flag(10, "K, gradient updates")
     prompts_per_epoch: int = flag(32, "N, drawn with replacement")
     images_per_prompt: int = flag(16, "B", least=2)
-    kl_weight: float = flag(3e-5, "beta, in reward / (nats per latent dimension)")
+    kl_weight: float = flag(3e-5, "beta, in the reward's unit")
     ddpm_steps: int = flag(50, "T, denoising steps", least=3)
-    clip_range: float = flag(1e-6, "epsilon of Eq. 20, nats per latent dimension; inf: none")
-    guidance_scale: float = flag(5.0, "of classifier-free guidance; 1: none", least=1)
+    clip_range: float = flag(1e-6, "epsilon of Eq. 20; inf: none")
+    guidance_scale: float = flag(5.0, "w; 1: no guidance", least=1)
     learning_rate: float = flag(1e-5, "of AdamW")
     weight_decay: float = flag(1e-4, "of AdamW", least=0)
-    max_grad_norm: float = flag(1.0, "longer gradients are scaled down to it")
+    max_grad_norm: float = flag(1.0, "of a gradient")
     offline: bool = flag(False, "draw from the pretrained model (Sec. 4.3)")
 
     model: str = flag("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1 or 2, hub id or folder",
@@ -388,22 +388,22 @@ class Config:
     reward: tuple = flag(("hpsv2",), "what to maximise, see rewards.py", resolve=resolve_reward)
     prompts: tuple = flag((f"{ROOT}/prompts/animals.txt",), "FILE or FILE:COLUMN",
                           resolve=prompt_paths)  # fmt: skip
-    seed: int = flag(0, "of the prompts drawn and of the noise", least=0)
+    seed: int = flag(0, "of prompts and noise", least=0)
     out: str = flag("", "run folder, new or empty (default: one in runs/)")
-    resume: str = flag("", "run folder to go on with, under its own settings", metavar="RUN")
+    resume: str = flag("", "run folder to go on with", metavar="RUN")
     save_every: int = flag(1, "epochs between checkpoints")
-    keep_every: int = flag(0, "epochs between models kept in epochs/; 0: none", least=0)
+    keep_every: int = flag(0, "between models kept in epochs/", least=0)
     sample_every: int = flag(10, "epochs between sample grids")
     log_to: str = flag("none", "also send metrics there", "none", "tensorboard", "wandb")
 
     microbatch: int = flag(0, "images per network pass; 0: what fits, 8 on a CPU", least=0,
                            group="machine (auto: what memory allows)")  # fmt: skip
     dtype: str = flag("auto", "of network passes", "auto", "fp32", "tf32", "bf16", "fp16")
-    lora_rank: int = flag(0, "train adapters of the attention layers alone; 0: all", least=0)
+    lora_rank: int = flag(0, "of adapters to train; 0: the whole UNet", least=0)
     gradient_checkpointing: str = flag("auto", "recompute activations", *SWITCH, nargs="?",
                                        const="on")  # fmt: skip
     offload: str = flag("auto", "idle networks on the CPU", *SWITCH)
-    compile: bool = flag(False, "torch.compile the UNet's passes; minutes of start-up")
+    compile: bool = flag(False, "torch.compile the UNet; minutes of start-up")
 
     program = "prdp.py"  # the command that these are settings of
 
@@ -526,13 +526,12 @@ def sample_epoch(
 
 
 def sample_prompts(
-    models: Models, policy: Policy, prompts: list[str], generators: list[torch.Generator]
+    models: Models, policy: Policy, prompts: list[str], generators: list
 ) -> Trajectories:
     """B = len(generators) / len(prompts) trajectories of each prompt (Alg. 1, lines 5 to 7)."""
     prompt_embeds = models.sd.encode(prompts)
     prompt_embeds = prompt_embeds.repeat_interleave(len(generators) // len(prompts), dim=0)
-    shape = models.sd.latent_shape
-    trajectories = sample_trajectories(policy, prompt_embeds, generators, shape)
+    trajectories = sample_trajectories(policy, prompt_embeds, generators, models.sd.latent_shape)
     require_finite("a log-prob", trajectories.log_probs)
     return trajectories
 
@@ -572,11 +571,8 @@ def load_models(
     return Models(policy, reference, sd, reward)
 
 
-def prepare(
-    config: Config, device: torch.device, reward: Reward, prompts: list[str]
-) -> tuple[Config, Models, tuple[float, float]]:
-    """Models that passed the checks of a start, and an image's seconds without gradient and with.
-    Where memory runs out, that is here."""
+def prepare(config: Config, device: torch.device, reward: Reward, prompts: list[str]) -> tuple:
+    """Models that passed a start's checks, and an image's seconds without gradient and with."""
     models = load_models(config, device, reward)
     report.introduce(config, models.sd, machine.load_kernels()[1], prompts)
     batch = check_on_policy(config, models, prompts[0])
@@ -586,11 +582,8 @@ def prepare(
 
 def check_on_policy(config: Config, models: Models, prompt: str) -> Trajectories:
     """Draw a microbatch from the policy and score it again: its log-probs must have the same bits,
-    for Eq. 20 compares two passes to within clip_range. Returns the microbatch.
-
-    The reference has the same weights yet. Its log-probs stand on both sides of Eq. 20, so where it
-    is another program, compiled by itself, they may differ by the number format's rounding.
-    """
+    for Eq. 20 compares two passes to within clip_range. The reference has the same weights yet; its
+    log-probs cancel in Eq. 20, so compiled by itself it may differ by the format's rounding."""
     policy, cudnn = models.policy, torch.backends.cudnn
     for deterministic in (cudnn.deterministic, True):
         cudnn.deterministic = deterministic
@@ -646,7 +639,7 @@ def run(
     reward = load_reward(config.reward if reward is None else reward, "cpu")
     reward.score(grey_picture(config.model), prompts[:1])  # what cannot score ends here
     with run_folder.only_writer(Path(config.out)):
-        # Alg. 1, line 1. A run that goes on is compared, then loaded, before anything is written.
+        # Alg. 1, line 1. A run that goes on is loaded before anything is written.
         saved = run_folder.open_run(config)
         plans = machine.plans(config, StableDiffusion.weights_gigabytes)
         config, models, seconds = machine.first_that_fits(plans, prepare, device, reward, prompts)
@@ -661,7 +654,7 @@ def run(
         record = run_folder.restore(config, saved, learner, models, prompts)
         start = saved["epoch"] + 1
 
-        # The pretrained model's images, to compare with.
+        # The pretrained model's images.
         report.forecast(config, seconds, start)
         before = draw_samples(config, models, models.reference, prompts)
         rows = run_folder.begin(config, record, start)
@@ -680,10 +673,17 @@ def run(
                 report.save_samples(config, epoch, samples, track)
             report.SECONDS.clear()
 
-        # The finetuned model, and what changed.
         after = draw_samples(config, models, models.policy, prompts)
         models.sd.save(Path(config.out), record, config.epochs)
         report.compare(config, before, after, track)
+
+
+def load_run(folder: str, device: torch.device) -> Models:
+    """A run's policy as its last checkpoint has it, and the reference that it began from."""
+    models = load_models(parse_args(["--resume", str(folder)]), device)
+    saved = run_folder.read_state(Path(folder))
+    models.sd.unet.load_state_dict(saved["unet"], strict=False)  # a LoRA run saves adapters alone
+    return models
 
 
 def parse_args(argv: list[str] | None = None) -> Config:

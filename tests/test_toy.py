@@ -94,7 +94,7 @@ def test_oracle_of_a_pipeline_of_an_earlier_epoch(toy, tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
     with pytest.raises(SystemExit):
         toy("oracle").main([str(tmp_path)])
-    assert "or of epoch 1; python prdp.py --resume" in capsys.readouterr().err
+    assert "no pipeline/ of epoch 2; when it has ended, python prdp.py" in capsys.readouterr().err
 
 
 def test_stages_of_the_toy_need_its_vae(toy, tmp_path, capsys, monkeypatch):
