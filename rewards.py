@@ -7,8 +7,8 @@
     python rewards.py --reward hpsv2 --images picture.png --prompt "a cat"    # score by hand
 
 A word is NAME, NAME:PATH or FILE.py:FUNCTION, and may end in =WEIGHT. Your own files lie in one
-folder, and can import its other modules, except those whose names Python already knows. The others
-give what their authors' code gives, without that code (docs/running.md); cosines are not scaled.
+folder, and can import its other modules, except those whose names Python already knows. A NAME
+gives what its authors' code gives (docs/running.md); cosines are not scaled.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ import os
 import re
 from collections.abc import Callable
 
-import huggingface_hub
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -40,24 +39,22 @@ TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # of HPSv2 and PickScore
 
 class Reward:
     """A weighted sum of scorers: `components` are (weight, scorer) by label, `files` a user's own.
-    `networks` are those that scorers list in an attribute of this name: they rest on `device`, and
-    are on the images' while their scorer runs."""
+
+    The networks that a scorer lists in its attribute `networks` rest on `device`, and are on the
+    images' while it runs."""
 
     def __init__(self, components: dict[str, tuple[float, Scorer]], files=(), device="cpu") -> None:
         self.components = components
         self.files = files
         self.networks = []
-        for label, (_, scorer) in components.items():
-            with users_code(f"reward {label}: its networks"):
-                networks = getattr(scorer, "networks", ())
-            listed = isinstance(networks, (list, tuple))
-            if not listed or not all(isinstance(network, nn.Module) for network in networks):
-                raise UserError(f"reward {label}: `networks` must be a list of torch modules.")
-            self.networks += networks
-        self.to(device)
+        labels = ", ".join(components)
+        with users_code(f"reward {labels}: `networks` must be a list of torch modules"):
+            for _, scorer in components.values():
+                self.networks += getattr(scorer, "networks", ())
+            self.to(device)
 
     def to(self, device: torch.device | str) -> "Reward":
-        self.device = torch.empty(0, device=device).device  # "cuda" with its number
+        self.device = torch.device(device)
         for network in self.networks:
             network.to(self.device)
         return self
@@ -67,48 +64,44 @@ class Reward:
 
     @torch.no_grad()
     def score(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, (M,), and each component's scores before weights, (M,), by label.
-        A score is float64 where a scorer returns float64, integers or a list (Python's floats are
-        float64), else float32; the sum is float64 where any of them is."""
+        """The weighted sum, and each component's scores before weights, by label: each (M,), in
+        float64 where a scorer returns float64, integers or a list, else in float32."""
         assert images.dtype == torch.uint8 and len(images) == len(prompts), images.shape
-        parts = {}
-        for label, (_, scorer) in self.components.items():
-            moved = () if images.device == self.device else getattr(scorer, "networks", ())
+        total, parts = 0.0, {}
+        for label, (weight, scorer) in self.components.items():
+            networks = getattr(scorer, "networks", ())
             try:
                 with users_code(f"reward {label} failed"):
-                    for network in moved:
+                    for network in networks:
                         network.to(images.device)
                     # Copies: a scorer that changes them must not change the next one's, or grids.
                     returned = scorer(images.clone(), list(prompts))
             finally:
-                for network in moved:
+                for network in networks:
                     network.to(self.device)
             parts[label] = checked(label, returned, prompts).to(images.device)
-
-        total = sum(weight * parts[label] for label, (weight, _) in self.components.items())
+            total = total + weight * parts[label]
         return checked("sum", total, prompts), parts
 
 
 def checked(label: str, returned: object, prompts: list[str]) -> Tensor:
     """A copy of what a scorer returned, (M,); UserError unless it is M finite real numbers."""
-    count = len(prompts)
-    what = f"reward {label} returned"
+    count, what = len(prompts), f"reward {label} returned"
     try:
-        scores = torch.as_tensor(returned)
-        odd = scores.is_complex() or scores.is_nested or np.ma.isMaskedArray(returned)
-        if odd or scores.layout != torch.strided:
-            raise TypeError("it is complex, masked, nested or sparse")
+        # Python's numbers are float64.
+        dtype = None if hasattr(returned, "dtype") else torch.float64
+        scores = torch.as_tensor(returned, dtype=dtype).detach()
+        if scores.is_complex() or scores.layout != torch.strided or np.ma.isMaskedArray(returned):
+            raise TypeError("it is complex, masked or sparse")
+        shape = tuple(scores.shape)  # a nested tensor has none
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        if hasattr(returned, "close"):
-            returned.close()  # else Python warns that a coroutine was never awaited
         kind = type(returned).__name__
         raise UserError(f"{what} a {kind}, not {count} real numbers ({error}).") from error
-    if scores.shape not in ((count,), (count, 1)):
-        raise UserError(f"{what} numbers of shape {tuple(scores.shape)} for {count} images.")
+    if shape not in ((count,), (count, 1)):
+        raise UserError(f"{what} numbers of shape {shape} for {count} images.")
 
     narrow = scores.is_floating_point() and scores.dtype != torch.float64
-    dtype = torch.float32 if narrow and hasattr(returned, "dtype") else torch.float64
-    scores = torch.as_tensor(returned, dtype=dtype).detach().clone().view(count)
+    scores = scores.view(count).to(torch.float32 if narrow else torch.float64, copy=True)
     for score, prompt in zip(scores.tolist(), prompts, strict=True):
         if not math.isfinite(score):
             raise UserError(f"{what} {score} for the prompt {prompt!r}.")
@@ -116,14 +109,14 @@ def checked(label: str, returned: object, prompts: list[str]) -> Tensor:
 
 
 def parse_reward(words: str | tuple | list) -> list[tuple]:
-    """(label, weight, source, detail) of each component that words name: source and detail are NAME
-    and the path of its weights, "" for the official ones, or FILE.py and FUNCTION, paths absolute;
-    the label is NAME or FUNCTION, NAME-2 where that is taken."""
+    """(label, weight, source, detail) of each word: source and detail are NAME and the path of its
+    weights, "" for the official ones, or FILE.py and FUNCTION, paths absolute; the label is NAME or
+    FUNCTION, NAME-2 where that is taken."""
     words = [words] if isinstance(words, str) else words
     if not isinstance(words, (tuple, list)) or not all(isinstance(word, str) for word in words):
         raise UserError(f"--reward: must be words or one function, not {words!r}.")
     known = f"choose from {', '.join(LOADERS)}, FILE.py:FUNCTION; several are words of their own"
-    components = []
+    components, folders = [], set()
     for word in words:
         what = f"--reward {word}"
         body, weight = word.strip(), 1.0
@@ -138,21 +131,18 @@ def parse_reward(words: str | tuple | list) -> list[tuple]:
         own = file.endswith(".py") and function
         if own:
             label, path = function, file
-        elif label not in LOADERS or (path and "compressibility" in label):
+        elif label not in LOADERS:
             raise UserError(f"{what}: no reward {body!r}; {known}.")
         if path:
             path = os.path.abspath(os.path.expanduser(path))  # links stay: the hub's cache has them
             if not os.path.exists(path):
                 raise UserError(f"{what}: no such file or folder: {path}; {known}.")
+        if own:
+            folders.add(os.path.dirname(path))
 
-        term = (path, function) if own else (label, path)
-        if term in [other[2:] for other in components]:
-            raise UserError(f"{what}: is named twice.")
         same = sum(other[0].partition("-")[0] == label for other in components)
-        label = f"{label}-{same + 1}" if same else label
-        components.append((label, weight, *term))
-
-    folders = {os.path.dirname(source) for _, _, source, _ in components if source not in LOADERS}
+        name = f"{label}-{same + 1}" if same else label
+        components.append((name, weight, *((path, function) if own else (label, path))))
     if len(folders) > 1:  # each may hold a module of the same name
         raise UserError(f"--reward: put your files in one folder: {', '.join(sorted(folders))}.")
     return components
@@ -175,17 +165,17 @@ def load_reward(reward: str | tuple | list | Scorer, device: torch.device | str)
         label = getattr(reward, "__name__", type(reward).__name__)
         return Reward({label: (1.0, reward)}, device=device)
 
-    components, files = {}, {}
+    components, files = {}, set()
     for label, weight, source, detail in parse_reward(reward):
         if source in LOADERS:
             scorer = LOADERS[source](detail)
         else:
-            scorer = load_function(f"--reward {source}:{detail}", source, detail)
-            files[source] = detail
+            scorer = load_function(source, detail)
+            files.add(source)
         components[label] = (weight, scorer)
     if not components:
         raise UserError("--reward: names no reward.")
-    return Reward(components, tuple(files), device)
+    return Reward(components, sorted(files), device)
 
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:
@@ -264,12 +254,6 @@ def cosine_scorer(model: nn.Module, tokenizer, preprocess: Callable, clean: Call
     return score
 
 
-def fetch(what: str, repository: str, file: str) -> str:
-    """The path of a file of the hub, from the cache if it is there."""
-    with reading(f"{what}: {file} of {repository}"):
-        return huggingface_hub.hf_hub_download(repository, file)
-
-
 def load_pickscore(path: str) -> Scorer:
     """PickScore (Kirstain et al. 2023), about 0.2. `path`: a CLIPModel's folder with tokenizer."""
     folder = path or "yuvalkirstain/PickScore_v1"
@@ -281,10 +265,9 @@ def load_pickscore(path: str) -> Scorer:
 
 def load_hpsv2(what: str, file: str, path: str) -> Scorer:
     """HPSv2 (Wu et al. 2023), about 0.27. `path`: its .pt; a tokenizer in its folder is used."""
-    path = path or fetch(what, "xswu/HPSv2", file)
-    weights = open_clip_to_transformers(load_tensors(what, path))
+    weights = open_clip_to_transformers(load_tensors(what, path, "xswu/HPSv2", file))
     options = {"config": vit_h_14_config(), "state_dict": weights}
-    model = load_network(f"{what}: {path}", transformers.CLIPModel, None, **options)
+    model = load_network(f"{what}: {path or file}", transformers.CLIPModel, None, **options)
     folder = os.path.dirname(path)
     if not os.path.isfile(f"{folder}/tokenizer_config.json"):
         folder = TOKENIZER
@@ -340,13 +323,13 @@ def open_clip_to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor
 def load_aesthetic(path: str) -> Scorer:
     """LAION aesthetic predictor v2, about 5; ignores the prompt. `path`: the .pth of its head."""
     what = "--reward aesthetic"
-    path = path or fetch(what, "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
+    hub = ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
+    weights = load_tensors(what, path, *hub)
     widths = itertools.pairwise((768, 1024, 128, 64, 16, 1))
     layers = nn.ModuleDict({n: nn.Linear(*pair) for n, pair in zip("02467", widths, strict=True)})
-    affine = nn.Sequential(*layers.values())  # no activations; layers 1, 3 and 5 are dropout
-    head = nn.ModuleDict({"layers": layers}).requires_grad_(False)
     with reading(f"{what}: {path} is no head sac+logos+ava1-l14-linearMSE"):
-        head.load_state_dict(load_tensors(what, path))
+        nn.ModuleDict({"layers": layers}).load_state_dict(weights)
+    head = nn.Sequential(*layers.values()).requires_grad_(False)  # 1, 3 and 5 are dropout
     clip = "openai/clip-vit-large-patch14"
     model = load_network(f"{what}: {clip}", transformers.CLIPVisionModelWithProjection, clip)
 
@@ -355,7 +338,7 @@ def load_aesthetic(path: str) -> Scorer:
         for part in images.split(32):
             pixels = preprocess_clip(part, model.config.image_size).to(model.device)
             embeds = model(pixel_values=pixels).image_embeds
-            scores.append(affine(F.normalize(embeds, dim=-1)).squeeze(-1))
+            scores.append(head(F.normalize(embeds, dim=-1)).squeeze(-1))
         return torch.cat(scores)
 
     score.networks = (model, head)
@@ -380,15 +363,12 @@ def main(argv: list[str] | None = None) -> None:
     with command("rewards.py"):
         args = parser.parse_args(argv)
         reward = load_reward(args.reward, "cuda" if torch.cuda.is_available() else "cpu")
-        columns = list(reward.components)
-        if len(columns) > 1:
-            columns.append("sum")
-        print("".join(f"{name:>18}" for name in columns) + "  image")
+        print("".join(f"{name:>18}" for name in (*reward.components, "sum")) + "  image")
         for file in args.images:
             picture = read_picture(file, "--images").to(reward.device)
             total, parts = reward.score(picture[None], [args.prompt])
-            row = [*parts.values(), total][: len(columns)]
-            print("".join(f"{score.item():>18.6g}" for score in row) + f"  {file}")
+            row = [score.item() for score in (*parts.values(), total)]
+            print("".join(f"{score:>18.6g}" for score in row) + f"  {file}")
 
 
 if __name__ == "__main__":

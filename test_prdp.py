@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,9 +22,10 @@ from torch.distributions import Normal
 
 import prdp
 from conftest import PROMPTS, ROOT, SD14_SCHEDULER, checkpoint, draw, gradient_of, metrics_of
-from conftest import random_inputs, tiny_config
+from conftest import only_sentence, random_inputs, tiny_config
 from prdp import Policy, Schedule, Trajectories, prdp_loss
-from support.distributed import gradient_step
+from support import machine, report
+from support.inputs import load_module
 
 # ---- The loss ------------------------------------------------------------------------------------
 
@@ -204,22 +206,33 @@ def test_schedule_is_the_posterior_of_the_forward_process():
 
 
 @pytest.mark.parametrize(
-    ("change", "names"),
+    ("change", "says"),
     [
-        ({"steps_offset": 0}, "sigma = 0"),
-        ({"set_alpha_to_one": True}, "sigma = 0"),
+        ({"steps_offset": 0}, "steps_offset 0"),
+        ({"set_alpha_to_one": True}, "set_alpha_to_one True"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
+        ({"beta_schedule": None}, "beta_schedule None"),
+        ({"beta_start": None}, "beta_start None"),
+        ({"beta_end": None}, "beta_end None"),
+        ({"beta_start": 1e-20}, "sigma = 0"),
         ({"prediction_type": "sample"}, "prediction_type"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
         ({"trained_betas": [0.1] * 1000}, "trained_betas"),
-        ({"steps_offset": 20}, "ddpm-steps 50"),
         ({"num_train_timesteps": 80}, "ddpm-steps 50"),
         ({"num_train_timesteps": 40}, "ddpm-steps 50"),
     ],
 )
-def test_schedule_refuses(change, names):
-    with pytest.raises(prdp.InputError, match=names):
-        prdp.ddpm_schedule({**SD14_SCHEDULER, **change}, 50)
+def test_schedule_refuses(change, says):
+    """None: the config does not name it; diffusers would fill in another chain's."""
+    config = {**SD14_SCHEDULER, **change}
+    with pytest.raises(prdp.UserError, match=says):
+        prdp.ddpm_schedule({k: v for k, v in config.items() if v is not None}, 50)
+
+
+def test_schedule_without_an_offset_has_1():
+    """As diffusers' pipeline sets it when it loads such a model."""
+    config = {k: v for k, v in SD14_SCHEDULER.items() if k != "steps_offset"}
+    assert prdp.ddpm_schedule(config, 50).timesteps[[0, -1]].tolist() == [981, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -281,7 +294,7 @@ def test_trajectory_is_ancestral_sampling_and_its_log_prob_is_of_the_stored_tens
         stored = trajectories.latents[m].double().numpy()
         np.testing.assert_array_equal(stored[0], torch.randn(2, 3, 3, generator=g).numpy())
         for k in range(4):
-            shifts = (policy.null_text.double().mean().item(), text[m].double().mean().item())
+            shifts = (policy.null_embeds.double().mean().item(), text[m].double().mean().item())
             u, c = (s + 0.3 * s * stored[k] for s in shifts)
             mean = coef_sample[k] * stored[k] + coef_noise[k] * (u + 5.0 * (c - u))
             x = mean + sigma[k] * torch.randn(2, 3, 3, generator=g).numpy()
@@ -302,6 +315,17 @@ def test_noise_does_not_depend_on_batch_or_order():
     assert torch.equal(noise(0, 1, 3, 2)[:4], noise(0, 1, 2, 2))
     every = torch.cat([noise(0, 1, 3, 4), noise(0, 2, 3, 4), noise(1, 1, 3, 4)])
     assert len(every.unique(dim=0)) == 36
+
+
+def test_noise_and_prompts_keep_their_seeds():
+    """So that runs of before can be compared number by number."""
+    drawn = torch.randn(3, generator=prdp.image_generators(0, 1, range(1), 1)[0])
+    assert drawn.tolist() == pytest.approx([0.26946676, 0.29087779, -1.50520778], rel=1e-6)
+    drawn = torch.randn(3, generator=prdp.image_generators(3, 2, range(5), 3)[-1])
+    assert drawn.tolist() == pytest.approx([-2.05407405, 0.33746043, -0.51318580], rel=1e-6)
+    hundred, config = list(range(100)), prdp.Config(prompts_per_epoch=8)
+    assert prdp.draw_prompts(config, hundred, 1) == [54, 55, 87, 97, 76, 3, 70, 1]
+    assert prdp.draw_prompts(config, hundred, 2) == [61, 38, 53, 89, 27, 12, 59, 96]
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -348,22 +372,102 @@ def test_on_policy_gap_is_exactly_zero(models, dtype):
     assert not torch.equal(moved, trajectories.log_probs)
 
 
-@pytest.mark.parametrize("change", [1e-6, math.nan])
-def test_run_checks_the_policy_itself(cli, tmp_path, monkeypatch, change):
-    """A policy that is not quite the reference at the start stops the run."""
+# ---- The check of a start ------------------------------------------------------------------------
+
+
+def test_run_checks_the_policy_itself(cli, tmp_path, monkeypatch):
+    """A NaN stops the run before anything is learned."""
     load = prdp.load_models
 
     def off(*arguments):
         models = load(*arguments)
-        with torch.no_grad():
-            models.policy.unet.conv_out.bias += change
+        torch.nn.init.constant_(models.policy.unet.conv_out.bias, math.nan)
         return models
 
     monkeypatch.setattr(prdp, "load_models", off)
-    code, _, errors = cli()
-    assert code == 2
-    assert "on-policy gap" in errors
+    assert "a log-prob is not finite" in only_sentence(cli())
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+REFERENCES = [{}, {"dtype": "bf16"}, {"dtype": "fp16"}, {"dtype": "bf16", "lora_rank": 2}]
+
+
+@pytest.mark.parametrize("changes", REFERENCES)
+def test_wrong_weights_of_the_reference_are_found(tiny_sd, models, changes):
+    """And healthy ones pass."""
+    config, loaded = tiny_config(tiny_sd, **changes), models(**changes)
+    prdp.check_on_policy(config, loaded, PROMPTS[0])
+    with torch.no_grad():
+        if "lora_rank" in changes:  # adapters are no part of it
+            next(p for n, p in loaded.sd.unet.named_parameters() if "lora_B" in n).add_(0.01)
+        else:
+            loaded.reference.unet.conv_out.bias.add_(0.01)
+    with pytest.raises(prdp.UserError, match=r"the reference is .* off the policy before any"):
+        prdp.check_on_policy(config, loaded, PROMPTS[0])
+
+
+def test_check_leaves_cudnn_as_it_was_or_says_so(tiny_sd, models, monkeypatch, capsys):
+    config, loaded, cudnn = tiny_config(tiny_sd), models(), torch.backends.cudnn
+    score, rounding = prdp.score_trajectories, {False: 0.0, True: 0.0}  # by cudnn.deterministic
+
+    def noisy(policy, trajectories):
+        return score(policy, trajectories) + rounding[cudnn.deterministic]
+
+    monkeypatch.setattr(prdp, "score_trajectories", noisy)
+    for found in (True, False):
+        monkeypatch.setattr(cudnn, "deterministic", found)
+        prdp.check_on_policy(config, loaded, PROMPTS[0])
+        assert cudnn.deterministic is found
+    rounding[False] = 1e-5
+    prdp.check_on_policy(config, loaded, PROMPTS[0])
+    assert cudnn.deterministic is True
+    assert "on-policy gap: 0.0e+00 (deterministic cuDNN: True)" in capsys.readouterr().out
+    rounding[True] = 1e-5
+    with pytest.raises(prdp.UserError, match=r"on-policy gap 1.0e-05: the clip would act on noise"):
+        prdp.check_on_policy(config, loaded, PROMPTS[0])
+
+
+@pytest.fixture
+def like_a_gpu(monkeypatch):
+    """The Triton kernels run, on the CPU in Triton's interpreter, as they would on a GPU."""
+    pytest.importorskip("triton")
+    kernels = load_module("log_prob", str(ROOT / "kernels" / "log_prob.py"))
+    for module in (prdp, machine):
+        monkeypatch.setattr(
+            module, "kernels_for", lambda x: None if x.dtype == torch.float64 else kernels
+        )
+
+
+EDITS = [  # function, what it says, what somebody makes of that; all leave the kernels as they are
+    ("guided_mean", "guidance_scale * (", "(guidance_scale - 0.01) * ("),
+    ("guided_mean", "guided = unconditional", "guided = unconditional.detach()"),
+    ("gaussian_log_prob", ".flatten(1).mean(1)", ".flatten(1).sum(1)"),
+    ("guided_log_prob", "(x_prev, mean, sigma)", "(x_prev, mean, 1.001 * sigma)"),
+    ("guided_sample", "sigma.view(", "1.001 * sigma.view("),
+    ("guided_sample", "(x_prev, mean, sigma)", "(x_prev, mean, 1.001 * sigma)"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_an_edit_of_a_formula_that_the_kernels_do_not_follow_is_found(
+    tiny_sd, models, monkeypatch, like_a_gpu, dtype
+):
+    changes = {"dtype": dtype, "ddpm_steps": 3, "microbatch": 2}
+    config, loaded = tiny_config(tiny_sd, **changes), models(**changes)
+    batch = prdp.check_on_policy(config, loaded, PROMPTS[0])
+    plain = prdp.gaussian_log_prob  # which does not run in it: the kernels do
+    monkeypatch.setattr(prdp, "gaussian_log_prob", None)
+    assert torch.equal(prdp.score_trajectories(loaded.policy, batch), batch.log_probs)
+    monkeypatch.setattr(prdp, "gaussian_log_prob", plain)
+
+    for name, text, edit in EDITS:
+        source, namespace = inspect.getsource(getattr(prdp, name)), dict(vars(prdp))
+        assert source.count(text) == 1
+        exec(source.replace(text, edit), namespace)
+        with monkeypatch.context() as patch:
+            patch.setattr(prdp, name, namespace[name])
+            with pytest.raises(prdp.UserError, match=r"prdp.py, and kernels/log_prob.py, must say"):
+                prdp.check_on_policy(config, loaded, PROMPTS[0])
 
 
 def test_same_images_whatever_the_microbatch(models):
@@ -405,7 +509,7 @@ def log_probs_in_one_graph(policy: Policy, trajectories: Trajectories) -> Tensor
     schedule, w = policy.schedule, policy.guidance_scale
     rows = []
     for m, latents in enumerate(trajectories.latents.double()):
-        text = torch.stack([policy.null_text, trajectories.text[m]])
+        text = torch.stack([policy.null_embeds, trajectories.prompt_embeds[m]])
         for k, t in enumerate(schedule.timesteps):
             u, c = policy.unet(latents[k].expand(2, -1, -1, -1), t.expand(2), text).sample
             mean = schedule.coef_sample[k] * latents[k] + schedule.coef_noise[k] * (u + w * (c - u))
@@ -434,12 +538,12 @@ def test_gradient_equals_the_whole_graphs(models, updates, clip_range):
         log_probs = prdp.score_trajectories(policy, trajectories) if k else old.clone()
         log_probs.requires_grad_()
         loss = prdp_loss(*by_prompt(log_probs, old, ref, r), clip_range, 1e-3)
-        (weights,) = torch.autograd.grad(loss, log_probs)
+        (grad_log_probs,) = torch.autograd.grad(loss, log_probs)
         policy.unet.zero_grad()
         policy.unet.rows = 0
-        prdp.backward_trajectories(policy, trajectories, weights)
-        ours, skipped = gradient_of(policy.unet), (weights == 0).double().mean()
-        assert policy.unet.rows == 2 * int((weights != 0).sum())
+        prdp.backward_trajectories(policy, trajectories, grad_log_probs)
+        ours, skipped = gradient_of(policy.unet), (grad_log_probs == 0).double().mean()
+        assert policy.unet.rows == 2 * int((grad_log_probs != 0).sum())
 
         policy.unet.zero_grad()
         log_probs = log_probs_in_one_graph(policy, trajectories)
@@ -451,21 +555,12 @@ def test_gradient_equals_the_whole_graphs(models, updates, clip_range):
 
 
 def test_fp16_gradients_do_not_underflow(models):
-    """Tiny weights, as with a large kl_weight: they come out as in fp32, to fp16's precision."""
-    weights, gradients = 1e-7 * torch.randn(12, 5, dtype=torch.float64), []
+    """Of tiny dloss/dlog_probs, as with a large kl_weight: as in fp32, to fp16's precision."""
+    grad_log_probs, gradients = 1e-7 * torch.randn(12, 5, dtype=torch.float64), []
     for dtype in ("fp32", "fp16"):
         loaded = models(dtype=dtype)
-        policy, trajectories, found = loaded.policy, draw(loaded), []
-
-        def backward(scaled, policy=policy, trajectories=trajectories):
-            prdp.backward_trajectories(policy, trajectories, scaled)
-
-        optimizer = torch.optim.SGD(policy.unet.parameters(), lr=1.0)
-        optimizer.register_step_pre_hook(
-            lambda *_, found=found, unet=policy.unet: found.append(gradient_of(unet).clone())
-        )
-        gradient_step(optimizer, backward, weights, math.inf, policy.autocast, 4 * 8 * 8)
-        gradients += found
+        prdp.backward_trajectories(loaded.policy, draw(loaded), grad_log_probs)
+        gradients.append(gradient_of(loaded.policy.unet))
     assert ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item() < 0.05
 
 
@@ -473,21 +568,22 @@ def test_gradients_add_up(models):
     """Two backward passes leave twice the gradient of one."""
     loaded = models()
     trajectories, gradients = draw(loaded), []
-    weights = torch.randn(12, 5, dtype=torch.float64)
+    grad_log_probs = torch.randn(12, 5, dtype=torch.float64)
     for _ in range(2):
-        prdp.backward_trajectories(loaded.policy, trajectories, weights)
+        prdp.backward_trajectories(loaded.policy, trajectories, grad_log_probs)
         gradients.append(gradient_of(loaded.policy.unet))
     difference = gradients[1] - 2 * gradients[0]
     assert (difference.norm() / gradients[1].norm()).item() < 1e-5
 
 
 def test_no_gradient_where_all_rewards_tie(models):
-    """All weights are zero: no pass is run."""
+    """All of dloss/dlog_probs is zero: no pass is run."""
     loaded = in_double(models())
     trajectories = draw(loaded)
     loaded.policy.unet.rows = 0
-    weights = torch.zeros_like(trajectories.log_probs)
-    prdp.backward_trajectories(loaded.policy, trajectories, weights)
+    prdp.backward_trajectories(
+        loaded.policy, trajectories, torch.zeros_like(trajectories.log_probs)
+    )
     assert loaded.policy.unet.rows == 0
     assert all(p.grad is None for p in loaded.policy.unet.parameters())
 
@@ -537,8 +633,8 @@ def test_converges_to_the_closed_form_optimum():
         optimizer.zero_grad()
         log_probs = prdp.score_trajectories(policy, trajectories).requires_grad_()
         loss = prdp_loss(log_probs, log_probs.detach(), ref, r, math.inf, kl_weight)
-        (weights,) = torch.autograd.grad(loss, log_probs)
-        prdp.backward_trajectories(policy, trajectories, weights)
+        (grad_log_probs,) = torch.autograd.grad(loss, log_probs)
+        prdp.backward_trajectories(policy, trajectories, grad_log_probs)
         return loss.detach()
 
     start = closure().item()
@@ -577,6 +673,14 @@ def test_flags_come_before_the_preset_which_is_small():
     assert prdp.parse_args([]) == prdp.parse_args(["--preset", "small"])
     config = prdp.parse_args(["--preset", "large", "--epochs", "3", "--clip-range", "inf"])
     assert (config.epochs, config.clip_range, config.kl_weight) == (3, math.inf, 3e-6)
+
+
+def test_chains_that_do_not_begin_at_noise_are_refused():
+    """1 and 2 steps begin at t = 1 and 501."""
+    for steps in (1, 2):
+        with pytest.raises(prdp.UserError, match=f"--ddpm-steps {steps}: must be at least 3"):
+            prdp.parse_args(["--ddpm-steps", str(steps)])
+    assert prdp.parse_args(["--ddpm-steps", "3"]).ddpm_steps == 3
 
 
 # ---- Algorithm 1 ---------------------------------------------------------------------------------
@@ -660,6 +764,38 @@ def test_train_is_algorithm_1(tiny_sd):
     a, b, start = (torch.cat([p.flatten() for p in unet.parameters()]) for unet in networks)
     assert (a - b).abs().max() < 0.02 * config.learning_rate
     assert (a - start).abs().max() > 2 * config.learning_rate
+
+
+def test_line_11_is_there_in_its_order():
+    source = inspect.getsource(prdp.train)
+    calls = ("zero_grad", "backward_trajectories", "average_gradients", "clip_grad_norm_", "step")
+    places = [source.index(f"{call}(", source.index("# Line 11")) for call in calls]
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_passes_of_an_epoch(tiny_sd, models, monkeypatch, offline):
+    """Whoever drew the images has scored them: the other network scores them once, and the policy
+    again before each update but the first."""
+    config = tiny_config(tiny_sd, offline=offline, epochs=1, updates_per_epoch=3)
+    loaded, passes = models(), []
+
+    def spied(policy, *rest, name: str, function) -> object:
+        passes.append((name, "policy" if policy is loaded.policy else "reference"))
+        return function(policy, *rest)
+
+    for name in ("sample", "score", "backward"):
+        function = getattr(prdp, f"{name}_trajectories")
+        spy = partial(spied, name=name, function=function)
+        monkeypatch.setattr(prdp, f"{name}_trajectories", spy)
+    optimizer = torch.optim.AdamW(loaded.policy.unet.parameters(), config.learning_rate)
+    report.SECONDS.clear()
+    list(prdp.train(config, loaded, optimizer, PROMPTS, 1))
+    drew, other = ("reference", "policy") if offline else ("policy", "reference")
+    updates = [("backward", "policy"), ("score", "policy")] * 3
+    assert passes == [("sample", drew), ("score", other), *updates[:-1]]
+    assert config.passes() == (len(passes) - 3, 3)  # what the forecast multiplies by
+    assert ("reference" in report.SECONDS) == (not offline)
 
 
 def test_offline_learns_from_images_of_the_pretrained_model(tiny_sd, models, monkeypatch):

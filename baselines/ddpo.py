@@ -6,11 +6,6 @@
 Read it beside Apps. C.3, F.1 and F.3 of its ICML-workshop edition. Its settings where they are not
 PRDP's Table 4: K = 4 minibatches an epoch, each image in one, clip range 1e-4; at large scale one
 image for each of 512 prompts (PRDP, App. B). There is no KL term.
-
-Paper                       Here
-the importance weight       ratio, of theta to theta_old, which drew the minibatch
-its clipping, as PPO's      clip_range
-normalised rewards          advantages
 """
 
 from __future__ import annotations
@@ -32,13 +27,13 @@ from support.distributed import average_gradients, gather, processes, require_fi
 from support.report import epoch_metrics
 from support.settings import parse_settings, run_command
 
-MINIBATCHES = dict(updates_per_epoch=4, clip_range=1e-4)
-MANY = dict(MINIBATCHES, prompts_per_epoch=512, images_per_prompt=1, learning_rate=1e-5)
+SMALL = dict(updates_per_epoch=4, clip_range=1e-4)
+LARGE = dict(SMALL, prompts_per_epoch=512, images_per_prompt=1, learning_rate=1e-5)
 PRESETS = {
-    "small": MINIBATCHES,
-    "large": prdp.PRESETS["large"] | MANY,
-    "multi": prdp.PRESETS["multi"] | MANY,
-    "toy": prdp.PRESETS["toy"] | dict(MINIBATCHES, epochs=100, clip_range=1e-3, learning_rate=6e-4),
+    "small": prdp.PRESETS["small"] | SMALL,
+    "large": prdp.PRESETS["large"] | LARGE,
+    "multi": prdp.PRESETS["multi"] | LARGE,
+    "toy": prdp.PRESETS["toy"] | dict(SMALL, epochs=100, clip_range=1e-3, learning_rate=6e-4),
 }
 
 
@@ -51,11 +46,10 @@ class Config(prdp.Config):
     clip_range: float = flag(1e-4, "of the importance weight, as PPO's; inf: none")
     kl_weight: float = flag(0.0, least=0)
     offline: bool = flag(False)
-    loss: str = flag("ddpo", "DDPO_IS, or the score function's DDPO_SF", "ddpo", "ddpo-sf",
-                     group="DDPO")  # fmt: skip
-    advantage: str = flag("per-prompt", "whose mean rewards are held against: the prompt's last "
-                          "32, all of the epoch's, or those of the prompt's images of this epoch, "
-                          "as GRPO", "per-prompt", "global", "group")  # fmt: skip
+    loss: str = flag("ddpo", "DDPO_IS or DDPO_SF (App. C.3)", "ddpo", "ddpo-sf", group="DDPO")
+    advantage: str = flag("per-prompt", "rewards to normalise by: the prompt's last 32; all of the "
+                          "epoch's; the prompt's of this epoch alone, as GRPO",
+                          "per-prompt", "global", "group")  # fmt: skip
     measure_kl: bool = flag(False, "also measure the KL to the pretrained model: one more pass")
 
     def check(self) -> None:
@@ -72,9 +66,6 @@ class Config(prdp.Config):
         return 1 + (1 - 1 / self.updates_per_epoch) + self.measure_kl, 1
 
 
-METRICS = ("loss", "log_ratio_old", "clip_fraction", "skipped_fraction")
-
-
 def ddpo_loss(
     log_probs: Tensor,  # (..., T), under pi_theta
     log_probs_old: Tensor,  # (..., T), under pi_theta_old, which drew the trajectories
@@ -82,7 +73,7 @@ def ddpo_loss(
     clip_range: float,  # of the importance weight
 ) -> Tensor:
     """DDPO_IS (Apps. C.3 and F.1): PPO's clipped surrogate, each denoising step an action."""
-    ratio = torch.exp(log_probs - log_probs_old)
+    ratio = torch.exp(log_probs - log_probs_old)  # the importance weight
     clipped_ratio = ratio.clamp(1 - clip_range, 1 + clip_range)
     advantage = advantages.to(log_probs.dtype).unsqueeze(-1)  # (..., 1)
     return -torch.minimum(ratio * advantage, clipped_ratio * advantage).mean()
@@ -97,9 +88,8 @@ class RewardStatistics:
     """Rewards normalised (App. F.3): minus a mean, over a deviation, within 10 of 0 (their code).
 
     "global": of this epoch's rewards; "per-prompt": of the prompt's last 32, this epoch's included
-    (while they are fewer than 16, of the epoch's); "group": of the prompt's B.
-    `latest` holds the last rewards by prompt: what a checkpoint has to keep.
-    """
+    (while they are fewer than 16, of the epoch's); "group": of the prompt's B. A checkpoint keeps
+    `latest`, the last rewards by prompt."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -131,25 +121,67 @@ def minibatches(config: Config, epoch: int) -> list[list[int]]:
     """This process's images, by place, in each of the epoch's K random minibatches: each in one."""
     images = config.prompts_per_epoch * config.images_per_prompt
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-    order = torch.randperm(images, generator=generator)
+    parts = torch.randperm(images, generator=generator).chunk(config.updates_per_epoch)
     own = range(images)[shard(images)]
-    parts = order.chunk(config.updates_per_epoch)
     return [[place - own.start for place in part.tolist() if place in own] for part in parts]
 
 
+def train(
+    config: Config, models: prdp.Models, optimizer: torch.optim.Optimizer, prompts: list[str],
+    start: int, statistics: RewardStatistics,
+) -> Iterator[dict[str, float]]:  # fmt: skip
+    """DDPO from epoch `start` on; yields each epoch's metrics."""
+    for epoch in range(start, config.epochs + 1):
+        epoch_prompts = prdp.draw_prompts(config, prompts, epoch)
+        own = shard(len(epoch_prompts))
+        repeated = [p for p in epoch_prompts[own] for _ in range(config.images_per_prompt)]
+        numbers = range(len(epoch_prompts))[own]
+        generators = prdp.image_generators(config.seed, epoch, numbers, config.images_per_prompt)
+
+        # Each minibatch is drawn by itself, so that it is scored in the same microbatches.
+        parts = minibatches(config, epoch)
+        batches = []
+        for part in parts:
+            texts = [repeated[n] for n in part]
+            noise = [generators[n] for n in part]
+            batch = prdp.sample_prompts(models, models.policy, texts, noise) if part else None
+            batches.append(batch)
+
+        # Rewards of all, put back into their order, and normalised.
+        drawn = [batch for batch in batches if batch]
+        x_0 = torch.cat([batch.latents[:, -1] for batch in drawn])
+        order = [n for part in parts for n in part]
+        _, scores, reward_parts = prdp.score_images(models, x_0, [repeated[n] for n in order])
+        rewards = torch.empty_like(scores)
+        rewards[order] = scores
+        advantages = statistics.advantages(gather(rewards), epoch_prompts)
+        advantages = advantages[shard(len(advantages))]
+
+        updates = []
+        for k, (part, batch) in enumerate(zip(parts, batches, strict=True)):
+            updates.append(update(config, models, optimizer, batch, advantages[part], k == 0))
+
+        kl = {}  # of theta_old to the pretrained model: a step's mean, and a trajectory's sum
+        if config.measure_kl:
+            reference = models.reference
+            log_probs_ref = [prdp.score_trajectories(reference, b, "reference") for b in drawn]
+            ratio = torch.cat([batch.log_probs for batch in drawn]) - torch.cat(log_probs_ref)
+            kl = {"log_ratio_ref": ratio, "kl_nats": ratio * drawn[0].latents[0, 1:].numel()}
+        del batch, batches, drawn, x_0  # and gradients: their memory, before others are drawn
+        optimizer.zero_grad()
+        yield epoch_metrics(rewards, reward_parts, updates, **kl)
+
+
 def update(
-    config: Config,
-    models: prdp.Models,
-    optimizer: torch.optim.Optimizer,
-    batch: prdp.Trajectories | None,
-    advantages: Tensor,
-    first: bool,
-) -> dict[str, Tensor]:
-    """Learn from a minibatch, of which this process has these images, or none; at the first update
-    of an epoch theta is theta_old. Means are over the minibatch of all processes."""
+    config: Config, models: prdp.Models, optimizer: torch.optim.Optimizer,
+    batch: prdp.Trajectories | None, advantages: Tensor, first: bool,
+) -> dict[str, Tensor]:  # fmt: skip
+    """A gradient step on a minibatch, of which `batch` is this process's share, if it has one; at
+    an epoch's first update theta is theta_old. Means are over the minibatch of all processes."""
     parameters = optimizer.param_groups[0]["params"]
+    names = ("loss", "log_ratio_old", "clip_fraction", "skipped_fraction")
+    metrics = dict.fromkeys(names, torch.zeros((), device=models.sd.device))
     optimizer.zero_grad()
-    metrics = dict.fromkeys(METRICS, torch.zeros((), device=models.sd.device))
     if batch is not None:
         log_probs_old = batch.log_probs
         log_probs = log_probs_old.clone()
@@ -160,10 +192,9 @@ def update(
         # A process's share of the minibatch may be more or less than that of another.
         entries = config.prompts_per_epoch * config.images_per_prompt * config.ddpm_steps
         share = log_probs.numel() / (entries / config.updates_per_epoch / processes())
+        loss = share * ddpo_loss(log_probs, log_probs_old, advantages, config.clip_range)
         if config.loss == "ddpo-sf":
             loss = share * ddpo_sf_loss(log_probs, advantages)
-        else:
-            loss = share * ddpo_loss(log_probs, log_probs_old, advantages, config.clip_range)
         (grad_log_probs,) = torch.autograd.grad(loss, log_probs)
         prdp.backward_trajectories(models.policy, batch, grad_log_probs)
 
@@ -179,67 +210,6 @@ def update(
     require_finite("the gradient", grad_norm)
     optimizer.step()
     return metrics | {"grad_norm": grad_norm}
-
-
-def train(
-    config: Config,
-    models: prdp.Models,
-    optimizer: torch.optim.Optimizer,
-    prompts: list[str],
-    start: int,
-    statistics: RewardStatistics,
-) -> Iterator[dict[str, float]]:
-    """DDPO from epoch `start` on; yields each epoch's metrics."""
-    count = config.images_per_prompt
-    for epoch in range(start, config.epochs + 1):
-        epoch_prompts = prdp.draw_prompts(config, prompts, epoch)
-        own = shard(len(epoch_prompts))
-        repeated = [prompt for prompt in epoch_prompts[own] for _ in range(count)]
-        numbers = range(len(epoch_prompts))[own]
-        generators = prdp.image_generators(config.seed, epoch, numbers, count)
-
-        # Each minibatch is drawn by itself, so that it is scored in the same microbatches.
-        parts, batches = minibatches(config, epoch), []
-        for part in parts:
-            batch = None
-            if part:
-                batch = prdp.sample_prompts(
-                    models,
-                    models.policy,
-                    [repeated[n] for n in part],
-                    [generators[n] for n in part],
-                )
-            batches.append(batch)
-
-        # Rewards of all, put back into their order, and held against their mean.
-        order = [n for part in parts for n in part]
-        x_0 = torch.cat([batch.latents[:, -1] for batch in batches if batch])
-        _, scores, reward_parts = prdp.score_images(models, x_0, [repeated[n] for n in order])
-        rewards = torch.empty_like(scores)
-        rewards[order] = scores
-        advantages = statistics.advantages(gather(rewards), epoch_prompts)
-        advantages = advantages[shard(len(advantages))]
-
-        updates = []
-        for part, batch in zip(parts, batches, strict=True):
-            first = not updates
-            updates.append(update(config, models, optimizer, batch, advantages[part], first))
-        others = {}
-        if config.measure_kl:
-            others = measure_kl(models, [batch for batch in batches if batch])
-        del batch, batches, x_0  # and gradients: their memory, before others are drawn
-        optimizer.zero_grad()
-        yield epoch_metrics(rewards, reward_parts, updates, **others)
-
-
-def measure_kl(models: prdp.Models, batches: list[prdp.Trajectories]) -> dict[str, Tensor]:
-    """Of theta_old to the pretrained model, a step's mean and a trajectory's sum, as prdp.py's."""
-    ratios = []
-    for batch in batches:
-        log_probs_ref = prdp.score_trajectories(models.reference, batch, "reference")
-        ratios.append(batch.log_probs - log_probs_ref)
-    ratio = torch.cat(ratios)
-    return {"log_ratio_ref": ratio, "kl_nats": ratio * batch.latents[0, 1:].numel()}
 
 
 def run(config: Config, reward=None, prompts=None) -> None:

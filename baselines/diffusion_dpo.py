@@ -5,14 +5,14 @@
     python baselines/diffusion_dpo.py --pairs pairs.jsonl --out runs/people
 
 Read it beside their Eq. 14 and Secs. 5.1 and 5.4. With --pairs it learns people's choices: a line a
-pair, of `prompt`, `chosen` and `rejected`, two pictures' paths from the file's folder. Else AI
-feedback: images of the pretrained model (--online: of the current one) ranked by --reward, all
-pairs of a prompt. An epoch is K updates of --batch-size pairs; a pair shares timestep and noise.
+pair, with `prompt`, `chosen` and `rejected`, two pictures' paths from the file's folder. Without,
+AI feedback: images of the pretrained model (--online: of the current one) ranked by --reward, all
+pairs of a prompt. An epoch is K updates of --batch-size pairs.
 
-Paper                    Here
-||eps - eps_theta||^2    error, without guidance; a mean over latent dimensions, as in their code
-beta T omega             beta / 2, as in their code
-eps^w, eps^l             one draw, which a pair shares, as in their code
+Paper                    Here, as in their code
+||eps - eps_theta||^2    error, without guidance; a mean over latent dimensions
+beta T omega             beta / 2
+eps^w, eps^l             one draw, which a pair shares, as it does the timestep
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import logsigmoid
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -56,10 +55,8 @@ class Config(prdp.Config):
     kl_weight: float = flag(0.0, least=0)
     clip_range: float = flag(0.0, least=0)
     offline: bool = flag(False)
-    reward: tuple = flag((), "what ranks images (default: the preset's or hpsv2; for --pairs alone "
-                         "none)", resolve=resolve_reward)  # fmt: skip
-    prompts: tuple = flag((), "files (default: the preset's or animals.txt; for --pairs alone "
-                          "theirs)", resolve=prompt_paths)  # fmt: skip
+    reward: tuple = flag((), "ranks images (hpsv2; with --pairs none)", resolve=resolve_reward)
+    prompts: tuple = flag((), "files (animals.txt; with --pairs its own)", resolve=prompt_paths)
     learning_rate: float = flag(8.192e-9, "of AdamW (Sec. 5.1); their code's is 2.048e-5")
     pairs: str = flag("", "people's choices, .jsonl", group="Diffusion-DPO",
                       resolve=lambda file: absolute(file) if file else "")  # fmt: skip
@@ -67,24 +64,23 @@ class Config(prdp.Config):
     beta: float = flag(5000.0, "of Eq. 14")
     batch_size: int = flag(2048, "pairs an update")
     warmup: int = flag(250, "updates until the learning rate is reached, linearly", least=0)
+    feedback: str = flag("ai")  # or "people", with --pairs: a run that goes on keeps to its own
 
     def check(self) -> None:
         if self.pairs and self.online:
             raise UserError("--online: not with --pairs, whose pictures are given.")
 
     def passes(self) -> tuple[float, float]:
-        """As prdp.py counts them: an image is drawn, unless pairs are given; of a pair, one step is
-        scored under the reference and learned from."""
+        """As prdp.py's: an image is drawn, if need be; of a pair one step is scored and learned."""
         images = self.prompts_per_epoch * self.images_per_prompt
         learned = self.updates_per_epoch * self.batch_size / (images * self.ddpm_steps)
         return (not self.pairs) + learned, learned
 
 
 def diffusion_dpo_loss(error: Tensor, error_ref: Tensor, beta: float) -> Tensor:
-    """Eq. 14 of each pair: (m,). error, error_ref (m, 2): of the chosen and the rejected, under
-    policy and reference."""
+    """Eq. 14 of each pair: (m,). Errors (m, 2), chosen and rejected, of policy and reference."""
     chosen, rejected = (error - error_ref).unbind(1)
-    return -logsigmoid(-beta / 2 * (chosen - rejected))
+    return -nn.functional.logsigmoid(-beta / 2 * (chosen - rejected))
 
 
 def denoising_errors(
@@ -116,16 +112,18 @@ def train(
     start: int, people: People | None,
 ) -> Iterator[dict[str, float]]:  # fmt: skip
     """Diffusion-DPO from epoch `start` on; yields each epoch's metrics."""
-    sd, sampler = models.sd, models.policy if config.online else models.reference
+    sampler = models.policy if config.online else models.reference
     for epoch in range(start, config.epochs + 1):
         if people:
             owner = people.owner()
-            load = functools.partial(people.load, sd, config.seed, epoch)
+            load = functools.partial(people.load, models.sd, config.seed, epoch)
             count = config.updates_per_epoch * config.batch_size // processes()
-            rewards, parts = torch.full((max(1, count),), math.nan), {}
+            rewards = torch.full((max(1, count),), math.nan)  # none, of so many pairs
+            parts = {}
         else:
             drawn, trajectories = prdp.sample_epoch(config, models, sampler, prompts, epoch)
-            x_0, prompt_embeds = trajectories.latents[:, -1].clone(), trajectories.prompt_embeds
+            x_0 = trajectories.latents[:, -1].clone()
+            prompt_embeds = trajectories.prompt_embeds
             del trajectories
             _, rewards, parts = prdp.score_images(models, x_0, drawn)
             pairs = ranked_pairs(gather(rewards).cpu(), config.images_per_prompt)
@@ -133,20 +131,23 @@ def train(
             load = functools.partial(own_pairs, pairs, x_0, prompt_embeds)
 
         updates = []
-        for k, batch in enumerate(batches(config, epoch, torch.arange(len(owner)), sd)):
-            made = (epoch - 1) * config.updates_per_epoch + k + 1
+        every = torch.arange(len(owner))
+        for k, batch in enumerate(batches(config, epoch, every, models.sd), 1):
+            made = (epoch - 1) * config.updates_per_epoch + k
             rate = config.learning_rate * min(1, made / max(1, config.warmup))
             optimizer.param_groups[0]["lr"] = rate
             updates.append(update(config, models, optimizer, owner, load, *batch))
-        none = {"loss": torch.tensor(math.nan), "accuracy": torch.tensor(math.nan)}
-        yield epoch_metrics(rewards, parts, updates or [none])  # if all rewards tie
+        optimizer.zero_grad()  # their memory, before other images are drawn
+        if not updates:  # all rewards tie
+            updates = [{name: torch.tensor(math.nan) for name in ("loss", "accuracy")}]
+        yield epoch_metrics(rewards, parts, updates)
 
 
 def own_pairs(
     pairs: Tensor, x_0: Tensor, prompt_embeds: Tensor, numbers: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """x_0 (m, 2, C, H, W), the chosen first, and prompt_embeds of pairs (m,), all of this
-    process's images."""
+    """x_0 (m, 2, C, H, W), the chosen first, and prompt_embeds (m, L, W) of pairs (m,), which are
+    all of this process's images."""
     rows = (pairs[numbers] - rank() * len(x_0)).to(x_0.device)  # (m, 2)
     return x_0[rows], prompt_embeds[rows[:, 0]]
 
@@ -155,11 +156,12 @@ def update(
     config: Config, models: prdp.Models, optimizer: torch.optim.Optimizer, owner: Tensor,
     load: Callable, numbers: Tensor, timesteps: Tensor, noise: Tensor,
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Learn from a batch of pairs, of which this process loads its own."""
+    """A gradient step on a batch of pairs, of which this process loads its own."""
     policy, reference, scheduler = models.policy, models.reference, models.sd.pipe.scheduler
     parameters = optimizer.param_groups[0]["params"]
     own = (owner[numbers] == rank()).nonzero()[:, 0]
-    microbatches, losses = [], torch.zeros(len(own), dtype=torch.float64)
+    losses = torch.zeros(len(own), dtype=torch.float64)
+    microbatches = []
     if len(own):
         with phase("pictures"):
             x_0, prompt_embeds = load(numbers[own])
@@ -185,34 +187,30 @@ def update(
         grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         require_finite("the gradient", grad_norm)
         optimizer.step()
-        optimizer.zero_grad()
-    right = losses < math.log(2)
-    return {"loss": share @ losses, "accuracy": share @ right.double(), "grad_norm": grad_norm}
+    right = (losses < math.log(2)).double()
+    return {"loss": share @ losses, "accuracy": share @ right, "grad_norm": grad_norm}
 
 
 class NoReward(Reward):
-    """No scores, of people's choices without --reward: NaN for every image."""
-
-    def __init__(self) -> None:
-        super().__init__({})
+    """NaN for every image: people's choices need no scores."""
 
     def score(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         return torch.full((len(images),), math.nan, device=images.device), {}
 
 
 def complete(config: Config) -> Config:
-    """Without --pairs, prompts and a reward: prdp.py's, if no others are named."""
+    """The settings that depend on --pairs; without it, prdp.py's reward and prompts by default."""
     if config.pairs:
-        return config
-    reward = config.reward or prdp.Config.reward
-    return replace(config, reward=reward, prompts=config.prompts or prdp.Config.prompts)
+        return replace(config, feedback="people")
+    reward, prompts = config.reward or prdp.Config.reward, config.prompts or prdp.Config.prompts
+    return replace(config, feedback="ai", reward=reward, prompts=prompts)
 
 
 def run(config: Config, reward=None, prompts=None) -> None:
     config = complete(config)
     people = People(config.pairs) if config.pairs else None
     if people and reward is None and not config.reward:
-        reward = NoReward()
+        reward = NoReward({})
     if people and prompts is None and not config.prompts:
         prompts = [record["prompt"] for record in people.records]
     learn = functools.partial(train, people=people)

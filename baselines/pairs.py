@@ -14,7 +14,7 @@ from torch import Tensor
 
 import prdp
 from support.cli import UserError, reading
-from support.distributed import gather_objects, processes, rank
+from support.distributed import gather_objects, print0, processes, rank
 from support.inputs import as_prompts, read_picture
 from support.report import phase
 
@@ -25,50 +25,69 @@ class People:
     """People's choices, from a file; a checkpoint keeps a digest of them and of the pictures."""
 
     def __init__(self, file: str) -> None:
-        self.file, self.records = file, []
+        self.file = file
+        what = f"--pairs {file}"
         if Path(file).suffix.lower() != ".jsonl":
-            raise UserError(f"--pairs {file}: must be .jsonl, an object a line.")
-        with reading(f"--pairs {file}"):
+            raise UserError(f"{what}: must be .jsonl, an object a line.")
+        with reading(what):
             data = Path(file).read_bytes()
             lines = data.decode("utf-8-sig").split("\n")
+        records = []
         for number, line in enumerate(lines, 1):
             if line.strip():
-                self.records.append(self.read(f"--pairs {file}, line {number}", line))
-        if not self.records:
-            raise UserError(f"--pairs {file}: has no pair.")
-        own, digests = range(len(self.records))[rank() :: processes()], {}
-        with phase("pictures", len(own)) as done, ThreadPoolExecutor() as pool:
-            for number, found in zip(own, pool.map(self.check, own), strict=True):
-                digests[number] = found
-                done(1)
+                records.append(self.read(f"{what}, line {number}", line))
+
+        # Each process looks at some of the pictures.
+        own = range(len(records))[rank() :: processes()]
+        digests = {}
+        with phase("pictures", len(own)) as advance, ThreadPoolExecutor() as pool:
+            found = pool.map(lambda number: self.check(records[number]), own)
+            for number, content in zip(own, found, strict=True):
+                digests[number] = content
+                advance(1)
         for part in gather_objects(digests):
             digests |= part
-        every = b"".join(digests[number] for number in sorted(digests))
+
+        # Of two equal pictures none can be preferred.
+        usable = [number for number in range(len(records)) if digests[number]]
+        self.records = [records[number] for number in usable]
+        if not usable:
+            raise UserError(f"{what}: has no pair of two different pictures.")
+        if len(usable) < len(records):
+            lost = len(records) - len(usable)
+            print0(f"warning: {what}: {lost} pairs of equal pictures are left out.")
+        every = b"".join(digests[number] for number in usable)
         self.digest = hashlib.sha256(every).hexdigest()
 
     def read(self, what: str, line: str) -> dict:
+        """The record in a line, with paths as they stand beside the file."""
         with reading(what):
             record = json.loads(line)
         found = set(record) if isinstance(record, dict) else set()
         if found != COLUMNS or not all(isinstance(x, str) and x for x in record.values()):
             raise UserError(f"{what}: must have prompt, chosen and rejected, texts, and no more.")
         (prompt,) = as_prompts([record["prompt"]], what)
+        for name in ("chosen", "rejected"):
+            if "://" in record[name]:
+                raise UserError(f"{what}: {name} {record[name]}: download it, and give its path.")
         return {**record, "prompt": prompt, "what": what}
 
-    def check(self, number: int) -> bytes:
-        """A digest of a pair, whose pictures can be used; else UserError."""
-        record = self.records[number]
-        parts = [record["prompt"].encode(), *(x.numpy().tobytes() for x in self.pictures(record))]
+    def check(self, record: dict) -> bytes:
+        """A digest of a pair, empty for equal pictures; UserError for what cannot be read."""
+        chosen, rejected = self.pictures(record)
+        if torch.equal(chosen, rejected):
+            return b""
+        parts = [record["prompt"].encode(), chosen.numpy().tobytes(), rejected.numpy().tobytes()]
         return hashlib.sha256(b"".join(parts)).digest()
 
     def pictures(self, record: dict) -> list[Tensor]:
-        """Both, (3, H, W) uint8; UserError for what cannot be read or compared."""
-        folder, what = Path(self.file).parent, record["what"]
-        names = ("chosen", "rejected")
-        both = [read_picture(folder / record[name], f"{what}: {name}") for name in names]
-        if torch.equal(*both):
-            raise UserError(f"{what}: its two pictures are the same.")
-        return both
+        """The chosen and the rejected, each (3, H, W) uint8."""
+        folder = Path(self.file).parent
+        pictures = []
+        for name in ("chosen", "rejected"):
+            path = folder / Path(record[name]).expanduser()
+            pictures.append(read_picture(path, f"{record['what']}: {name}"))
+        return pictures
 
     def owner(self) -> Tensor:
         """Which process learns from each pair."""
@@ -78,16 +97,19 @@ class People:
     def load(self, sd, seed: int, epoch: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """x_0 (m, 2, C, H, W) of pairs (m,), the chosen first, and prompt_embeds (m, L, W): as in
         their code a sample of what the VAE makes of a picture."""
-        records, latents = [self.records[n] for n in numbers], []
+        records = [self.records[n] for n in numbers]
         pictures = [picture for record in records for picture in self.pictures(record)]
         generators = prdp.image_generators(seed, epoch, numbers.tolist(), 2)
-        with sd.autocast(sd.vae):
+        latents = []
+        with sd.at_work(sd.vae):  # in float32: half precision overflows in some VAEs
             for picture, generator in zip(pictures, generators, strict=True):
                 pixels = prepare(picture, sd, generator).to(sd.device)
-                found = sd.vae.encode(pixels[None]).latent_dist
+                encoded = sd.vae.encode(pixels[None]).latent_dist
                 noise = torch.randn(sd.latent_shape, generator=generator).to(sd.device)
-                latents.append(found.mean[0].float() + found.std[0].float() * noise)
+                latents.append(encoded.mean[0] + encoded.std[0] * noise)
         x_0 = sd.vae.config.scaling_factor * torch.stack(latents)
+        if not x_0.isfinite().all():
+            raise UserError(f"--pairs {self.file}: the model's VAE encodes a picture as NaN.")
         return x_0.unflatten(0, (-1, 2)), sd.encode([record["prompt"] for record in records])
 
     def state_dict(self) -> dict:

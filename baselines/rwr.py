@@ -2,18 +2,12 @@
 
     python baselines/rwr.py --preset toy --out runs/toy-rwr
     python baselines/rwr.py --reward hpsv2 --prompts prompts/animals.txt --out runs/hps-rwr
-    python baselines/rwr.py --resume runs/hps-rwr
 
 Read it beside Apps. C.2, F.2, F.3, F.6 and G.1 of DDPO's ICML-workshop edition. An epoch is one of
 its iterations: N*B images of the current model (10,000), then K updates (400) of the denoising
-loss, each on --batch-size of them (128) at random timesteps, weighted by their rewards. What is
-learned is the guided noise prediction, with the guidance of sampling (G.1). Nothing is held against
-the pretrained model, and nothing is clipped.
-
-Paper                        Here
-w_RWR, w_sparse              weights, of an image; w_RWR's mean over a prompt is 1, as in their code
-beta, inverse temperature    inverse_temperature, in units of 1 / reward
-p                            percentile
+loss, each on --batch-size of them (128) at random timesteps, weighted by their rewards. What learns
+is the guided noise prediction, with the guidance of sampling (G.1). There is no KL term and no
+clipping.
 """
 
 from __future__ import annotations
@@ -53,11 +47,9 @@ class Config(prdp.Config):
     kl_weight: float = flag(0.0, least=0)
     clip_range: float = flag(0.0, least=0)
     offline: bool = flag(False)
-    weighting: str = flag("softmax", "softmax: exp(beta r) over a prompt's images; sparse: 1 from "
-                          "--percentile up, else 0", "softmax", "sparse",
-                          group="reward-weighted regression")  # fmt: skip
-    inverse_temperature: float = flag(0.2, "beta of softmax; as published, for rewards that differ "
-                                      "by some units: cosines want about 100")  # fmt: skip
+    weighting: str = flag("softmax", "exp(beta r) over a prompt's images; sparse: 1 from "
+                          "--percentile up, else 0", "softmax", "sparse", group="RWR")  # fmt: skip
+    inverse_temperature: float = flag(0.2, "beta of softmax; cosines as rewards need about 100")
     percentile: float = flag(0.9, "sparse drops this share of a prompt's images", least=0)
     batch_size: int = flag(128, "images an update")
 
@@ -66,48 +58,30 @@ class Config(prdp.Config):
             raise UserError(f"--percentile {self.percentile}: must be below 1; 0.9 is usual.")
 
     def passes(self) -> tuple[float, float]:
-        """As prdp.py counts them: an image is drawn; an update learns one step of each of its."""
+        """As prdp.py's: an image is drawn; an update learns from one step of each of its images."""
         images = self.prompts_per_epoch * self.images_per_prompt
         return 1, self.updates_per_epoch * self.batch_size / (images * self.ddpm_steps)
 
     def images_held(self) -> int:
-        """`sample_pool` draws so many at a time."""
+        """`sample_images` draws so many at a time."""
         return min(SAMPLED_AT_ONCE, super().images_held())
 
 
-def rwr_weights(rewards: Tensor, prompts: list[str], inverse_temperature: float) -> Tensor:
-    """w_RWR (Apps. C.2, F.2, F.3): exp(beta r), normalised over all images of a prompt.
-
-    Rewards (M,), prompts M strings -> (M,) float64, with mean 1 over a prompt's images, as in their
-    code: where all rewards are equal this is the denoising loss itself.
-    """
-    weights = torch.empty(len(rewards), dtype=torch.float64)
-    for rows in rows_by_prompt(prompts):
-        scaled = inverse_temperature * rewards[rows].double()
-        weights[rows] = len(rows) * torch.softmax(scaled, 0)
-    return weights
+def rwr_weights(rewards: Tensor, inverse_temperature: float) -> Tensor:
+    """w_RWR of a prompt's images (Apps. C.2, F.2, F.3): exp(beta r), scaled to a mean of 1 as in
+    their code, so that where all rewards are equal this is the denoising loss itself."""
+    return len(rewards) * torch.softmax(inverse_temperature * rewards.double(), 0)
 
 
-def sparse_weights(rewards: Tensor, prompts: list[str], percentile: float) -> Tensor:
-    """w_sparse (Apps. C.2, F.2, F.3): 1 for a prompt's rewards from its percentile C up, else 0.
-    Shapes as `rwr_weights`."""
-    weights = torch.empty(len(rewards), dtype=torch.float64)
-    for rows in rows_by_prompt(prompts):
-        own = rewards[rows].double()
-        weights[rows] = (own >= own.quantile(percentile)).double()
-    return weights
-
-
-def rows_by_prompt(prompts: list[str]) -> list[list[int]]:
-    rows: dict[str, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows.setdefault(prompt, []).append(row)
-    return list(rows.values())
+def sparse_weights(rewards: Tensor, percentile: float) -> Tensor:
+    """w_sparse of a prompt's images: 1 for rewards from the percentile C up, else 0."""
+    rewards = rewards.double()
+    return (rewards >= rewards.quantile(percentile)).double()
 
 
 def denoising_error(
-    policy: prdp.Policy, scheduler, x_0: Tensor, prompt_embeds: Tensor,
-    timesteps: Tensor, noise: Tensor,
+    policy: prdp.Policy, scheduler, x_0: Tensor, prompt_embeds: Tensor, timesteps: Tensor,
+    noise: Tensor,
 ) -> Tensor:  # fmt: skip
     """The denoising loss (Eq. 1, of noise in place of means, as in their code) of the guided
     prediction (Eq. 5, App. G.1), with gradient: (m,) float64, a mean over latent dimensions.
@@ -116,10 +90,10 @@ def denoising_error(
     diffusers', of the model's noise schedule.
     """
     x_t, target = noised(scheduler, x_0, timesteps, noise)
-    every = torch.arange(len(scheduler.alphas_cumprod), device=x_0.device)
-    policy = policy._replace(schedule=policy.schedule._replace(timesteps=every))
+    embeds = torch.cat([policy.null_embeds.expand_as(prompt_embeds), prompt_embeds])
+    inputs = (torch.cat([x_t, x_t]), timesteps.repeat(2))
     with policy.autocast():
-        noise_pred = prdp.run_unet(policy, x_t, prompt_embeds, timesteps)
+        noise_pred = policy.unet(*inputs, encoder_hidden_states=embeds).sample
     unconditional, conditional = noise_pred.double().chunk(2)
     guided = unconditional + policy.guidance_scale * (conditional - unconditional)  # Eq. 5
     return (guided - target).square().flatten(1).mean(1)
@@ -143,14 +117,13 @@ def batches(config, epoch: int, pool: Tensor, sd) -> Iterator[tuple[Tensor, Tens
     size, count = config.batch_size, config.updates_per_epoch
     rounds = -(-count * size // len(pool))
     orders = [pool[torch.randperm(len(pool), generator=generator)] for _ in range(rounds)]
+    train_steps = sd.noise_settings["num_train_timesteps"]
     for members in torch.cat(orders).split(size)[:count]:
-        timesteps = torch.randint(
-            sd.noise_settings["num_train_timesteps"], (size,), generator=generator
-        )
+        timesteps = torch.randint(train_steps, (size,), generator=generator)
         yield members, timesteps, torch.randn(size, *sd.latent_shape, generator=generator)
 
 
-def sample_pool(
+def sample_images(
     config: Config, models: prdp.Models, epoch_prompts: list[str], epoch: int
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """This process's share of an epoch's images (App. F.2): x_0 (M, C, H, W), rewards (M,) and the
@@ -172,33 +145,34 @@ def sample_pool(
 
 
 def train(
-    config: Config,
-    models: prdp.Models,
-    optimizer: torch.optim.Optimizer,
-    prompts: list[str],
+    config: Config, models: prdp.Models, optimizer: torch.optim.Optimizer, prompts: list[str],
     start: int,
-) -> Iterator[dict[str, float]]:
+) -> Iterator[dict[str, float]]:  # fmt: skip
     """RWR from epoch `start` on; yields each epoch's metrics."""
     parameters = optimizer.param_groups[0]["params"]
     for epoch in range(start, config.epochs + 1):
         epoch_prompts = prdp.draw_prompts(config, prompts, epoch)
-        x_0, rewards, parts = sample_pool(config, models, epoch_prompts, epoch)
+        x_0, rewards, parts = sample_images(config, models, epoch_prompts, epoch)
         prompt_embeds = models.sd.encode(epoch_prompts[shard(len(epoch_prompts))])
 
+        # Weights of the images of all processes; of sparse ones only those of weight 1 are used.
         every_reward = gather(rewards).cpu()
         repeated = [prompt for prompt in epoch_prompts for _ in range(config.images_per_prompt)]
+        weights = torch.empty(len(every_reward), dtype=torch.float64)
+        for prompt in set(repeated):
+            rows = [row for row, other in enumerate(repeated) if other == prompt]
+            if config.weighting == "sparse":
+                weights[rows] = sparse_weights(every_reward[rows], config.percentile)
+            else:
+                weights[rows] = rwr_weights(every_reward[rows], config.inverse_temperature)
+        pool = torch.arange(len(weights))
         if config.weighting == "sparse":
-            weights = sparse_weights(every_reward, repeated, config.percentile)
             pool = weights.nonzero()[:, 0]
-        else:
-            weights = rwr_weights(every_reward, repeated, config.inverse_temperature)
-            pool = torch.arange(len(weights))
 
         updates = []
         with phase("update", config.updates_per_epoch) as advance:
-            for images, timesteps, noise in batches(config, epoch, pool, models.sd):
-                batch = (images, timesteps, noise)
-                share = processes() * weights[images] / len(images)
+            for batch in batches(config, epoch, pool, models.sd):
+                share = processes() * weights[batch[0]] / len(batch[0])
                 optimizer.zero_grad()
                 errors = backward_batch(config, models, x_0, prompt_embeds, batch, share)
                 average_gradients(parameters)
@@ -213,17 +187,14 @@ def train(
 
 
 def backward_batch(
-    config: Config,
-    models: prdp.Models,
-    x_0: Tensor,
-    prompt_embeds: Tensor,
-    batch: tuple[Tensor, Tensor, Tensor],
-    share: Tensor,
-) -> Tensor:
+    config: Config, models: prdp.Models, x_0: Tensor, prompt_embeds: Tensor,
+    batch: tuple[Tensor, Tensor, Tensor], share: Tensor,
+) -> Tensor:  # fmt: skip
     """Add the gradient of sum(share * error) over those images of a batch that this process has to
     each `.grad`, a microbatch at a time; returns the errors, 0 where another process has them."""
     images, timesteps, noise = batch
-    policy, scheduler, device = models.policy, models.sd.pipe.scheduler, x_0.device
+    policy, scheduler = models.policy, models.sd.pipe.scheduler
+    timesteps, noise = timesteps.to(x_0.device), noise.to(x_0.device)
     first = rank() * len(x_0)
     own = ((images >= first) & (images < first + len(x_0))).nonzero()[:, 0]
     errors = torch.zeros(len(images))
@@ -231,15 +202,11 @@ def backward_batch(
     def backward(scaled: Tensor) -> None:
         for part in own.split(policy.microbatch):
             rows = images[part] - first
+            embeds = prompt_embeds[rows // config.images_per_prompt]
             error = denoising_error(
-                policy,
-                scheduler,
-                x_0[rows],
-                prompt_embeds[rows // config.images_per_prompt],
-                timesteps[part].to(device),
-                noise[part].to(device),
+                policy, scheduler, x_0[rows], embeds, timesteps[part], noise[part]
             )
-            (scaled[part].to(device) * error).sum().backward()
+            (scaled[part].to(error.device) * error).sum().backward()
             errors[part] = error.detach().float().cpu()
 
     if len(own):

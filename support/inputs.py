@@ -7,12 +7,15 @@ import importlib.util
 import io
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import huggingface_hub
+import numpy as np
 import torch
+import transformers
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from support.cli import CodeError, UserError, reading
@@ -23,37 +26,38 @@ COLUMNS = ("prompt", "prompts", "caption", "text")  # of tables and records: the
 
 def load_prompts(*paths: str | Path) -> list[str]:
     """Prompts of .txt (a line each; blank and # lines skipped), .csv, .tsv, .json or .jsonl files
-    (strings, or records with one of COLUMNS), in order, repeats dropped; UserError if one is none.
-    FILE:COLUMN names another column."""
-    return list(dict.fromkeys(prompt for path in paths for prompt in read_prompts(path)))
+    (strings, or records with one of COLUMNS; FILE:COLUMN names another), in order, repeats dropped.
+    UserError if one is none."""
+    return list(dict.fromkeys(prompt for path in paths for prompt in read_prompts(str(path))))
 
 
-def read_prompts(path: str | Path) -> list[str]:
+def read_prompts(path: str) -> list[str]:
     """The prompts of one file."""
-    file, _, column = str(path).rpartition(":")
+    file, _, column = path.rpartition(":")
     if os.path.exists(path) or not file:
-        file, column = str(path), ""
+        file, column = path, ""
     what, kind = f"--prompts {path}", Path(file).suffix.lower()
     if kind not in (".txt", "", ".csv", ".tsv", ".json", ".jsonl"):
         raise UserError(f"{what}: must be .txt, .csv, .tsv, .json or .jsonl.")
     with reading(what):
-        data = Path(file).read_bytes()
-        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = data.decode("utf-16" if wide else "utf-8-sig")
+        marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        wide = Path(file).read_bytes().startswith(marks)
+        text = Path(file).read_text(encoding="utf-16" if wide else "utf-8-sig")
     if "\0" in text or text.startswith("version https://git-lfs"):
         raise UserError(f"{what}: is no text, or a Git LFS pointer in place of one.")
 
-    lines = re.split(r"\r\n?|\n", text)  # not splitlines(): JSON may hold other separators
-    if kind in (".txt", ""):
-        records = [line for line in lines if not line.lstrip().startswith("#")]
+    records, lines = [], text.split("\n")
+    if kind == ".json":
+        with reading(what):
+            records = json.loads(text)
+    elif kind == ".jsonl":
+        for number, line in enumerate(lines, 1):
+            with reading(f"{what}, line {number}"):
+                records.append(json.loads(line or '""'))  # a blank one is no prompt
     elif kind in (".csv", ".tsv"):
         records = read_table(what, text, lines[0], kind)
     else:
-        with reading(what):
-            documents = [text] if kind == ".json" else filter(str.strip, lines)
-            records = [json.loads(document) for document in documents]
-        if kind == ".json":
-            (records,) = records
+        records = [line for line in lines if not line.lstrip().startswith("#")]
     return as_prompts(records, what, (column.lower(),) if column else COLUMNS)
 
 
@@ -63,15 +67,15 @@ def read_table(what: str, text: str, header: str, kind: str) -> list[dict]:
     if kind == ".csv":
         with contextlib.suppress(csv.Error):  # which means one column
             form["delimiter"] = csv.Sniffer().sniff(header, delimiters=",;\t|").delimiter
-    table = csv.DictReader(io.StringIO(text, newline=""), **form)
+    table = csv.DictReader(io.StringIO(text), **form)
     try:
         rows = list(table)
     except csv.Error as error:
-        if form["delimiter"] != "\t":
-            why = f"near line {table.line_num}: {error}; is a quote not closed?"
+        if kind == ".csv":
+            why = f"line {table.reader.line_num}: {error}; is a quote not closed?"
             raise UserError(f"{what}, {why}") from error
         form["quoting"] = csv.QUOTE_NONE  # its quotes are text, as in PartiPrompts
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), **form))
+        rows = list(csv.DictReader(io.StringIO(text), **form))
     for number, row in enumerate(rows, 2):
         if None in row:
             remedy = f"quote what holds a {form['delimiter']!r}"
@@ -83,8 +87,9 @@ def as_prompts(records: Iterable, what: str = "prompts", columns: tuple = COLUMN
     """The text of each, stripped, blanks and repeats dropped; UserError for what is no prompt."""
     if isinstance(records, str) and not os.path.isfile(records):
         records = [records]
-    # A path, or a table or set, whose order is not that of prompts.
-    if isinstance(records, (str, os.PathLike, set, frozenset)) or hasattr(records, "items"):
+    # A path, a number, or a table or set, whose order is not that of prompts.
+    unordered = isinstance(records, (str, set, frozenset)) or hasattr(records, "items")
+    if unordered or not isinstance(records, Iterable):
         raise UserError(f"{what}: must be a list of texts; load_prompts reads a file.")
     texts = []
     for number, text in enumerate(records, 1):
@@ -105,9 +110,6 @@ def as_prompts(records: Iterable, what: str = "prompts", columns: tuple = COLUMN
 
 def read_picture(path: str | Path, what: str) -> Tensor:
     """A picture file's pixels, (3, H, W) uint8, RGB, the right way up."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
     path = Path(path).expanduser()
     try:
         image = ImageOps.exif_transpose(Image.open(path))
@@ -120,17 +122,14 @@ def read_picture(path: str | Path, what: str) -> Tensor:
 
 
 def quiet_libraries() -> None:
-    """Have diffusers and transformers not warn or draw bars while they load: what matters is a
-    UserError here. Downloads keep their bars."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-    from huggingface_hub.utils import enable_progress_bars
+    """Have diffusers and transformers load without warnings and bars; downloads keep theirs."""
+    import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
-        enable_progress_bars()
+        huggingface_hub.utils.enable_progress_bars()
 
 
 def load_network(what: str, kind: type, folder: str, **options) -> nn.Module:
@@ -152,11 +151,8 @@ def load_network(what: str, kind: type, folder: str, **options) -> nn.Module:
 def load_tokenizer(what: str, name: str, rows: int, **options):
     """A CLIPTokenizer for a text encoder with `rows` embeddings; UserError where it has no
     vocabulary, which transformers lets pass, or more tokens than that."""
-    from transformers import CLIPTokenizer
-
-    quiet_libraries()
     with reading(f"{what}: its tokenizer"):
-        tokenizer = CLIPTokenizer.from_pretrained(name, **options)
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(name, **options)
     tokens = max(tokenizer.get_vocab().values(), default=0) + 1
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         remedy = f"fetch it by `hf download {name}`, or put its files beside the weights"
@@ -167,9 +163,10 @@ def load_tokenizer(what: str, name: str, rows: int, **options):
     return tokenizer
 
 
-def load_tensors(what: str, path: str) -> dict[str, Tensor]:
-    """A checkpoint file's tensors, by the safe loader; UserError for a damaged or unsafe file."""
-    with reading(f"{what}: {path}"):
+def load_tensors(what: str, path: str, repository: str, file: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, a file of the hub where path is empty, by the safe loader."""
+    with reading(f"{what}: {path or file}"):
+        path = path or huggingface_hub.hf_hub_download(repository, file)
         state = torch.load(path, map_location="cpu", weights_only=True)
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if state is None or not all(torch.is_tensor(value) for value in state.values()):
@@ -188,21 +185,23 @@ def load_module(name: str, file: str):
 USERS_FOLDER: list[str] = []  # on sys.path: where the last file of a user's was
 
 
-def load_function(what: str, file: str, function: str) -> Callable:
+def load_function(file: str, function: str) -> Callable:
     """`function` of a Python file, which can import the modules beside it."""
     folder, name = os.path.split(file.removesuffix(".py"))
     if folder not in USERS_FOLDER:
         for before in USERS_FOLDER:  # its modules must not be taken for this one's
             sys.path.remove(before)
-            for beside in {Path(entry).stem for entry in os.listdir(folder)}:
-                origin = getattr(sys.modules.get(beside), "__file__", None) or ""
+            for beside in map(Path, os.listdir(folder)):
+                origin = getattr(sys.modules.get(beside.stem), "__file__", None) or ""
                 if Path(origin).is_relative_to(before) and before != OURS:
-                    del sys.modules[beside]
+                    del sys.modules[beside.stem]
         USERS_FOLDER[:] = [folder]
         sys.path.append(folder)  # last: no module of it hides another
 
     # Worker processes find the module by its name, if that is free.
-    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    what, spec = f"--reward {file}:{function}", None
+    if name.isidentifier():
+        spec = importlib.util.find_spec(name)
     if spec is None or spec.origin != file:
         name = f"reward_file {file}"
     with users_code(f"{what}: cannot be imported"):
@@ -214,10 +213,8 @@ def load_function(what: str, file: str, function: str) -> Callable:
 
 @contextlib.contextmanager
 def users_code(what: str) -> Iterator[None]:
-    """Run a user's code: grad mode and default dtype are as before afterwards.
-
-    What it raises is a CodeError, SystemExit too, which would end the run as if all were well;
-    running out of memory is no fault of that code."""
+    """Run a user's code: what it raises is a CodeError, SystemExit too, but for running out of
+    memory; grad mode and default dtype are as before afterwards."""
     dtype, gradient = torch.get_default_dtype(), torch.is_grad_enabled()
     try:
         yield

@@ -1,6 +1,8 @@
 """Commands and their words: flags, one sentence for what was given wrong, a traceback for a mistake
-of ours, other people's terminals, notebooks and folders."""
+of ours and of a user's own code, other people's terminals, notebooks and folders."""
 
+import dataclasses
+import importlib
 import io
 import os
 import subprocess
@@ -9,44 +11,52 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
-import diffusers
+import numpy as np
 import pytest
 import torch
-import transformers
 
 import evaluate
 import prdp
 import rewards
 from baselines import ddpo
-from conftest import ROOT, contents, metrics_of, only_sentence, small_run
+from conftest import ROOT, call, contents, metrics_of, only_sentence, small_run
+from support.cli import Parser, UserError, flag
+from support.settings import resolve
 
 FINITE = "is not finite; try, in a new run, a lower --learning-rate or --guidance-scale, a higher"
+PROGRAMS = (
+    "prdp",
+    "evaluate",
+    "rewards",
+    *(f"baselines.{x}" for x in ("ddpo", "rwr", "diffusion_dpo")),
+)
 BAD_INPUT = [
     (["--prompts", "nowhere.txt"], "nowhere.txt: No such file or directory"),
-    (["--prompts", "~/nowhere.txt"], f"{Path.home()}/nowhere.txt: No such file or directory"),
+    (["--prompts", "~/nowhere.csv:a"], f"{Path.home()}/nowhere.csv:a: No such file or directory"),
     (["--epochs", "0"], "--epochs 0: must be above 0"),
     (["--seed", "-1"], "--seed -1: must be at least 0"),
-    (["--seed", "9" * 30, "--lora-rank", "2"], "--seed 999"),
+    (["--seed", "9" * 30], f"--seed {'9' * 30}: too large"),
     (["--clip-range", "nan"], "--clip-range nan: must be above 0"),
     (["--kl-weight", "inf"], "--kl-weight inf: too large"),
-    (["--kl-weight", "1e-300"], f"the gradient {FINITE}"),
+    (["--kl-weight", "1e-300"], f"gradient {FINITE}"),
     (["--guidance-scale", "0.5"], "--guidance-scale 0.5: must be at least 1"),
-    (["--guidance-scale", "0"], "--guidance-scale 0.0: must be at least 1"),
     (["--images-per-prompt", "1"], "--images-per-prompt 1: must be at least 2"),
     (["--epochs", "many"], "invalid int value"),
     (["--epoch", "3"], "unrecognized arguments: --epoch"),
     (["--loss", "ddpo"], "unrecognized arguments: --loss"),
-    (["--ddpm-steps", "600"], "--ddpm-steps 600: must span 1000 timesteps; 50 does"),
+    (["--ddpm-steps", "2"], "--ddpm-steps 2: must be at least 3"),
+    (["--ddpm-steps", "600"], "--ddpm-steps 600: do not span 1000 steps; 50 do"),
     (["--reward", "beauty"], "no reward 'beauty'; choose from hpsv2"),
     (["--model", ""], "--model: is empty"),
     (["--prompts", ""], "--prompts: is empty"),
-    (["--reward", "pickscore=10,hpsv2=2"], "--reward pickscore=10 hpsv2=2"),
+    (["--reward", "pickscore=10,hpsv2=2"], "several are words of their own"),
     (["--model", "/nowhere/sd"], "--model /nowhere/sd: "),
-    (["--out", "{given}/file.txt"], "file.txt: File exists"),
+    (["--out", "{given}/file.txt"], "{given}/file.txt: is a file; choose a folder."),
+    (["--out", "{given}/file.txt/run"], "{given}/file.txt"),
     (["--out", "{given}/used"], "in use; choose another"),
-    (["--resume", "{given}"], "its config.json: No such file or directory"),
+    (["--resume", "{given}"], "No such file or directory; name the folder of a run"),
     (["--resume", "{given}/used", "--out", "elsewhere"], "not with --preset or --out"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("flags", "sentence"), BAD_INPUT)
@@ -58,21 +68,77 @@ def test_bad_input_is_one_sentence_and_exit_code_2(cli, tmp_path, flags, sentenc
     before = contents(given)
     said = only_sentence(cli(*(flag.format(given=given) for flag in flags)))
     assert said.startswith("prdp.py: ")
-    assert sentence in said
+    assert sentence.format(given=given) in said
     assert contents(given) == before
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or "finite" in sentence
 
 
-def test_import_needs_torch_alone_and_does_nothing(tmp_path):
-    hidden = ["numpy", "diffusers", "transformers", "triton", "PIL", "matplotlib", "tqdm", "peft"]
-    hidden += ["safetensors", "huggingface_hub"]
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program_checks_what_it_is_given(program, tiny_sd, tmp_path, capsys):
+    """Before anything is computed from it, and where --out is a file."""
+    main = importlib.import_module(program).main
+    name = f"{program.replace('.', '/')}.py: "
+    file = tmp_path / "file"
+    file.write_text("precious")
+    reward = ["--reward", "incompressibility"]
+    if program == "rewards":
+        flags, wrong = [*reward, "--images", ROOT / "toy" / "reward.png"], ["--prompt"]
+        sentence = "argument --prompt: expected one argument; see --help."
+    elif program == "evaluate":
+        flags, wrong = [tiny_sd, *reward], ["--samples-per-prompt", 0]
+        sentence = "--samples-per-prompt 0, --max-prompts None: too few."
+    else:
+        flags, wrong = ["--preset", "toy", "--model", tiny_sd, *reward], ["--updates-per-epoch", 0]
+        sentence = "--updates-per-epoch 0: must be above 0."
+    assert only_sentence(call(main, [*flags, *wrong], capsys)) == name + sentence
+    if program != "rewards":
+        said = only_sentence(call(main, [*flags, "--out", file], capsys))
+        assert said == f"{name}{file}: is a file; choose a folder."
+    assert contents(tmp_path) == {"file": b"precious"}
+
+
+def test_a_users_reward_that_fails_shows_where(cli, tmp_path):
+    """Exit code 2, its own traceback, and then one sentence; the folder can be used again."""
+    lines = ["def helper(images):", "    return images[0] / {}['key']", "", ""]
+    lines += ["def f(images, prompts):", "    return helper(images)", ""]
+    (tmp_path / "mine.py").write_text("\n".join(lines))
+    code, _, errors = cli("--reward", f"{tmp_path}/mine.py:f")
+    assert code == 2
+    assert errors.startswith("Traceback (most recent call last):\n")
+    assert f'File "{tmp_path}/mine.py", line 2, in helper\n    return images[0] / {{}}' in errors
+    assert (
+        errors.count("Traceback") == 1 and "UserError" not in errors and "CodeError" not in errors
+    )
+    assert errors.endswith("\nprdp.py: reward f failed: KeyError: 'key'.\n")
+
+    (tmp_path / "mine.py").write_text("import sys\n\nsys.exit(0)\n")
+    code, _, errors = cli("--reward", f"{tmp_path}/mine.py:f")
+    assert code == 2 and f'File "{tmp_path}/mine.py", line 3, in <module>' in errors
+    assert errors.splitlines()[-1].endswith("mine.py:f: cannot be imported: SystemExit: 0.")
+    assert cli("--epochs", 1)[0] == 0
+
+
+def test_settings_from_python_are_checked():
+    """Numbers of other kinds are taken; what is none is refused."""
+    config = resolve(prdp.Config(epochs=np.int64(3), kl_weight=np.float32(0.5), reward=()))
+    assert type(config.epochs) is int and type(config.kl_weight) is float
+    for wrong, sentence in (({"epochs": "2"}, "--epochs '2'"), ({"seed": None}, "--seed None")):
+        with pytest.raises(UserError, match=f"{sentence}: must be a number"):
+            resolve(prdp.Config(**wrong))
+    with pytest.raises(TypeError, match="preset"):  # presets are dictionaries
+        prdp.Config(preset="toy")
+    assert resolve(prdp.Config(**{**prdp.PRESETS["toy"], "epochs": 2})).epochs == 2
+
+
+def test_import_does_nothing(tmp_path):
+    """And needs none of what takes long to import."""
+    hidden = ["diffusers", "triton", "matplotlib", "peft", "wandb", "tensorboard"]
     code = (
         f"import sys; sys.modules |= dict.fromkeys({hidden}); sys.path.insert(0, {str(ROOT)!r})\n"
         "import prdp\nprint('silent')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "silent\n", done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -87,7 +153,7 @@ def test_hugging_faces_package_kernels_can_be_imported(tmp_path):
     code = (
         "import kernels, importlib.metadata, prdp\n"
         "assert kernels.mine is False and importlib.metadata.version('kernels') == '0.18.2'\n"
-        "print(prdp.load_kernels()[1])"
+        "print(prdp.machine.load_kernels()[1])"
     )
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path / 'site'}", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", code]
@@ -129,41 +195,36 @@ def test_a_mistake_of_ours_keeps_its_traceback(
         main(argv)
 
 
-def fail_to_compile() -> None:
-    def broken_backend(*_):
-        raise ValueError("no such chip")
-
-    torch.compile(torch.sin, backend=broken_backend)(torch.ones(1))
-
-
-def run_out_of_memory() -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory.")
-
-
-def run_out_of_cpu_memory() -> None:
-    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 4 TB")
-
-
 @pytest.mark.parametrize(
-    ("fail", "sentence"),
+    ("error", "sentence"),
     [
-        (run_out_of_memory, "out of GPU memory: try a smaller --microbatch"),
-        (run_out_of_cpu_memory, "out of memory: try a smaller --microbatch"),
-        (fail_to_compile, "--compile: failed (backend='"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory: try a smaller --micro"),
+        (MemoryError(), "out of memory: try a smaller --microbatch"),
     ],
 )
-def test_what_the_machine_cannot_do_is_a_sentence(cli, monkeypatch, fail, sentence):
-    monkeypatch.setattr(prdp, "backward_trajectories", lambda *_: fail())
-    said = only_sentence(cli("--epochs", 1))
-    assert said.startswith(f"prdp.py: {sentence}")
+def test_what_the_machine_cannot_do_is_a_sentence(cli, monkeypatch, error, sentence):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(prdp, "backward_trajectories", fail)
+    assert only_sentence(cli("--epochs", 1)).startswith(f"prdp.py: {sentence}")
 
 
-def test_preset_is_no_setting():
-    """`Config(preset=...)` is refused, and not ignored; presets are dictionaries."""
-    with pytest.raises(TypeError, match="preset"):
-        prdp.Config(preset="toy")
-    config = prdp.Config(**{**prdp.PRESETS["toy"], "epochs": 2})
-    assert config.resolved().epochs == 2
+# ---- Help ----------------------------------------------------------------------------------------
+
+
+def test_help_survives_a_per_cent_sign_in_a_path(tmp_path):
+    """As in the folder of a clone, which is part of defaults."""
+
+    @dataclasses.dataclass
+    class Settings:
+        prompts: tuple = flag(("/100%/%s/p.txt",), "what to draw")
+        model: str = flag("/50 % of/%(prog)s", "a folder")
+
+    parser = Parser(description="x")
+    parser.add_fields(dataclasses.fields(Settings), {"prompts": ("/a%d/b.txt", "/c.txt")})
+    text = parser.format_help()
+    assert "(default: /a%d/b.txt /c.txt)" in text and "(default: /50 % of/%(prog)s)" in text
 
 
 HELP = """
@@ -181,15 +242,17 @@ def test_help_needs_no_torchrun_and_no_docstrings(tmp_path):
     """Of other launchers some variables are set; and Python may leave docstrings out."""
     env = {**os.environ, "WORLD_SIZE": "4", "MASTER_ADDR": "nowhere", "MASTER_PORT": "1"}
     env["PYTHONPATH"] = str(ROOT)
-    programs = ("ddpo", "rwr", "diffusion_dpo")
-    names = ["prdp.py", "evaluate.py", "rewards.py", *(f"baselines/{name}.py" for name in programs)]
+    names = [str(ROOT / f"{program.replace('.', '/')}.py") for program in PROGRAMS]
     done = subprocess.run(
-        [sys.executable, "-OO", "-c", HELP, *(str(ROOT / name) for name in names)],
+        [sys.executable, "-OO", "-c", HELP, *names],
         cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "K, gradient updates (default: 4)" in done.stdout  # DDPO's, not PRDP's 10
     assert done.stdout.count("usage: ") == done.stdout.count("  --reward ") == len(names)
+
+
+# ---- Other people's terminals, notebooks, folders ------------------------------------------------
 
 
 def test_another_launchers_variables_are_said(cli, monkeypatch):
@@ -206,9 +269,6 @@ class Notebook(io.StringIO):
 
 
 def test_a_stdout_that_is_no_file(tiny_sd, tmp_path):
-    """And diffusers' and transformers' logging is as before afterwards."""
-    libraries = (diffusers, transformers)
-    before = [library.utils.logging.get_verbosity() for library in libraries]
     with redirect_stdout(Notebook()) as out:
         flags = [*small_run(tiny_sd), "--epochs", "1", "--out", str(tmp_path / "run")]
         prdp.main(flags)
@@ -216,61 +276,35 @@ def test_a_stdout_that_is_no_file(tiny_sd, tmp_path):
         picture = str(ROOT / "toy" / "reward.png")
         rewards.main(["--reward", "compressibility", "--images", picture])
     assert "before_after.png" in out.getvalue() and "evaluation.png" in out.getvalue()
-    assert [library.utils.logging.get_verbosity() for library in libraries] == before
-    assert all(library.utils.logging.is_progress_bar_enabled() for library in libraries)
 
 
-def test_pictures_need_no_back_end_and_no_style(tiny_sd, tmp_path):
-    """Of a notebook's variable, and of a user's matplotlibrc."""
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nsavefig.format: pdf\nnonsense: 1\n")
-    backend = "module://matplotlib_inline.backend_inline"  # not installed here
-    env = {**os.environ, "MPLBACKEND": backend, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "prdp.py"), *small_run(tiny_sd), "--epochs", "1"]
-    done = subprocess.run(
-        [*command, "--out", "run"], cwd=tmp_path, env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "reward.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_ascii_terminal_and_letters_that_no_font_has(tiny_sd, tmp_path):
-    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+def test_other_peoples_settings(tiny_sd, tmp_path):
+    """A notebook's back end and a user's matplotlibrc; a terminal of ASCII, letters that no font
+    has. Nothing is said about any of it."""
+    (tmp_path / "matplotlibrc").write_text("savefig.format: pdf\n")
     (tmp_path / "p.txt").write_text("\u4e00\u53ea\u732b \U0001f600\na $x_{$ dog\n", "utf-8")
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    backend = "module://matplotlib_inline.backend_inline"  # not installed here
+    env |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": backend}
     command = [sys.executable, str(ROOT / "prdp.py"), *small_run(tiny_sd), "--epochs", "1"]
-    command += ["--out", "f\u00fcnf", "--prompts", "p.txt"]
-    env = {**plain, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True)
+    command += ["--out", "run", "--prompts", "p.txt"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == b""
-    assert (tmp_path / "f\u00fcnf" / "pipeline").is_dir()
-
-
-def test_reader_that_leaves():
-    """As in `python prdp.py ... | head -1`."""
-    code = (
-        "from support.cli import command\nwith command('x'):\n    while True: print(1, flush=True)"
-    )
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT}
-    with subprocess.Popen([sys.executable, "-c", code], **options) as writer:
-        writer.stdout.readline()
-        writer.stdout.close()
-        assert writer.stderr.read() == b""
-    assert writer.returncode == 2
+    assert "warning" not in done.stdout and "prompts: \\u4e00" in done.stdout
+    assert (tmp_path / "run" / "reward.png").read_bytes().startswith(b"\x89PNG")
+    assert done.stderr == ""
 
 
 def test_full_stdout(capsys, monkeypatch):
     """Of a shell's redirection to a disk that is full."""
+
+    def full(*arguments, file=None, **_):
+        if file is None:
+            raise OSError(28, "No space left on device")
+
     monkeypatch.setattr("builtins.print", full)
-    monkeypatch.setattr(sys.stderr, "write", lambda text: None)
-    picture = str(ROOT / "toy" / "reward.png")
-    with pytest.raises(SystemExit) as stop:
-        rewards.main(["--reward", "compressibility", "--images", picture])
-    assert stop.value.code == 2
-
-
-def full(*arguments, file=None, **_):
-    if file is None:
-        raise OSError(28, "No space left on device")
+    flags = ["--reward", "compressibility", "--images", ROOT / "toy" / "reward.png"]
+    assert call(rewards.main, flags, capsys)[0] == 2
 
 
 def test_paths_may_be_objects_and_begin_at_home(tiny_sd, tmp_path, monkeypatch):
@@ -282,10 +316,9 @@ def test_paths_may_be_objects_and_begin_at_home(tiny_sd, tmp_path, monkeypatch):
     assert len(metrics_of(tmp_path / "run")) == 1
 
 
-def test_pip_says_that_it_is_no_package(tmp_path):
-    """Not by installing what would hide other people's modules."""
-    text = (ROOT / "pyproject.toml").read_text()
-    assert "PYTHONPATH" in text and "[build-system]" in text
+def test_this_is_no_package():
+    """Nothing to install, which would hide other people's `rewards` and `evaluate`."""
+    assert not {"[project]", "[build-system]"} & {*(ROOT / "pyproject.toml").read_text().split()}
 
 
 def test_no_gpu_is_seen_unless_asked_for():
