@@ -223,7 +223,7 @@ def sample_trajectories(
     latents = torch.empty(num_images, num_steps + 1, *shape, device=device)
     log_probs = torch.empty(num_images, num_steps, dtype=torch.float64, device=device)
 
-    with policy.autocast(), phase("sample", num_images * num_steps) as advance:
+    with policy.autocast(), phase("sample"):
         for rows in torch.arange(num_images, device=device).split(policy.microbatch):
             # All noise at once, x_T and each step's: drawing at each step would stall a GPU.
             own = [generators[m] for m in rows]
@@ -239,7 +239,6 @@ def sample_trajectories(
                 x_prev, log_prob = guided_sample(noise_pred, x_t, noise[:, step + 1], *gaussian)
                 latents[rows, step + 1] = x_prev
                 log_probs[rows, step] = log_prob
-                advance(len(rows))
     return Trajectories(latents, log_probs, prompt_embeds)
 
 
@@ -252,12 +251,11 @@ def score_trajectories(policy: Policy, trajectories: Trajectories, label: str = 
     """
     log_probs = torch.empty_like(trajectories.log_probs)
     num_images, num_steps = log_probs.shape
-    with policy.autocast(), phase(label, num_images * num_steps) as advance:
+    with policy.autocast(), phase(label):
         for rows in torch.arange(num_images, device=log_probs.device).split(policy.microbatch):
             for step in range(num_steps):
                 steps = torch.full_like(rows, step)
                 log_probs[rows, step] = step_log_prob(policy, trajectories, rows, steps)
-                advance(len(rows))
     return log_probs
 
 
@@ -336,13 +334,12 @@ def backward_trajectories(
         entries = torch.cat([entries, skipped[:missing]])
 
     def backward(scaled: Tensor) -> None:
-        with phase("update", len(entries)) as advance:
+        with phase("update"):
             for chunk in entries.split(policy.microbatch):
                 rows, steps = chunk.unbind(1)
                 with policy.autocast():
                     log_prob = step_log_prob(policy, trajectories, rows, steps)
                 (scaled[rows, steps] * log_prob).sum().backward()
-                advance(len(chunk))
 
     latent_dim = trajectories.latents[0, 0].numel()  # D
     scaled_backward(policy.unet, backward, grad_log_probs, latent_dim)
@@ -406,6 +403,7 @@ class Config:
     compile: bool = flag(False, "torch.compile the UNet; minutes of start-up")
 
     program = "prdp.py"  # the command that these are settings of
+    columns = ("clip_fraction", "log_ratio_ref", "grad_norm")  # on the screen
 
     def check(self) -> None:
         """UserError for settings that do not go together."""
@@ -637,7 +635,7 @@ def run(
         prompts = load_prompts(*config.prompts)
     prompts = as_prompts(prompts, "--prompts")
     reward = load_reward(config.reward if reward is None else reward, "cpu")
-    reward.score(grey_picture(config.model), prompts[:1])  # what cannot score ends here
+    reward.score(grey_picture(config.model).to(device), prompts[:1])  # what cannot score ends here
     with run_folder.only_writer(Path(config.out)):
         # Alg. 1, line 1. A run that goes on is loaded before anything is written.
         saved = run_folder.open_run(config)

@@ -88,9 +88,7 @@ def checked(label: str, returned: object, prompts: list[str]) -> Tensor:
     """A copy of what a scorer returned, (M,); UserError unless it is M finite real numbers."""
     count, what = len(prompts), f"reward {label} returned"
     try:
-        # Python's numbers are float64.
-        dtype = None if hasattr(returned, "dtype") else torch.float64
-        scores = torch.as_tensor(returned, dtype=dtype).detach()
+        scores = torch.as_tensor(returned)
         if scores.is_complex() or scores.layout != torch.strided or np.ma.isMaskedArray(returned):
             raise TypeError("it is complex, masked or sparse")
         shape = tuple(scores.shape)  # a nested tensor has none
@@ -100,8 +98,10 @@ def checked(label: str, returned: object, prompts: list[str]) -> Tensor:
     if shape not in ((count,), (count, 1)):
         raise UserError(f"{what} numbers of shape {shape} for {count} images.")
 
-    narrow = scores.is_floating_point() and scores.dtype != torch.float64
-    scores = scores.view(count).to(torch.float32 if narrow else torch.float64, copy=True)
+    # Python's floats are float64.
+    narrow = hasattr(returned, "dtype") and scores.is_floating_point() and scores.itemsize < 8
+    dtype = torch.float32 if narrow else torch.float64
+    scores = torch.as_tensor(returned, dtype=dtype).clone().view(count)
     for score, prompt in zip(scores.tolist(), prompts, strict=True):
         if not math.isfinite(score):
             raise UserError(f"{what} {score} for the prompt {prompt!r}.")
@@ -116,7 +116,7 @@ def parse_reward(words: str | tuple | list) -> list[tuple]:
     if not isinstance(words, (tuple, list)) or not all(isinstance(word, str) for word in words):
         raise UserError(f"--reward: must be words or one function, not {words!r}.")
     known = f"choose from {', '.join(LOADERS)}, FILE.py:FUNCTION; several are words of their own"
-    components, folders = [], set()
+    components = []
     for word in words:
         what = f"--reward {word}"
         body, weight = word.strip(), 1.0
@@ -137,12 +137,10 @@ def parse_reward(words: str | tuple | list) -> list[tuple]:
             path = os.path.abspath(os.path.expanduser(path))  # links stay: the hub's cache has them
             if not os.path.exists(path):
                 raise UserError(f"{what}: no such file or folder: {path}; {known}.")
-        if own:
-            folders.add(os.path.dirname(path))
-
         same = sum(other[0].partition("-")[0] == label for other in components)
         name = f"{label}-{same + 1}" if same else label
         components.append((name, weight, *((path, function) if own else (label, path))))
+    folders = {os.path.dirname(source) for _, _, source, _ in components if source not in LOADERS}
     if len(folders) > 1:  # each may hold a module of the same name
         raise UserError(f"--reward: put your files in one folder: {', '.join(sorted(folders))}.")
     return components
@@ -210,25 +208,19 @@ def preprocess_hpsv2(images: Tensor, size: int = 224) -> Tensor:
     """HPSv2's own, (M, 3, H, W) uint8 -> (M, 3, size, size) float32: bicubic on floats, neither
     clamped nor rounded, to longest edge `size`, zero padding to a square, and then normalise. The
     authors' code antialiases from torchvision 0.17 on, as here, and up to 0.16 (2023) does not."""
-    height, width = images.shape[-2:]
-    scale = size / max(height, width)
-    pixels = images.float() / 255
-    if scale != 1:
-        shape = (round(height * scale), round(width * scale))
-        pixels = F.interpolate(pixels, shape, mode="bicubic", antialias=True)
-    rows, columns = size - pixels.shape[-2], size - pixels.shape[-1]
+    scale = size / max(images.shape[-2:])
+    shape = [round(edge * scale) for edge in images.shape[-2:]]
+    pixels = F.interpolate(images.float() / 255, shape, mode="bicubic", antialias=True)
+    rows, columns = (size - edge for edge in shape)
     pixels = F.pad(pixels, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
     return normalise(pixels)
 
 
 def clean_text(prompt: str) -> str:
-    """open_clip's cleaning: mend Unicode, unescape HTML twice, fold spaces, lower case. Names of
-    control tokens are cut out: transformers' tokenizer would end or begin the text there."""
+    """open_clip's cleaning: plain quotes and ligatures (as of ftfy, whose other mending is left
+    out), HTML unescaped twice, spaces folded, lower case. Names of control tokens are cut out:
+    transformers' tokenizer would end or begin the text there."""
     plain = {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0xFB01: "fi", 0xFB02: "fl"}
-    with contextlib.suppress(ImportError):  # without ftfy only these are mended
-        import ftfy
-
-        prompt = ftfy.fix_text(prompt)
     text = html.unescape(html.unescape(prompt.translate(plain)))
     text = re.sub(r"<\|(start|end)oftext\|>|<(start|end)_of_text>", " ", text, flags=re.IGNORECASE)
     return re.sub(r"\s+", " ", text).strip().lower()
@@ -323,8 +315,8 @@ def open_clip_to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor
 def load_aesthetic(path: str) -> Scorer:
     """LAION aesthetic predictor v2, about 5; ignores the prompt. `path`: the .pth of its head."""
     what = "--reward aesthetic"
-    hub = ("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")
-    weights = load_tensors(what, path, *hub)
+    head = "aesthetic-model.pth"
+    weights = load_tensors(what, path, "trl-lib/ddpo-aesthetic-predictor", head)
     widths = itertools.pairwise((768, 1024, 128, 64, 16, 1))
     layers = nn.ModuleDict({n: nn.Linear(*pair) for n, pair in zip("02467", widths, strict=True)})
     with reading(f"{what}: {path} is no head sac+logos+ava1-l14-linearMSE"):

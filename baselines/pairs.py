@@ -40,11 +40,10 @@ class People:
         # Each process looks at some of the pictures.
         own = range(len(records))[rank() :: processes()]
         digests = {}
-        with phase("pictures", len(own)) as advance, ThreadPoolExecutor() as pool:
+        with phase("pictures"), ThreadPoolExecutor() as pool:
             found = pool.map(lambda number: self.check(records[number]), own)
             for number, content in zip(own, found, strict=True):
                 digests[number] = content
-                advance(1)
         for part in gather_objects(digests):
             digests |= part
 

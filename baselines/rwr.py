@@ -170,7 +170,7 @@ def train(
             pool = weights.nonzero()[:, 0]
 
         updates = []
-        with phase("update", config.updates_per_epoch) as advance:
+        with phase("update"):
             for batch in batches(config, epoch, pool, models.sd):
                 share = processes() * weights[batch[0]] / len(batch[0])
                 optimizer.zero_grad()
@@ -180,7 +180,6 @@ def train(
                 require_finite("the gradient", grad_norm)
                 optimizer.step()
                 updates.append({"loss": (share * errors).sum(), "grad_norm": grad_norm})
-                advance(1)
         del x_0, prompt_embeds, batch  # and gradients: their memory, before others are drawn
         optimizer.zero_grad()
         yield epoch_metrics(rewards, parts, updates)

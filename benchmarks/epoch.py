@@ -318,11 +318,11 @@ def run(folder: Path, functions: list[tuple], flags: str) -> list[str]:
         spent[name] += time.perf_counter() - started
 
     @contextmanager
-    def phase(name: str, total: int = 0) -> Iterator[Callable]:
+    def phase(name: str) -> Iterator[None]:
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
-        with report.phase(name, total) as done:
-            yield done
+        with report.phase(name):
+            yield
         if CUDA:
             peaks[name] = max(torch.cuda.max_memory_allocated() / 1e9, peaks.get(name, 0.0))
 

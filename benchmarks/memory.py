@@ -220,9 +220,9 @@ def peaks(folder: Path, quick: bool, **settings) -> dict[str, float]:
     config = replace(config, prompts_per_epoch=1, images_per_prompt=max(2, config.microbatch))
 
     @contextmanager
-    def phase(name: str, total: int = 0) -> Iterator[Callable]:
+    def phase(name: str) -> Iterator[None]:
         memory.peak = memory.now
-        yield lambda count: None
+        yield
         found[name] = max(found.get(name, 0), memory.peak / 1e9)
 
     with ExitStack() as stack:

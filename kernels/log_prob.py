@@ -4,16 +4,14 @@ guided_log_prob   the log-prob of a stored x_{t-1}, and its gradient: prdp.py's 
 guided_sample     x_{t-1} and its log-prob, from noise: prdp.py's sampling
 guided_log_ratio  the first with Eq. 20's clip in the same pass: for other trainers
 
-They take CUDA tensors (any under TRITON_INTERPRET=1), and compute what prdp.py's functions of these
-names say in plain torch, in the same order of operations; a run compares both when it starts. M
-rows, each one image at one step; D = C*H*W. Arithmetic is float64 in registers: log-probs are
-compared to within clip_range = 1e-6, and at the last step (sigma = 0.02, log-prob 2.5) a float32
-residual alone errs by 4e-8.
+They take CUDA tensors (any under TRITON_INTERPRET=1), and do what prdp.py's functions say in plain
+torch, in the same order; a run compares both when it starts. M rows, each one image at one step;
+D = C*H*W. Arithmetic is float64 in registers: log-probs are compared to within clip_range = 1e-6,
+and at the last step (sigma = 0.02, log-prob 2.5) a float32 residual alone errs by 4e-8.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 
@@ -52,11 +50,9 @@ def forward_kernel(
     log_ratio, clipped_log_ratio,  # written with `clip`
     guidance_scale: tl.float64, clip_range: tl.float64, D, draw, clip, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: guidance, mean, residual, square, sum.
-
-    With `draw` x_prev first, with `clip` Eqs. 19 and 20. Both are known at run time only. So the
-    three operations share one binary, with one order of summation, and a sample's log-prob has the
-    same bits as its later re-scoring."""
+    """One program a row: with `draw` x_prev first, with `clip` Eqs. 19 and 20 too. Both are known
+    at run time only: the three operations share one binary, with one order of summation, and so a
+    sample's log-prob has the same bits as its later re-scoring."""
     row = tl.program_id(0).to(tl.int64)
     a = tl.load(coef_sample + row)
     b = tl.load(coef_noise + row)
@@ -66,14 +62,15 @@ def forward_kernel(
     for start in range(0, D, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < D
-        u_block = tl.load(u + row * D + column, inside, 0.0)
-        c_block = tl.load(c + row * D + column, inside, 0.0)
-        x_t_block = tl.load(x_t + row * D + column, inside, 0.0)
-        x = tl.load(given + row * D + column, inside, 0.0)
+        place = row * D + column
+        u_block = tl.load(u + place, inside, 0.0)
+        c_block = tl.load(c + place, inside, 0.0)
+        x_t_block = tl.load(x_t + place, inside, 0.0)
+        x = tl.load(given + place, inside, 0.0)
         mean = guided_mean(u_block, c_block, x_t_block, a, b, guidance_scale)
         if draw != 0:
             x = (mean + s * x.to(tl.float64)).to(tl.float32)
-            tl.store(x_prev + row * D + column, x, inside)
+            tl.store(x_prev + place, x, inside)
         residual = x.to(tl.float64) - mean  # 0 where masked
         total += residual * residual
     value = -(tl.sum(total) / D) / (2 * s * s) - tl.log(s) - 0.9189385332046727  # 0.5 * log(2 * pi)
@@ -98,28 +95,27 @@ def backward_kernel(
     grad_u, grad_c,  # (M, D): written, in the dtype of u and c
     guidance_scale: tl.float64, D, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of a row.
-
-    dlog_prob/dmean = (x_prev - mean) / (sigma^2 D); dmean/dc = coef_noise * guidance_scale;
-    dmean/du = coef_noise * (1 - guidance_scale). The mean is computed again: reading one would cost
-    more."""
+    """One program a block of a row. dlog_prob/dmean = (x_prev - mean) / (sigma^2 D); dmean/dc =
+    coef_noise * guidance_scale; dmean/du = coef_noise * (1 - guidance_scale). The mean is computed
+    again: reading one would cost more."""
     row = tl.program_id(0).to(tl.int64)
     a = tl.load(coef_sample + row)
     b = tl.load(coef_noise + row)
     s = tl.load(sigma + row)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < D
-    u_block = tl.load(u + row * D + column, inside, 0.0)
-    c_block = tl.load(c + row * D + column, inside, 0.0)
-    x_t_block = tl.load(x_t + row * D + column, inside, 0.0)
-    x = tl.load(x_prev + row * D + column, inside, 0.0)
+    place = row * D + column
+    u_block = tl.load(u + place, inside, 0.0)
+    c_block = tl.load(c + place, inside, 0.0)
+    x_t_block = tl.load(x_t + place, inside, 0.0)
+    x = tl.load(x_prev + place, inside, 0.0)
     residual = x.to(tl.float64) - guided_mean(u_block, c_block, x_t_block, a, b, guidance_scale)
     grad_guided = tl.load(upstream + row) * b / (s * s * D) * residual
     # Through float32, as PyTorch rounds float64 to half precision.
     grad_c_block = (grad_guided * guidance_scale).to(tl.float32).to(c.dtype.element_ty)
     grad_u_block = (grad_guided * (1 - guidance_scale)).to(tl.float32).to(u.dtype.element_ty)
-    tl.store(grad_c + row * D + column, grad_c_block, inside)
-    tl.store(grad_u + row * D + column, grad_u_block, inside)
+    tl.store(grad_c + place, grad_c_block, inside)
+    tl.store(grad_u + place, grad_u_block, inside)
 
 
 # One program a row, without a second stage to join partial sums, which would cost a launch. In 64
@@ -135,12 +131,11 @@ def packed(x: Tensor) -> Tensor:
 
 def prepare(noise_pred: Tensor, x_t: Tensor, x_other: Tensor, *rows: Tensor) -> tuple:
     """The arguments as the kernels take them: noise_pred (2M, ...), x_t, x_other (M, ...) packed,
-    rows (M,) float64. AssertionError for shapes that do not fit, ValueError off the GPU."""
+    rows (M,) float64."""
     shapes = [tuple(x.shape) for x in (noise_pred, x_t, x_other, *rows)]
     assert noise_pred.shape == (2 * len(x_t), *x_t.shape[1:]), shapes
     assert x_other.shape == x_t.shape and all(x.shape == x_t.shape[:1] for x in rows), shapes
     assert x_t.dtype == x_other.dtype == torch.float32, (x_t.dtype, x_other.dtype)
-    assert noise_pred.dtype in (torch.float32, torch.bfloat16, torch.float16), noise_pred.dtype
     if not x_t.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"Triton kernels need CUDA tensors, and these are on {x_t.device}")
     rows = [x.double().contiguous() for x in rows]
@@ -150,11 +145,9 @@ def prepare(noise_pred: Tensor, x_t: Tensor, x_other: Tensor, *rows: Tensor) -> 
 def launch_forward(
     noise_pred, x_t, x_prev, coefs, guidance_scale, noise=None, clipping=None
 ) -> tuple[Tensor, ...]:
-    """log_prob; with clipping = (log_prob_ref, log_prob_old, clip_range) also log_ratio and
+    """log_prob, and with clipping = (log_prob_ref, log_prob_old, clip_range) log_ratio and
     clipped_log_ratio. Reads x_prev, or writes it where `noise` is given."""
-    count = 3 if clipping else 1
-    out = torch.empty(count, len(x_t), dtype=torch.float64, device=x_t.device)
-    out = out.expand(3, -1)
+    out = torch.empty(3, len(x_t), dtype=torch.float64, device=x_t.device)
     log_prob_ref, log_prob_old, clip_range = clipping or (out[0], out[0], math.inf)  # not read
     given = x_prev if noise is None else noise
     with torch.cuda.device_of(x_t):
@@ -173,26 +166,23 @@ class GuidedLogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, noise_pred, x_t, x_prev, coefs, guidance_scale, clipping):
         ctx.coefs, ctx.guidance_scale = coefs, guidance_scale
-        ctx.set_materialize_grads(False)  # no zeros for an output that is not used
         outputs = launch_forward(noise_pred, x_t, x_prev, coefs, guidance_scale, clipping=clipping)
         ctx.save_for_backward(noise_pred, x_t, x_prev, *outputs[1:])
         return outputs if clipping else outputs[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_log_prob=None, grad_log_ratio=None, grad_clipped=None):
-        """dlog_ratio/dlog_prob = 1, the clipped ratio's 1 or 0; the rest is `backward_kernel`'s."""
+    def backward(ctx, upstream, grad_log_ratio=None, grad_clipped=None):
         noise_pred, x_t, x_prev, log_ratio, clipped_log_ratio = ctx.saved_tensors
-        if grad_clipped is not None:
+        if grad_log_ratio is not None:  # dlog_ratio/dlog_prob = 1, the clipped ratio's 1 or 0
             inside = log_ratio == clipped_log_ratio  # its edges too
-            grad_clipped = torch.where(inside, grad_clipped, 0.0)
-        used = [g for g in (grad_log_prob, grad_log_ratio, grad_clipped) if g is not None]
-        upstream = functools.reduce(torch.add, used).contiguous()
+            upstream = upstream + grad_log_ratio + torch.where(inside, grad_clipped, 0.0)
         gradient, size = torch.empty_like(noise_pred), math.prod(x_t.shape[1:])
         with torch.cuda.device_of(x_t):
             backward_kernel[(len(x_t), triton.cdiv(size, 1024))](
-                upstream, *noise_pred.chunk(2), x_t, x_prev, *ctx.coefs, *gradient.chunk(2),
-                ctx.guidance_scale, size, BLOCK=1024, num_warps=4, enable_fp_fusion=False,
+                upstream.contiguous(), *noise_pred.chunk(2), x_t, x_prev, *ctx.coefs,
+                *gradient.chunk(2), ctx.guidance_scale, size,
+                BLOCK=1024, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
         return gradient, None, None, None, None, None
 
@@ -206,8 +196,7 @@ def guided_log_prob(
     sigma: Tensor,  # (M,)
     guidance_scale: float,
 ) -> Tensor:
-    """log pi(x_prev | x_t): (M,) float64, nats per latent dimension. Only noise_pred gets a
-    gradient."""
+    """log pi(x_prev | x_t): (M,) float64, nats per latent dimension; a gradient for noise_pred."""
     step = prepare(noise_pred, x_t, x_prev, coef_sample, coef_noise, sigma)
     return GuidedLogProb.apply(*step, guidance_scale, None)
 
@@ -231,11 +220,9 @@ def guided_log_ratio(
     log_prob_old: Tensor,  # (M,), under pi_theta_old
     clip_range: float,  # epsilon of Eq. 20, in the unit of log_prob; inf: no clipping
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """For trainers whose loss splits by steps, as PPO's does, and that so never store log-probs:
-    log_prob, r-hat of Eq. 19 and its clipped form of Eq. 20, each (M,) float64, in one kernel.
-
-    PRDP's loss squares a mean over T, so prdp.py needs all log-probs before it can weigh one, and
-    clips on that small matrix. The gradient passes at the clip range's edge, as torch.clamp's."""
+    """log_prob, r-hat of Eq. 19 and its clipped form of Eq. 20, each (M,) float64, in one kernel:
+    for trainers whose loss splits by steps, as PPO's does. (PRDP's squares a mean over T, so that
+    prdp.py clips the matrix of all.) The gradient passes at the clip's edge, as torch.clamp's."""
     rows = (coef_sample, coef_noise, sigma, log_prob_ref, log_prob_old)
     noise_pred, x_t, x_prev, rows = prepare(noise_pred, x_t, x_prev, *rows)
     clipping = (*rows[3:], clip_range)

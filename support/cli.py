@@ -21,15 +21,14 @@ class CodeError(UserError):
 
 
 def flag(default, text: str = "", *choices: str, **options):
-    """A dataclass field that is a flag too; without a text it is none. `least` is its smallest
-    value, where that is not above 0; `resolve` gives the value that acts; `group` begins a heading
-    of --help; other options are argparse's."""
+    """A dataclass field that is a flag too, if it has a text. `least` is its smallest value, where
+    that is not above 0; `resolve` gives the value that acts; `group` begins a heading of --help;
+    other options are argparse's."""
     options |= {"help": text, "choices": choices or None}
     return dataclasses.field(default=default, metadata=options)
 
 
 def option(name: str) -> str:
-    """The flag of a dataclass field."""
     return "--" + name.replace("_", "-")
 
 
@@ -53,7 +52,6 @@ class Parser(argparse.ArgumentParser):
                 options.pop(name, None)
             if "group" in options:
                 group = self.add_argument_group(options.pop("group"))
-
             default = (preset or {}).get(field.name, field.default)
             if isinstance(default, tuple):
                 options |= {"type": str, "nargs": "+"}
@@ -78,11 +76,10 @@ def command(name: str) -> Iterator[None]:
         raise SystemExit(130) from None
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         sentence = " ".join(str(error).split())
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            where = "memory" if isinstance(error, MemoryError) else "GPU memory"
             smaller = "a smaller --microbatch, --gradient-checkpointing, --offload on"
-            sentence = f"out of GPU memory: try {smaller} or --lora-rank 8."
-        elif isinstance(error, MemoryError):
-            sentence = "out of memory: try a smaller --microbatch or --prompts-per-epoch."
+            sentence = f"out of {where}: try {smaller} or --lora-rank 8."
         elif isinstance(error, OSError):
             sentence = f"{error.filename or 'output'}: {error.strerror or sentence}."
         if isinstance(error, CodeError):
@@ -100,23 +97,23 @@ def reading(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         kinds = (OSError, ValueError, EOFError, RuntimeError, ImportError)
-        libraries = ("safetensors", "http", "huggingface_hub", "_pickle", "_csv")
+        libraries = ("safetensors", "http", "huggingface_hub", "_pickle")
         foreign = isinstance(error, kinds) or type(error).__module__.startswith(libraries)
         if isinstance(error, torch.OutOfMemoryError) or not foreign:
             raise
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or str(error)
         reason = textwrap.shorten(reason, 300, placeholder=" ...").rstrip(".")
-        link, kinds = error, set()
+        link = error
         while link:  # the errors that led to this one
-            kinds.add(type(link).__name__)
             status = getattr(getattr(link, "response", None), "status_code", 0)
+            kind = type(link).__name__
             if status >= 400:
                 remedy = "check the name, accept its licence on its page, log in by `hf auth login`"
                 reason = f"the hub answers {status}; {remedy}"
-            link = link.__cause__ or link.__context__
-        if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError"}:
-            if "the hub answers" not in reason:
+                break
+            if kind in ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError"):
                 reason = "not cached, and the hub is out of reach"
-        elif kinds & {"SafetensorError", "EOFError", "UnpicklingError"}:
-            reason = "a file of weights is damaged, cut short, or holds more than weights"
+            elif kind in ("SafetensorError", "EOFError", "UnpicklingError"):
+                reason = "a file of weights is damaged, cut short, or holds more than weights"
+            link = link.__cause__ or link.__context__
         raise UserError(f"{what}: {reason}.") from error

@@ -1,9 +1,8 @@
 """One process or several: who this is, what they share, and noise that does not depend on it."""
 
 import hashlib
-import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -41,17 +40,15 @@ def end_processes() -> None:
 
 
 def processes() -> int:
-    """How many there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is; only rank 0 prints and writes files."""
+    """Which process this is; only rank 0 prints and writes files."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def print0(text: str) -> None:
-    """Print, at once, on rank 0."""
     if rank() == 0:
         print(text, flush=True)
 
@@ -66,10 +63,11 @@ def image_generators(seed: int, epoch: int, prompts: Sequence[int], images: int)
     """One CPU generator for each of `images` images of each prompt, by its number: noise depends on
     no microbatch, device or other image. Epoch 0 is of pictures to show, -epoch of draw_prompts."""
     generators = []
-    for prompt, image in itertools.product(prompts, range(images)):
-        key = hashlib.sha256(f"{seed} {epoch} {prompt} {image}".encode()).digest()[:8]
-        number = int.from_bytes(key, "little", signed=True)
-        generators.append(torch.Generator().manual_seed(number))
+    for prompt in prompts:
+        for image in range(images):
+            key = hashlib.sha256(f"{seed} {epoch} {prompt} {image}".encode()).digest()[:8]
+            number = int.from_bytes(key, "little", signed=True)
+            generators.append(torch.Generator().manual_seed(number))
     return generators
 
 
@@ -92,11 +90,6 @@ def gather(x: Tensor) -> Tensor:
     return torch.cat([part.to(x.device) for part in gather_objects(x.cpu())])
 
 
-def on_rank_0(read: Callable):
-    """What `read` returns on rank 0, in every process."""
-    return gather_objects(read() if rank() == 0 else None)[0]
-
-
 def average_gradients(parameters: list[nn.Parameter]) -> None:
     """Each `.grad` becomes its mean over processes; where nothing was learned it is 0."""
     for p in parameters:
@@ -110,7 +103,5 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
 def require_finite(what: str, values: Tensor) -> None:
     """Stop before anything is learned from NaN or infinity."""
     if not values.isfinite().all():
-        remedy = (
-            "a lower --learning-rate or --guidance-scale, a higher --kl-weight, another --dtype"
-        )
-        raise UserError(f"{what} is not finite; try, in a new run, {remedy}.")
+        remedy = "lower --learning-rate or --guidance-scale, a higher --kl-weight, another --dtype"
+        raise UserError(f"{what} is not finite; try, in a new run, a {remedy}.")

@@ -32,7 +32,6 @@ def load_prompts(*paths: str | Path) -> list[str]:
 
 
 def read_prompts(path: str) -> list[str]:
-    """The prompts of one file."""
     file, _, column = path.rpartition(":")
     if os.path.exists(path) or not file:
         file, column = path, ""
@@ -40,8 +39,8 @@ def read_prompts(path: str) -> list[str]:
     if kind not in (".txt", "", ".csv", ".tsv", ".json", ".jsonl"):
         raise UserError(f"{what}: must be .txt, .csv, .tsv, .json or .jsonl.")
     with reading(what):
-        marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        wide = Path(file).read_bytes().startswith(marks)
+        mark = Path(file).read_bytes()[:2]
+        wide = mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         text = Path(file).read_text(encoding="utf-16" if wide else "utf-8-sig")
     if "\0" in text or text.startswith("version https://git-lfs"):
         raise UserError(f"{what}: is no text, or a Git LFS pointer in place of one.")
@@ -53,34 +52,28 @@ def read_prompts(path: str) -> list[str]:
     elif kind == ".jsonl":
         for number, line in enumerate(lines, 1):
             with reading(f"{what}, line {number}"):
-                records.append(json.loads(line or '""'))  # a blank one is no prompt
+                records.append(json.loads(line.strip() or '""'))  # a blank one is no prompt
     elif kind in (".csv", ".tsv"):
-        records = read_table(what, text, lines[0], kind)
+        form = {"delimiter": "\t" if kind == ".tsv" else ",", "strict": True}
+        if kind == ".csv":
+            with contextlib.suppress(csv.Error):  # which means one column
+                form["delimiter"] = csv.Sniffer().sniff(lines[0], delimiters=",;\t|").delimiter
+        table = csv.DictReader(io.StringIO(text), **form)
+        try:
+            records = list(table)
+        except csv.Error as error:
+            if kind == ".csv":
+                why = f"line {table.reader.line_num}: {error}; is a quote not closed?"
+                raise UserError(f"{what}, {why}") from error
+            form["quoting"] = csv.QUOTE_NONE  # its quotes are text, as in PartiPrompts
+            records = list(csv.DictReader(io.StringIO(text), **form))
+        for number, row in enumerate(records, 2):
+            if None in row:
+                remedy = f"quote what holds a {form['delimiter']!r}"
+                raise UserError(f"{what}: row {number} has more cells than the header; {remedy}.")
     else:
         records = [line for line in lines if not line.lstrip().startswith("#")]
     return as_prompts(records, what, (column.lower(),) if column else COLUMNS)
-
-
-def read_table(what: str, text: str, header: str, kind: str) -> list[dict]:
-    """The rows below a table's header; UserError for quotes or cells that do not fit."""
-    form = {"delimiter": "\t" if kind == ".tsv" else ",", "strict": True}
-    if kind == ".csv":
-        with contextlib.suppress(csv.Error):  # which means one column
-            form["delimiter"] = csv.Sniffer().sniff(header, delimiters=",;\t|").delimiter
-    table = csv.DictReader(io.StringIO(text), **form)
-    try:
-        rows = list(table)
-    except csv.Error as error:
-        if kind == ".csv":
-            why = f"line {table.reader.line_num}: {error}; is a quote not closed?"
-            raise UserError(f"{what}, {why}") from error
-        form["quoting"] = csv.QUOTE_NONE  # its quotes are text, as in PartiPrompts
-        rows = list(csv.DictReader(io.StringIO(text), **form))
-    for number, row in enumerate(rows, 2):
-        if None in row:
-            remedy = f"quote what holds a {form['delimiter']!r}"
-            raise UserError(f"{what}: row {number} has more cells than the header; {remedy}.")
-    return rows
 
 
 def as_prompts(records: Iterable, what: str = "prompts", columns: tuple = COLUMNS) -> list[str]:
@@ -143,8 +136,8 @@ def load_network(what: str, kind: type, folder: str, **options) -> nn.Module:
     weights = network.named_parameters()
     bad |= {name for name, p in weights if p.is_meta or not p.isfinite().all()}
     if bad:
-        why = f"{len(bad)} weights are missing, misshapen or not finite ({min(bad)})"
-        raise UserError(f"{what}: {why}.")
+        wrong = "weights are missing, misshapen or not finite"
+        raise UserError(f"{what}: {len(bad)} {wrong} ({min(bad)}).")
     return network.eval().requires_grad_(False)
 
 
@@ -175,7 +168,6 @@ def load_tensors(what: str, path: str, repository: str, file: str) -> dict[str, 
 
 
 def load_module(name: str, file: str):
-    """A Python file as the module of that name."""
     spec = importlib.util.spec_from_file_location(name, file)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -199,11 +191,10 @@ def load_function(file: str, function: str) -> Callable:
         sys.path.append(folder)  # last: no module of it hides another
 
     # Worker processes find the module by its name, if that is free.
-    what, spec = f"--reward {file}:{function}", None
-    if name.isidentifier():
-        spec = importlib.util.find_spec(name)
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or spec.origin != file:
         name = f"reward_file {file}"
+    what = f"--reward {file}:{function}"
     with users_code(f"{what}: cannot be imported"):
         module = load_module(name, file)
     if not callable(getattr(module, function, None)):

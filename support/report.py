@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import math
 import os
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -23,21 +22,18 @@ SECONDS: dict[str, float] = {}  # each `phase` since this was last emptied
 
 
 @contextlib.contextmanager
-def phase(name: str, total: int = 0) -> Iterator[Callable[[int], object]]:
-    """A part of an epoch, whose time is counted, without that of phases in it. Yields a function
-    that moves a progress bar of `total` on; without a terminal a long phase prints a line."""
-    from tqdm import tqdm
-
-    tqdm.monitor_interval = 0  # else a thread watches over the bars, and never ends
-    hidden = True if rank() or not total else None  # None: unless on a terminal
-    started, counted = time.perf_counter(), sum(SECONDS.values())
-    with tqdm(total=total, desc=f"{name:>9}", leave=False, disable=hidden) as bar:
-        yield bar.update
+def phase(name: str) -> Iterator[None]:
+    """A part of an epoch, whose time is counted, without that of phases in it; a long one is said
+    when it is over."""
+    started = time.perf_counter()
+    counted = sum(SECONDS.values())
+    yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    spent = time.perf_counter() - started - (sum(SECONDS.values()) - counted)
+    inner = sum(SECONDS.values()) - counted
+    spent = time.perf_counter() - started - inner
     SECONDS[name] = SECONDS.get(name, 0.0) + spent
-    if spent > 10 and not sys.stderr.isatty():
+    if spent > 10:
         print0(f"{name}: {duration(spent)}")
 
 
@@ -51,23 +47,21 @@ def duration(seconds: float) -> str:
 
 def introduce(config, sd, kernels: str, prompts: list[str]) -> None:
     """Print what is about to run."""
-    sizes = [p.numel() for p in sd.unet.parameters()]
-    learning = sum(p.numel() for p in sd.unet.parameters() if p.requires_grad)
-    print0(f"{config.program}: {learning / 1e6:.3g} M parameters of {config.model} learn")
-    print0(f"reward {' '.join(config.reward) or 'of the caller, or none'}; to {config.out}")
-    print0(f"{len(prompts)} prompts: {'; '.join(prompts[:3])}; ...")
+    millions = sum(p.numel() for p in sd.unet.parameters() if p.requires_grad) / 1e6
+    reward = " ".join(config.reward) or "of the caller, or none"
+    first = "; ".join(prompts[:3])
+    print0(f"{config.program}: {millions:.3g} M parameters of {config.model} learn")
+    print0(f"reward {reward}; to {config.out}")
+    print0(f"{len(prompts)} prompts: {first}; ...")
     print0(f"{processes()} process(es); passes in {config.dtype}; log-probs: {kernels}")
     plan = f"gradient checkpointing {config.gradient_checkpointing}, offload {config.offload}"
     print0(f"microbatch {config.microbatch}, {plan}")
 
-    some = prompts[:1000]
     context = sd.pipe.tokenizer.model_max_length
-    long = sum(len(ids) > context for ids in sd.pipe.tokenizer(some).input_ids)
+    tokens = sd.pipe.tokenizer(prompts[:1000]).input_ids
+    long = sum(len(ids) > context for ids in tokens)
     if long:
-        print0(f"warning: {long} of {len(some)} prompts exceed {context} tokens, cut there.")
-    if not torch.cuda.is_available() and sum(sizes) > 1e8:
-        version = f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU"
-        print0(f"warning: on the CPU, which may take months: {version}.")
+        print0(f"warning: {long} of {len(tokens)} prompts exceed {context} tokens, cut there.")
 
 
 def forecast(config, seconds: tuple[float, float], start: int) -> None:
@@ -76,9 +70,9 @@ def forecast(config, seconds: tuple[float, float], start: int) -> None:
     images = config.prompts_per_epoch * config.images_per_prompt / processes()
     passes, backward_passes = config.passes()
     epoch = images * (passes * seconds[0] + backward_passes * seconds[1])
-    epochs = config.epochs - start + 1
-    whole = f"an epoch takes about {duration(epoch)}, {epochs} epochs from {start} on"
-    print0(f"{duration(seconds[0])} to sample an image: {whole} {duration(epochs * epoch)}")
+    left = config.epochs - start + 1
+    print0(f"{duration(seconds[0])} to sample an image: an epoch takes about {duration(epoch)}")
+    print0(f"epochs {start} to {config.epochs}: about {duration(left * epoch)}")
 
 
 def epoch_metrics(
@@ -89,11 +83,13 @@ def epoch_metrics(
     for name in updates[0]:
         others[name] = torch.stack([update[name] for update in updates])
     rewards = gather(rewards.flatten())
+    count = len(rewards)
     std = deviation(rewards)
-    metrics = {"images": len(rewards), "reward_mean": rewards.mean().item(), "reward_std": std}
-    metrics["reward_se"] = std / len(rewards) ** 0.5
+    metrics = {"images": count, "reward_mean": rewards.mean().item(), "reward_std": std}
+    metrics["reward_se"] = std / count**0.5
     for name, x in others.items():
-        metrics[name] = gather(x.double().mean()[None]).mean().item()
+        mean = x.double().mean()
+        metrics[name] = gather(mean[None]).mean().item()
     for label, part in parts.items():
         metrics[f"reward_mean/{label}"] = gather(part).mean().item()
     return metrics
@@ -114,39 +110,39 @@ def as_row(epoch: int, metrics: dict[str, float]) -> dict:
 def show_epoch(config, rows: list[dict], start: int, track: Callable) -> None:
     """Six columns on the screen; the tracker and metrics.jsonl have all."""
     row = rows[-1]
+    line = "{:>5} {:>20}" + "  {:>13}" * len(config.columns) + "  {:>8}"
     if (row["epoch"] - start) % 20 == 0:
-        print0("epoch    reward_mean +- se  clip_fraction  log_ratio_ref  grad_norm  seconds")
+        print0(line.format("epoch", "reward_mean +- se", *config.columns, "seconds"))
     cells = []
-    for name in ("reward_se", "clip_fraction", "log_ratio_ref", "grad_norm"):
-        cells.append("-" if row.get(name) is None else f"{row[name]:.3g}")
-    mean = "-" if row["reward_mean"] is None else f"{row['reward_mean']:.4f} +- {cells[0]}"
+    for name in ("reward_se", *config.columns):
+        value = row.get(name)
+        cells.append("-" if value is None else f"{value:.3g}")
+    mean = "-"
+    if row["reward_mean"] is not None:
+        mean = f"{row['reward_mean']:.4f} +- {cells[0]}"
     seconds = sum(x for name, x in row.items() if name.startswith("seconds_"))
-    line = "{:>5} {:>20}  {:>13}  {:>13}  {:>9}  {:>7.1f}"
-    print0(line.format(row["epoch"], mean, *cells[1:], seconds))
+    print0(line.format(row["epoch"], mean, *cells[1:], f"{seconds:.1f}"))
     if row["reward_std"] == 0:
         print0("warning: every image has the same reward; there is nothing to learn from.")
-    track(row["epoch"], {name: x for name, x in row.items() if x is not None})
+    numbers = {name: x for name, x in row.items() if x is not None}
+    with forgiving(f"--log-to {config.log_to}: epoch {row['epoch']} was not sent"):
+        track(row["epoch"], numbers)
     with forgiving("reward.png"):
         plot_rewards(Path(config.out, "reward.png"), rows)
 
 
 def open_tracker(config, record: dict, start: int) -> Callable:
     """The function (epoch, numbers, picture or None) that sends to --log-to; UserError where that
-    cannot be opened. What fails later is a warning."""
+    cannot be opened."""
     if rank() != 0 or config.log_to == "none":
         return lambda epoch, numbers, picture=None: None
-    what = f"--log-to {config.log_to}"
     try:
-        send = wandb_tracker(config, record) if config.log_to == "wandb" else None
-        send = send or tensorboard_tracker(config, start)
+        if config.log_to == "wandb":
+            return wandb_tracker(config, record)
+        return tensorboard_tracker(config, start)
     except Exception as error:
-        raise UserError(f"{what}: cannot be opened ({type(error).__name__}: {error}).") from error
-
-    def track(epoch: int, numbers: dict[str, float], picture: Path | None = None) -> None:
-        with forgiving(f"{what}: epoch {epoch} was not sent"):
-            send(epoch, numbers, picture)
-
-    return track
+        what = f"--log-to {config.log_to}: cannot be opened"
+        raise UserError(f"{what} ({type(error).__name__}: {error}).") from error
 
 
 def wandb_tracker(config, record: dict) -> Callable:
@@ -156,10 +152,11 @@ def wandb_tracker(config, record: dict) -> Callable:
     same = {"id": record["tracker_id"], "resume": "allow", "config": record}
     run = wandb.init(project=project, name=Path(config.out).name, dir=config.out, **same)
 
-    def send(epoch: int, numbers: dict[str, float], picture: Path | None) -> None:
-        run.log(numbers | ({"samples": wandb.Image(str(picture))} if picture else {}), step=epoch)
+    def track(epoch: int, numbers: dict[str, float], picture: Path | None = None) -> None:
+        pictures = {"samples": wandb.Image(str(picture))} if picture else {}
+        run.log(numbers | pictures, step=epoch)
 
-    return send
+    return track
 
 
 def tensorboard_tracker(config, start: int) -> Callable:
@@ -167,14 +164,14 @@ def tensorboard_tracker(config, start: int) -> Callable:
 
     writer = SummaryWriter(config.out, purge_step=start)
 
-    def send(epoch: int, numbers: dict[str, float], picture: Path | None) -> None:
+    def track(epoch: int, numbers: dict[str, float], picture: Path | None = None) -> None:
         for name, value in numbers.items():
             writer.add_scalar(name, value, epoch)
         if picture:
-            writer.add_image("samples", read_picture(picture, "--log-to tensorboard"), epoch)
+            writer.add_image("samples", read_picture(picture, "--log-to"), epoch)
         writer.flush()
 
-    return send
+    return track
 
 
 class Samples(NamedTuple):
@@ -187,8 +184,9 @@ class Samples(NamedTuple):
 
 def mean_and_error(rewards: Tensor) -> tuple[float, float]:
     """Mean of rewards (P, S), and its standard error over prompts; of one prompt, over images."""
-    rows = (rewards.mean(1) if len(rewards) > 1 else rewards[0]).double()
-    return rows.mean().item(), deviation(rows) / len(rows) ** 0.5
+    rows = rewards.mean(1) if len(rewards) > 1 else rewards[0]
+    error = deviation(rows.double()) / len(rows) ** 0.5
+    return rows.double().mean().item(), error
 
 
 def deviation(x: Tensor) -> float:
@@ -226,8 +224,11 @@ def draw_images(path: Path, models: dict[str, Samples], shots: int = 2) -> None:
         return
     prompts, images, _ = next(iter(models.values()))
     per_prompt = len(images) // len(prompts)
-    rows = [*itertools.product(range(min(shots, per_prompt)), models.items())]
-    titles = [textwrap.fill(p, 20, max_lines=4, placeholder=" ...") for p in prompts[:8]]
+    shots = min(shots, per_prompt)
+    rows = list(itertools.product(range(shots), models))
+    titles = []
+    for prompt in prompts[:8]:
+        titles.append(textwrap.fill(prompt, 20, max_lines=4, placeholder=" ..."))
 
     # Sizes in pixels: small pictures are shown larger.
     zoom = -(-128 // images.shape[-1])
@@ -236,22 +237,26 @@ def draw_images(path: Path, models: dict[str, Samples], shots: int = 2) -> None:
     font = ImageFont.load_default(size=max(12, width // 14))
     line = font.size + 4
     left = 8 * font.size
-    top = line * (1 + max(title.count("\n") for title in titles)) + 8
+    most = max(title.count("\n") for title in titles)
+    top = line * (1 + most) + 8
     column = width + width // 16
     row = height + 2 * line
-    page = Image.new("RGB", (left + len(titles) * column, top + len(rows) * row), "white")
+    size = (left + len(titles) * column, top + len(rows) * row)
+    page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)
 
     for n, title in enumerate(titles):
         x = left + n * column
         draw.text((x, 4), title, "black", font)
-        for r, (shot, (name, samples)) in enumerate(rows):
+        for r, (shot, name) in enumerate(rows):
             y = top + r * row
-            draw.text((4, y + height // 2 - line), textwrap.fill(name, 14), "black", font)
+            label = textwrap.fill(name, 14)
+            draw.text((4, y + height // 2 - line), label, "black", font)
             number = n * per_prompt + shot
-            pixels = Image.fromarray(samples.images[number].permute(1, 2, 0).numpy())
-            page.paste(pixels.resize((width, height), Image.Resampling.NEAREST), (x, y))
-            reward = samples.rewards[number]
+            pixels = models[name].images[number].permute(1, 2, 0)
+            picture = Image.fromarray(pixels.numpy())
+            page.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
+            reward = models[name].rewards[number]
             if not reward.isnan():
                 draw.text((x, y + height), f"{reward:.4g}", "black", font)
     with writing(path) as temporary:
@@ -273,9 +278,10 @@ def compare(config, before: Samples, after: Samples, track: Callable) -> None:
     with forgiving(str(path)):
         draw_images(path, {"base": before, "finetuned": after})
     if not after.rewards.isnan().all():
-        rise, error = mean_and_error((after.rewards - before.rewards).unsqueeze(0))
+        difference = after.rewards - before.rewards
+        rise, error = mean_and_error(difference[None])
         means = f"{before.rewards.mean():.4f} -> {after.rewards.mean():.4f}"
-        count = f"mean reward of {len(before.rewards)} images on fixed prompts and seeds"
+        count = f"mean reward of {len(difference)} images on fixed prompts and seeds"
         print0(f"{count}: {means}, {rise:+.4f} +- {error:.4f}")
         print0("(standard error of the paired difference)")
     print0(f"see {path}")

@@ -1,7 +1,6 @@
 """A run's folder: one writer, files whole or not at all, and what a run goes on from."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
@@ -17,15 +16,13 @@ import torch
 from torch import nn
 
 from support.cli import UserError, reading
-from support.distributed import on_rank_0, print0, rank
+from support.distributed import gather_objects, print0, rank
 
 # What a run and its continuation may differ in; paths, because digests tell what they hold.
 MAY_DIFFER = {"resume", "out", "epochs", "save_every", "keep_every", "sample_every", "log_to"}
-MACHINE = {"microbatch", "gradient_checkpointing", "offload"}  # of these the bits may depend
-MAY_DIFFER |= MACHINE | {"model", "prompts", "pairs", "reward", "tracker_id", "reward_digests"}
-VERSION = 5  # of the checkpoint's layout
-STARTED = {"config.json", "metrics.jsonl", "checkpoint", "samples"}  # by a start that failed, too
-OURS = STARTED | {"reward.png", "before_after.png", "pipeline", "lora", "epochs"}
+MAY_DIFFER |= {"microbatch", "gradient_checkpointing", "offload", "model", "prompts", "pairs"}
+MAY_DIFFER |= {"reward", "reward_digests"}
+OURS = {"config.json", "metrics.jsonl", "checkpoint", "samples", "pipeline", "lora", "epochs"}
 OURS |= {"model_index.json"}  # of a model, which is no place for a run
 
 
@@ -44,10 +41,9 @@ def only_writer(folder: Path) -> Iterator[None]:
     if rank() != 0:
         yield
         return
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(parents=True, exist_ok=True)
-    if not folder.is_dir():
+    if folder.is_file():
         raise UserError(f"{folder}: is a file; choose a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
@@ -75,10 +71,8 @@ def forgiving(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, for a file or folder that replaces it when it is whole.
-
-    When killed there is the old one or the new one; of a folder, for a moment neither. What cannot
-    be written leaves nothing behind, and is a UserError that names `path`."""
+    """A temporary name beside `path`, for a file or folder that replaces it when it is whole. What
+    cannot be written leaves nothing behind, and is a UserError that names `path`."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         remove(temporary)  # of a run that was killed
@@ -97,7 +91,6 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """A file, or a folder with all that is in it, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -106,15 +99,14 @@ def remove(path: Path) -> None:
 
 def write_json(path: Path, content: object, lines: bool = False) -> None:
     """Strict JSON, on rank 0 alone; with `lines` each member of a list in a line of its own."""
-    parts = [json.dumps(part, allow_nan=False) + "\n" for part in content] if lines else []
     if rank() == 0:
+        parts, indent = (content, None) if lines else ([content], 1)
+        texts = [json.dumps(part, allow_nan=False, indent=indent) + "\n" for part in parts]
         with writing(path) as temporary:
-            text = "".join(parts) if lines else json.dumps(content, indent=1, allow_nan=False)
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text("".join(texts), encoding="utf-8")
 
 
 def read_json(path: Path, what: str) -> dict:
-    """An object of a JSON file; UserError for anything else."""
     with reading(what):
         content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
@@ -123,9 +115,8 @@ def read_json(path: Path, what: str) -> dict:
 
 
 def digest(parts: Iterable[bytes]) -> str:
-    """16 characters that stand for all of them, in order."""
-    hashes = b"".join(hashlib.sha256(part).digest() for part in parts)
-    return hashlib.sha256(hashes).hexdigest()[:16]
+    hashes = [hashlib.sha256(part).digest() for part in parts]
+    return hashlib.sha256(b"".join(hashes)).hexdigest()[:16]
 
 
 def weights_digest(networks: Iterable[nn.Module]) -> str:
@@ -133,33 +124,6 @@ def weights_digest(networks: Iterable[nn.Module]) -> str:
     named = [named for network in networks for named in network.named_parameters()]
     weights = [p.detach().flatten() for name, p in named if "lora_" not in name]
     return digest(w[:: max(1, len(w) // 64)].float().cpu().numpy().tobytes() for w in weights)
-
-
-def digests(models, prompts: list[str]) -> dict:
-    """What a result depends on beside the settings: prompts as read, a reward's terms and
-    Python files, and pretrained weights."""
-    sd, reward = models.sd, models.reward
-    return {
-        "prompts_digest": digest(prompt.encode() for prompt in prompts),
-        "reward_terms": [f"{label}={weight:g}" for label, (weight, _) in reward.components.items()],
-        "reward_digest": digest(Path(file).read_bytes() for file in reward.files),
-        "reward_weights_digest": weights_digest(reward.networks),
-        "model_digest": weights_digest([sd.unet, sd.vae, sd.pipe.text_encoder]),
-    }
-
-
-def read_settings(run: Path, kind: type) -> dict:
-    """The settings of a run, for the dataclass `kind`; what it lacks is the default."""
-    what = f"--resume {run}: its config.json"
-    if not (run / "config.json").is_file():
-        raise UserError(f"{what}: No such file or directory; name the folder of a run.")
-    record = read_json(run / "config.json", what)
-    if record.get("program") != kind.program:
-        remedy = f"python {record.get('program')} --resume {run}"
-        raise UserError(f"--resume {run}: began with {record.get('program')}; go on with {remedy}.")
-    fields = [field for field in dataclasses.fields(kind) if field.name in record]
-    with reading(what):
-        return {field.name: type(field.default)(record[field.name]) for field in fields}
 
 
 def require_same(then: dict, now: dict, what: str) -> None:
@@ -175,43 +139,44 @@ def require_same(then: dict, now: dict, what: str) -> None:
 
 def open_run(config) -> dict:
     """The last checkpoint of a run that goes on, epoch 0 of a new one; UserError where --out is in
-    use, or the checkpoint is not this run's.
-
-    Other people's files are no use of it, nor what a start leaves that failed in its first epoch:
-    empty metrics."""
-    out, what = Path(config.out), f"--resume {config.out}"
-    if not config.resume:
-        sizes = on_rank_0(lambda: {path.name: path.lstat().st_size for path in out.iterdir()})
-        used = OURS & sizes.keys()
-        if used and not (used <= STARTED and sizes.get("metrics.jsonl") == 0):
-            raise UserError(f"--out {out}: in use; choose another, or go on with {what}.")
-        return {"epoch": 0}
-    saved = read_state(out)
-    require_same(saved["record"], read_json(out / "config.json", what), what)
-    if saved["epoch"] > config.epochs:
-        raise UserError(f"--epochs {config.epochs}: the run has done {saved['epoch']}.")
-    return saved
+    use: not by other people's files, nor by a start that failed in its first epoch."""
+    out = Path(config.out)
+    if config.resume:
+        saved = read_state(out)
+        if saved["epoch"] > config.epochs:
+            raise UserError(f"--epochs {config.epochs}: the run has done {saved['epoch']}.")
+        return saved
+    sizes = {path.name: path.lstat().st_size for path in out.glob("*")}
+    sizes = gather_objects(sizes)[0]  # by now others may see what rank 0 writes
+    if OURS & sizes.keys() and sizes.get("metrics.jsonl") != 0:
+        raise UserError(f"--out {out}: in use; choose another, or go on with --resume {out}.")
+    return {"epoch": 0}
 
 
 def restore(config, saved: dict, learner: Learner, models, prompts: list[str]) -> dict:
     """Compare a run with what it began as, and load its checkpoint; nothing is written. Returns
     what config.json is to hold."""
+    what, sd, reward = f"--resume {config.out}", models.sd, models.reward
     settings = {name: "inf" if x == math.inf else x for name, x in vars(config).items()}
-    now = {"program": config.program, **settings, **digests(models, prompts)}
-    record = json.loads(json.dumps(now))
-    then, what = saved.get("record", record), f"--resume {config.out}"
-    record["tracker_id"] = then.get("tracker_id") or secrets.token_hex(4)
+    record = {
+        "program": config.program,
+        **settings,
+        "prompts_digest": digest(prompt.encode() for prompt in prompts),
+        "reward_terms": [f"{label}={weight:g}" for label, (weight, _) in reward.components.items()],
+        "reward_weights_digest": weights_digest(reward.networks),
+        "model_digest": weights_digest([sd.unet, sd.vae, sd.pipe.text_encoder]),
+    }
+    record = json.loads(json.dumps(record))
+    then = saved.get("record", record)
     require_same(then, record, what)
+    record["tracker_id"] = then.get("tracker_id", secrets.token_hex(4))
 
     # A user's own reward may be mended and gone on with: config.json has the digest of each.
-    history = then.get("reward_digests", [])
-    record["reward_digests"] = [*history, record.pop("reward_digest")]
-    if record["reward_digests"][-1] in history[-1:]:
-        record["reward_digests"].pop()
-    elif history:
-        print0(f"warning: {', '.join(models.reward.files)}: changed since the run began.")
-    if any(then.get(name, record[name]) != record[name] for name in MACHINE):
-        print0("warning: another microbatch, checkpointing or offload: digits may differ now.")
+    files = digest(Path(file).read_bytes() for file in reward.files)
+    record["reward_digests"] = [*then.get("reward_digests", [files])]
+    if record["reward_digests"][-1] != files:
+        record["reward_digests"].append(files)
+        print0(f"warning: {', '.join(reward.files)}: changed since the run began.")
     if not saved["epoch"]:
         return record
 
@@ -241,10 +206,9 @@ def begin(config, record: dict, start: int) -> list[dict]:
 
 
 def save_checkpoint(run: Path, record: dict, epoch: int, state: dict) -> None:
-    """checkpoint/state.pt, after a whole epoch."""
     if rank() == 0:
         with writing(run / "checkpoint" / "state.pt") as temporary:
-            torch.save({"version": VERSION, "record": record, "epoch": epoch, **state}, temporary)
+            torch.save({"record": record, "epoch": epoch, **state}, temporary)
 
 
 def save_epoch(config, record: dict, rows: list[dict], learner: Learner, sd) -> None:
@@ -267,17 +231,14 @@ def save_epoch(config, record: dict, rows: list[dict], learner: Learner, sd) -> 
 def read_state(run: Path) -> dict:
     """state.pt, whole, on the CPU; UserError for none, a damaged or a foreign one."""
     path, what = run / "checkpoint" / "state.pt", f"--resume {run}"
+    if not path.is_file():
+        raise UserError(f"{what}: has no checkpoint to go on from.")
     try:  # mapped, where weights are copied to a GPU: several processes share the memory
         mapped = torch.cuda.is_available()
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        version, *_ = (state[name] for name in ("version", "record", "epoch"))
-    except FileNotFoundError as error:
-        raise UserError(f"{what}: has no checkpoint to go on from.") from error
+        return {**state, "record": state["record"], "epoch": state["epoch"]}
     except Exception as error:  # of many kinds
         raise UserError(f"{what}: {path} is damaged, or no checkpoint of a run.") from error
-    if version != VERSION:
-        raise UserError(f"{what}: its checkpoint is of version {version}, and this is {VERSION}.")
-    return state
 
 
 def read_metrics(run: Path) -> list[dict]:

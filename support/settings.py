@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from support import run_folder
-from support.cli import Parser, UserError, command, option
+from support.cli import Parser, UserError, command, option, reading
 from support.distributed import end_processes, print0, processes, start_processes
+from support.run_folder import MAY_DIFFER, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,9 +37,17 @@ def resolve(config, reward: object = None, prompts: object = None):
     here. UserError for settings that cannot run."""
     acting = {}
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
-            check_number(field, value)
+        name, value = option(field.name), getattr(config, field.name)
+        if type(field.default) in (int, float):
+            if not isinstance(value, numbers.Real):
+                raise UserError(f"{name} {value!r}: must be a number.")
+            unlimited = value == math.inf and field.name in ("clip_range", "max_grad_norm")
+            if value >= 2**40 and not unlimited:
+                raise UserError(f"{name} {value}: too large.")
+            least = field.metadata.get("least")
+            bound = "above 0" if least is None else f"at least {least}"
+            if not (value > 0 if least is None else value >= least):
+                raise UserError(f"{name} {value}: must be {bound}.")
             acting[field.name] = type(field.default)(value)
         if "resolve" in field.metadata:
             acting[field.name] = field.metadata["resolve"](value)
@@ -61,18 +69,6 @@ def resolve(config, reward: object = None, prompts: object = None):
     return dataclasses.replace(config, **acting)
 
 
-def check_number(field: dataclasses.Field, value: float) -> None:
-    """UserError for a number that its setting cannot have."""
-    least = field.metadata.get("least")
-    if not isinstance(value, numbers.Real):
-        raise UserError(f"{option(field.name)} {value!r}: must be a number.")
-    if value >= 2**40 and not (value == math.inf and field.name in ("clip_range", "max_grad_norm")):
-        raise UserError(f"{option(field.name)} {value}: too large.")
-    if not (value > 0 if least is None else value >= least):
-        bound = "above 0" if least is None else f"at least {least}"
-        raise UserError(f"{option(field.name)} {value}: must be {bound}.")
-
-
 def parse_settings(kind: type, presets: dict, about: str | None, argv: list[str] | None):
     """A command line over the preset; with --resume, over the settings of the run."""
     parser = Parser(description=(about or "").split("\n\nPaper ")[0])
@@ -91,14 +87,23 @@ def parse_settings(kind: type, presets: dict, about: str | None, argv: list[str]
         return resolve(kind(**settings | given))
 
     run = Path(given["resume"]).expanduser()
+    file, what = run / "config.json", f"--resume {run}: its config.json"
     if preset or "out" in given:
         raise UserError(f"--resume {run}: not with --preset or --out; the run has its own.")
-    saved = kind(**run_folder.read_settings(run, kind))
+    if not file.is_file():
+        raise UserError(f"{what}: No such file or directory; name the folder of a run.")
+    record = read_json(file, what)
+    if record.get("program") != kind.program:
+        remedy = f"python {record.get('program')} --resume {run}"
+        raise UserError(f"--resume {run}: began with {record.get('program')}; go on with {remedy}.")
+    fields = [field for field in dataclasses.fields(kind) if field.name in record]
+    with reading(what):
+        saved = kind(**{field.name: type(field.default)(record[field.name]) for field in fields})
     config = resolve(dataclasses.replace(saved, **given))
-    for name in given.keys() - run_folder.MAY_DIFFER:
-        if getattr(config, name) != getattr(saved, name):
-            began = f"the run began with {getattr(saved, name)}"
-            raise UserError(f"{option(name)} {given[name]}: {began}.")
+    for name in given.keys() - MAY_DIFFER:
+        before = getattr(saved, name)
+        if getattr(config, name) != before:
+            raise UserError(f"{option(name)} {given[name]}: the run began with {before}.")
     return config
 
 

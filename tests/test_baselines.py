@@ -18,8 +18,7 @@ from baselines.pairs import People
 from conftest import CPU, PROMPTS, assert_same_run, call, checkpoint, contents, gradient_of
 from conftest import metrics_of, only_sentence, small_run, tiny_config, two_processes
 from rewards import load_reward
-from support.cli import InputError
-from support.settings import parse_settings
+from support.cli import UserError
 
 PROGRAMS = {"rwr": rwr, "diffusion_dpo": diffusion_dpo}
 
@@ -43,20 +42,15 @@ def alpha_bars() -> torch.Tensor:
 
 
 def test_weights_by_hand():
-    """Each prompt by itself, wherever its images stand."""
     g = torch.Generator().manual_seed(0)
-    prompts = [str(n) for n in torch.randint(3, (40,), generator=g).tolist()]
     rewards = torch.randn(40, generator=g)
-    soft = rwr.rwr_weights(rewards, prompts, 3.0).tolist()
-    sparse = rwr.sparse_weights(rewards, prompts, 0.75).tolist()
-    for prompt in set(prompts):
-        own = [i for i in range(40) if prompts[i] == prompt]
-        exps = {i: math.exp(3 * rewards[i].item()) for i in own}
-        threshold = np.percentile([rewards[i].item() for i in own], 75)
-        assert 0 < sum(sparse[i] for i in own) < len(own)
-        for i in own:
-            assert soft[i] == pytest.approx(exps[i] / statistics.fmean(exps.values()), rel=1e-6)
-            assert sparse[i] == float(rewards[i].item() >= threshold)
+    soft, sparse = rwr.rwr_weights(rewards, 3.0), rwr.sparse_weights(rewards, 0.75)
+    exps = [math.exp(3 * reward) for reward in rewards.tolist()]
+    threshold = np.percentile(rewards.tolist(), 75)
+    assert 0 < sparse.sum() < 40
+    for i, reward in enumerate(rewards.tolist()):
+        assert soft[i].item() == pytest.approx(exps[i] / statistics.fmean(exps), rel=1e-6)
+        assert sparse[i] == float(reward >= threshold)
 
 
 def test_pairs_by_hand():
@@ -101,7 +95,7 @@ def test_denoising_errors_by_hand(models, predicts):
         target = noise[m]
         if predicts == "v_prediction":
             target = a.sqrt() * noise[m] - (1 - a).sqrt() * x_0[m, side]
-        both = torch.stack([policy.null_text, text[m]])
+        both = torch.stack([policy.null_embeds, text[m]])
         u, c = policy.unet(x_t.expand(2, -1, -1, -1), t[m], encoder_hidden_states=both).sample
         expected = (c - target).square().mean().item()
         assert pairs[m, side].item() == pytest.approx(expected, rel=1e-4)
@@ -127,7 +121,7 @@ def page(config, models: prdp.Models, optimizer, epoch: int) -> list[float]:
     def error(chain, image: int, t, eps, guidance: float):
         a = alpha_bars()[t]
         x_t = (a.sqrt() * x_0[image] + (1 - a).sqrt() * eps).float().expand(2, -1, -1, -1)
-        both = torch.stack([policy.null_text, text[image]])
+        both = torch.stack([policy.null_embeds, text[image]])
         u, c = chain.unet(x_t, t, encoder_hidden_states=both).sample.double()
         return (u + guidance * (c - u) - eps).square().mean()
 
@@ -223,11 +217,11 @@ def test_each_member_has_a_timestep_and_noise_of_its_own():
 
 def test_presets_are_the_papers():
     """DDPO, App. F.6; Diffusion-DPO, Secs. 5.1 and 5.4."""
-    config = parse_settings(rwr.Config, ["--prompts", "prompts/animals.txt"])
+    config = rwr.parse_args(["--prompts", "prompts/animals.txt"])
     assert config.prompts_per_epoch * config.images_per_prompt == 10_000
     assert (config.updates_per_epoch, config.batch_size) == (400, 128)
     assert (config.inverse_temperature, config.percentile) == (0.2, 0.9)
-    config = parse_settings(diffusion_dpo.Config, [])
+    config = diffusion_dpo.parse_args([])
     assert config.epochs * config.updates_per_epoch == 1000 and config.batch_size == 2048
     assert config.beta == 5000 and config.warmup == 1000 / 4
     assert config.learning_rate == pytest.approx(2000 / config.beta * 2.048e-8)
@@ -317,7 +311,7 @@ def test_run_goes_on_to_the_bit(tiny_sd, tmp_path, capsys, people, name):
         (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
         again = ["--resume", halves, "--epochs", 5, "--pairs", "", "--reward", "incompressibility"]
         again += ["--prompts", tmp_path / "p.txt"]
-        assert "is of a run with --pairs" in only_sentence(call(main, again, capsys))
+        assert "feedback is ai, and was people" in only_sentence(call(main, again, capsys))
         assert contents(halves) == before
 
 
@@ -349,7 +343,7 @@ def test_two_processes_equal_one(tiny_sd, tmp_path, capsys, people):
     [
         ({"chosen": "missing.png"}, "line 10: chosen missing.png: No such file"),
         ({"rejected": "pairs.jsonl"}, "no picture that can be read"),
-        ({"rejected": "chosen9.png"}, "line 10: its two pictures are the same"),
+        ({"rejected": "https://a.b/c.png"}, "line 10: rejected https://a.b/c.png: download it"),
         ({"label": 1}, "line 10: must have prompt, chosen and rejected"),
         ({"prompt": ""}, "line 10: must have prompt, chosen and rejected"),
         ({"prompt": "  "}, "line 10: holds no prompt"),
@@ -397,7 +391,7 @@ def test_peoples_choices_are_learned(tiny_sd, people):
     log 2 a pair."""
     config = tiny(diffusion_dpo.Config, tiny_sd, updates_per_epoch=20, batch_size=10)
     config.warmup, config.beta = 0, 500.0
-    models = prdp.load_models(config, CPU, diffusion_dpo.NoReward())
+    models = prdp.load_models(config, CPU, diffusion_dpo.NoReward({}))
     chosen = People(str(people()))
     optimizer = torch.optim.AdamW(models.policy.unet.parameters(), config.learning_rate)
     list(diffusion_dpo.train(config, models, optimizer, PROMPTS, 1, chosen))
@@ -449,20 +443,19 @@ def test_a_process_without_a_share_takes_part(tiny_sd, monkeypatch):
     models = prdp.load_models(config, CPU, brightness)
     x_0, text = torch.randn(12, 4, 8, 8), models.sd.encode(PROMPTS)
     others = torch.arange(12, 20)
-    drawn = (torch.zeros(8, dtype=torch.int64), torch.randn(8, 4, 8, 8))
-    rwr.backward_batch(
-        config, models, x_0, text, others, *drawn, torch.zeros(8), torch.ones(8).double()
-    )
+    batch = (others, torch.zeros(8, dtype=torch.int64), torch.randn(8, 4, 8, 8))
+    errors = rwr.backward_batch(config, models, x_0, text, batch, torch.ones(8).double())
+    assert not errors.any()
     assert all(p.grad is None for p in models.policy.unet.parameters())
 
 
 def test_settings_that_do_not_go_together(tmp_path):
-    with pytest.raises(InputError, match="--online: not with --pairs"):
-        parse_settings(diffusion_dpo.Config, ["--pairs", "x.jsonl", "--online"])
-    with pytest.raises(InputError, match="--images-per-prompt 1: must be at least 2"):
-        parse_settings(rwr.Config, ["--images-per-prompt", "1"])
-    with pytest.raises(InputError, match=r"--percentile 1\.0: must be"):
-        parse_settings(rwr.Config, ["--percentile", "1"])
+    with pytest.raises(UserError, match="--online: not with --pairs"):
+        diffusion_dpo.parse_args(["--pairs", "x.jsonl", "--online"])
+    with pytest.raises(UserError, match="--images-per-prompt 1: must be at least 2"):
+        rwr.parse_args(["--images-per-prompt", "1"])
+    with pytest.raises(UserError, match=r"--percentile 1\.0: must be"):
+        rwr.parse_args(["--percentile", "1"])
 
 
 def test_prompts_whose_images_all_tie_teach_nothing(tiny_sd):
@@ -481,3 +474,33 @@ def test_a_run_that_has_learned_nothing_goes_on(tiny_sd, tmp_path, capsys):
     assert call(diffusion_dpo.main, [*flags, "--out", tmp_path / "run"], capsys)[0] == 0
     again = ["--resume", tmp_path / "run", "--epochs", 3]
     assert call(diffusion_dpo.main, again, capsys)[::2] == (0, "")
+
+
+def test_pairs_of_equal_pictures_are_left_out(people, capsys):
+    """With a warning; where there are no others it is an error."""
+    file = people(rejected="chosen9.png")
+    found = People(str(file))
+    assert [record["chosen"] for record in found.records] == [f"chosen{n}.png" for n in range(9)]
+    assert "1 pairs of equal pictures are left out" in capsys.readouterr().out
+    assert found.digest != People(str(people())).digest
+    file.write_text(file.read_text().splitlines()[-1].replace("rejected9", "chosen9"))
+    with pytest.raises(UserError, match="has no pair of two different pictures"):
+        People(str(file))
+
+
+def test_pictures_in_the_home_folder(people, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected = People(str(people())).digest
+    (tmp_path / "away").mkdir()
+    (tmp_path / "chosen9.png").rename(tmp_path / "away" / "9.png")
+    lines = (tmp_path / "pairs.jsonl").read_text()
+    (tmp_path / "pairs.jsonl").write_text(lines.replace("chosen9.png", "~/away/9.png"))
+    assert People(str(tmp_path / "pairs.jsonl")).digest == expected
+
+
+def test_a_vae_that_encodes_nan_is_named(models, people):
+    loaded = models()
+    with torch.no_grad():
+        loaded.sd.vae.quant_conv.weight.fill_(math.inf)
+    with pytest.raises(UserError, match="VAE encodes a picture as NaN"):
+        People(str(people())).load(loaded.sd, 3, 1, torch.tensor([0]))

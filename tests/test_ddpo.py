@@ -14,9 +14,8 @@ from torch.distributions import Normal
 import prdp
 from baselines import ddpo
 from conftest import PROMPTS, assert_same_run, call, checkpoint, gradient_of, metrics_of
-from conftest import random_inputs, small_run, tiny_config
-from support.cli import InputError
-from support.settings import parse_settings
+from conftest import only_sentence, random_inputs, small_run, tiny_config
+from support.cli import UserError
 
 # ---- Losses and statistics -----------------------------------------------------------------------
 
@@ -138,7 +137,7 @@ def page(config: ddpo.Config, models: prdp.Models) -> list[list[float]]:
             terms = []
             for m, k in itertools.product(part, range(config.ddpm_steps)):
                 x_t, x_prev = trajectories.latents[m, k], trajectories.latents[m, k + 1]
-                text = torch.stack([policy.null_text, trajectories.text[m]])
+                text = torch.stack([policy.null_embeds, trajectories.prompt_embeds[m]])
                 t = schedule.timesteps[k].expand(2)
                 u, c = policy.unet(x_t.expand(2, -1, -1, -1), t, encoder_hidden_states=text).sample
                 mean = schedule.coef_sample[k] * x_t + schedule.coef_noise[k] * (u + 5 * (c - u))
@@ -204,18 +203,24 @@ def test_passes_are_those_of_an_epoch(tiny_sd, monkeypatch, measure_kl):
 def test_settings_that_do_not_go_together(flags, why):
     argv = ["--preset", "toy", *flags.split()]
     if why is None:
-        assert parse_settings(ddpo.Config, argv).program == "baselines/ddpo.py"
+        assert ddpo.parse_args(argv).program == "baselines/ddpo.py"
         return
-    with pytest.raises(InputError, match=why):
-        parse_settings(ddpo.Config, argv)
+    with pytest.raises(UserError, match=why):
+        ddpo.parse_args(argv)
+
+
+def test_numbers_are_checked_before_what_is_computed_from_them(capsys):
+    """No division by zero, no traceback."""
+    said = only_sentence(call(ddpo.main, ["--preset", "toy", "--updates-per-epoch", 0], capsys))
+    assert said == "baselines/ddpo.py: --updates-per-epoch 0: must be above 0."
 
 
 def test_presets_are_the_papers():
     """K = 4 and clip range 1e-4 (App. F.6); at large scale 512 prompts of one image (PRDP, App. B),
     at its own rate."""
-    small, toy = (parse_settings(ddpo.Config, ["--preset", p]) for p in ("small", "toy"))
+    small, toy = (ddpo.parse_args(["--preset", p]) for p in ("small", "toy"))
     assert (small.updates_per_epoch, small.clip_range, small.learning_rate) == (4, 1e-4, 1e-5)
-    many = ddpo.Config.presets["large"]
+    many = ddpo.PRESETS["large"]
     assert (many["prompts_per_epoch"], many["images_per_prompt"]) == (512, 1)
     assert many["learning_rate"] == 1e-5
     assert toy.model.endswith("toy/sd") and (toy.epochs, toy.clip_range) == (100, 1e-3)
@@ -223,12 +228,10 @@ def test_presets_are_the_papers():
 
 
 def test_from_python_by_its_own_run(tiny_sd, tmp_path):
-    """With a callable and a list, as prdp.run; which would train with PRDP's loss, and refuses."""
+    """With a callable and a list, as prdp.run."""
     flags = [*small_run(tiny_sd), "--epochs", "1", "--out", str(tmp_path / "run")]
-    config = parse_settings(ddpo.Config, flags)
+    config = ddpo.parse_args(flags)
     given = (lambda images, prompts: images.double().mean((1, 2, 3)), ["a red circle"])
-    with pytest.raises(InputError, match=r"settings of baselines/ddpo\.py: begin it by the `run`"):
-        prdp.run(config, *given)
     ddpo.run(config, *given)
     (row,) = metrics_of(tmp_path / "run")
     assert abs(row["loss"]) < 1 and row["reward_mean"] > 0
@@ -246,7 +249,7 @@ def test_run_goes_on_to_the_bit(tiny_sd, tmp_path, capsys):
     assert f"go on with python baselines/ddpo.py --resume {halves}." in errors
     assert call(ddpo.main, ["--resume", halves, "--epochs", 4], capsys)[0] == 0
     assert_same_run(whole, halves)
-    latest = checkpoint(halves)["program"]["latest"]
-    assert latest == checkpoint(whole)["program"]["latest"]
+    latest = checkpoint(halves)["state"]["latest"]
+    assert latest == checkpoint(whole)["state"]["latest"]
     assert max(map(len, latest.values())) > 16
     assert len(metrics_of(whole)) == 4
