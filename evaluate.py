@@ -2,7 +2,6 @@
 
     python evaluate.py runs/toy --prompts prompts/shapes.txt --samples-per-prompt 8
     python evaluate.py MODEL OTHER --against BASE --reward hpsv2=1 aesthetic=0 --max-prompts 500
-    python evaluate.py runs/toy/epochs/*
 
 A model is a run, a folder of its epochs/, a pipeline's folder or a hub id. What is not given is the
 first run's, or Table 4's. For each prompt file, reward and model: mean, standard error over
@@ -35,8 +34,7 @@ Prompts = list[tuple[int, str]]  # each with its place in its file, which its no
 
 
 def find_model(name: str) -> tuple[str, dict]:
-    """The folder or hub id of a model, and the settings of the run that made it, if one did: a run
-    stands for its pipeline/, a folder of its epochs/ for the one in there."""
+    """The folder or hub id of a model, and the settings of the run that made it, if one did."""
     folder = Path(absolute(name))
     run = folder
     if folder.parent.name == "epochs":
@@ -90,9 +88,13 @@ def make_plan(args: argparse.Namespace) -> Plan:
     for label, (folder, _) in zip(labels_of(args.models), models, strict=True):
         folders[label] = folder
     if base not in (None, *folders.values()):
-        label = "pretrained" if "base" in folders else "base"
+        label = "base"
+        while label in folders:
+            label = "pretrained " + label
         folders = {label: base, **folders}
 
+    if min(args.samples_per_prompt, args.max_prompts) < 1:
+        raise UserError("--samples-per-prompt and --max-prompts: must be at least 1.")
     given = {name: run[name] for name in SETTINGS if name in run}
     if torch.cuda.is_available():
         given["dtype"] = "bf16"
@@ -117,9 +119,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     return Plan(config, folders, label, args.samples_per_prompt, prompts, texts, out)
 
 
-def draw(
-    seed: int, models: prdp.Models, chosen: Prompts, images: int
-) -> tuple[Tensor, dict[str, Tensor]]:
+def draw(seed: int, models: prdp.Models, chosen: Prompts, images: int) -> tuple[Tensor, dict]:
     """`images` pictures of each of some prompts (P*S, 3, H, W), and their rewards, each (P, S)."""
     places = [place for place, _ in chosen]
     prompts = [prompt for _, prompt in chosen]
@@ -135,9 +135,9 @@ def draw(
 
 
 def measure(plan: Plan, models: prdp.Models, missing: Prompts) -> Iterator[dict]:
-    """Draw and score, a microbatch a process at a time, of the same prompts whatever the number of
-    processes; yields what has come, prompt -> {reward: its S numbers}."""
+    """Draw and score, a chunk a process at a time; yields prompt -> {reward: its S numbers}."""
     size = max(1, models.policy.microbatch // plan.samples)
+    # Of the same prompts whatever the number of processes.
     chunks = [missing[first : first + size] for first in range(0, len(missing), size)]
     started = time.perf_counter()
     for first in range(0, len(chunks), processes()):
@@ -161,7 +161,8 @@ def measure_model(
     """Add a model's rewards to `record`, which is saved as they come; returns a few pictures."""
     config = replace(plan.config, model=plan.folders[label])
     models = prdp.load_models(config, device, reward, learns=False)
-    inputs = run_folder.digests(models, plan.texts)
+    networks = [models.sd.unet, models.sd.vae, models.sd.pipe.text_encoder]
+    inputs = {"model_digest": run_folder.weights_digest(networks)}
     begun = time.strftime("%Y-%m-%d %H:%M")
     before = record["inputs"].setdefault(label, {**inputs, "begun": begun})
     run_folder.require_same(before, inputs, f"--out {plan.out}: {label}")
@@ -205,8 +206,7 @@ def tabulate(plan: Plan, rewards: dict) -> list[dict]:
             print0(f"\n{shown[-30:]}, {name}: {len(prompts)} prompts x {plan.samples} images")
             scores = {}  # label -> (P, S)
             for label in plan.folders:
-                of_model = of_file[label]
-                scores[label] = torch.tensor([of_model[prompt][name] for prompt in prompts])
+                scores[label] = torch.tensor([of_file[label][p][name] for p in prompts])
             for label, x in scores.items():
                 row = {"prompts": shown, "reward": name, "model": label, "images": x.numel()}
                 row["mean"], row["standard_error"], text = summary(x, ".5g")
@@ -232,10 +232,15 @@ def evaluate(args: argparse.Namespace) -> None:
     for folder in plan.folders.values():
         picture = grey_picture(folder)
     reward.score(picture, plan.texts[:1])
-    contents = [Path(file).read_bytes() for file in reward.files]
     settings = {name: getattr(plan.config, name) for name in SETTINGS}
-    settings |= {"samples_per_prompt": plan.samples, "max_prompts": args.max_prompts}
-    settings["reward_digest"] = run_folder.digest(contents)
+    settings |= {
+        "samples_per_prompt": plan.samples,
+        "max_prompts": args.max_prompts,
+        "prompts_digest": run_folder.digest(prompt.encode() for prompt in plan.texts),
+        "reward_terms": [f"{label}={weight:g}" for label, (weight, _) in reward.components.items()],
+        "reward_digest": run_folder.digest(Path(file).read_bytes() for file in reward.files),
+        "reward_weights_digest": run_folder.weights_digest(reward.networks),
+    }
     record = {"settings": settings, "inputs": {}, "rewards": {}}
     path = plan.out / "evaluation.json"
     with run_folder.only_writer(plan.out):
@@ -256,19 +261,14 @@ def evaluate(args: argparse.Namespace) -> None:
         print0(f"see {page}")
 
 
-def count(text: str) -> int:
-    """A number of things, at least 1."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="run, folder or hub id")
     parser.add_argument("--against", metavar="BASE", help="default: what the first run began from")
-    parser.add_argument("--samples-per-prompt", type=count, default=64, metavar="S")
-    parser.add_argument("--max-prompts", type=count, metavar="N", help="a file, drawn by --seed")
+    parser.add_argument("--samples-per-prompt", type=int, default=64, metavar="S")
+    parser.add_argument(
+        "--max-prompts", type=int, default=1_000_000, metavar="N", help="a file, drawn by --seed"
+    )
     parser.add_argument("--out", help="default: evaluation/EPOCH in the first run, or evaluation/")
     parser.add_fields(field for field in fields(prdp.Config) if field.name in FLAGS)
     with command("evaluate.py"):

@@ -96,28 +96,32 @@ def read_configs(model: str) -> tuple[Path, dict[str, dict]]:
             raise UserError(f"{what}: its {name} is no {kind}: {configs[name]['_class_name']}.")
 
     # The parts must fit each other.
-    unet, vae, text = configs["unet"], configs["vae"], configs["text_encoder"]
-    size = unet.get("sample_size")
-    sizes = size if isinstance(size, list) else [size]
-    channels = {unet.get("in_channels", 4), unet.get("out_channels", 4), vae["latent_channels"]}
-    if unet.get("cross_attention_dim") != text.get("hidden_size"):
+    unet, vae = configs["unet"], configs["vae"]
+    channels = {latent_shape(unet)[0], unet.get("out_channels", 4), vae.get("latent_channels", 4)}
+    if unet.get("cross_attention_dim", 1280) != configs["text_encoder"].get("hidden_size", 512):
         raise UserError(f"{what}: its unet's cross_attention_dim is not its text_encoder's width.")
     if len(channels) > 1:
         raise UserError(f"{what}: in_channels, out_channels and latent_channels are {channels}.")
-    if not all(type(side) is int and side > 0 for side in sizes):
-        raise UserError(f"{what}: its unet's sample_size is {size!r}.")
+    if not all(type(side) is int and side > 0 for side in latent_shape(unet)):
+        raise UserError(f"{what}: its unet's sample_size is {unet.get('sample_size')!r}.")
     if not isinstance(vae.get("scaling_factor", 1.0), (int, float)):
         raise UserError(f"{what}: its vae's scaling_factor is {vae['scaling_factor']!r}.")
     noise_settings(configs["scheduler"])
     return folder, configs
 
 
+def latent_shape(unet: dict) -> tuple[int, int, int]:
+    """(C, H, W) of a UNet's config."""
+    size = unet.get("sample_size")
+    sizes = size if isinstance(size, list) else (size, size)
+    return (unet.get("in_channels", 4), *sizes)
+
+
 def grey_picture(model: str) -> Tensor:
     """A picture of the size that a model draws, (1, 3, H, W) uint8, to try a reward on."""
     _, configs = read_configs(model)
-    size = configs["unet"]["sample_size"]
-    height, width = size if isinstance(size, list) else (size, size)
-    zoom = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    zoom = 2 ** (len(configs["vae"].get("block_out_channels", [64])) - 1)
+    _, height, width = latent_shape(configs["unet"])
     return torch.full((1, 3, zoom * height, zoom * width), 128, dtype=torch.uint8)
 
 
@@ -153,9 +157,7 @@ class StableDiffusion:
         self.pipe = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
 
         self.unet, self.vae = parts["unet"], parts["vae"]
-        size = self.unet.config.sample_size
-        sizes = size if isinstance(size, (list, tuple)) else (size, size)
-        self.latent_shape = (self.unet.config.in_channels, *sizes)
+        self.latent_shape = latent_shape(configs["unet"])
         self.unet.to(device)  # in eval(): with dropout passes would differ
         self.vae.to(self.idle)
         self.pipe.text_encoder.to(self.idle)
@@ -274,6 +276,9 @@ class StableDiffusion:
 
 
 def compiled(network: nn.Module) -> nn.Module:
-    """torch.compile with a graph a shape: no pass changes another's bits, nor does a process."""
+    """torch.compile with a graph a shape: no pass changes another's bits, nor does a process. More
+    graphs than its limit would silently be run without it."""
     importlib.import_module("torch._inductor.config").deterministic = True
+    dynamo = importlib.import_module("torch._dynamo.config")
+    dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = 64, True
     return torch.compile(network, dynamic=False)

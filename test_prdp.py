@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 import prdp
-from conftest import PROMPTS, ROOT, SD14_SCHEDULER, checkpoint, draw, gradient_of, metrics_of
+from conftest import PROMPTS, ROOT, SD14_SCHEDULER, checkpoint, draw, gradient_of
 from conftest import random_inputs, tiny_config
 from prdp import Policy, Schedule, Trajectories, prdp_loss, score_trajectories
 from support import machine, report
@@ -188,7 +188,9 @@ def test_schedule_equals_diffusers_ddim_with_eta_1(num_steps, prediction_type):
 
 def test_schedule_is_the_posterior_of_the_forward_process():
     """Ho et al., Eqs. 6 and 7: the joint Gaussian of (x_{t-1}, x_t), conditioned by hand."""
-    schedule = prdp.ddpm_schedule(SD14_SCHEDULER, 50)
+    config = {**SD14_SCHEDULER}
+    del config["steps_offset"]  # which then is 1, as diffusers' pipeline sets it
+    schedule = prdp.ddpm_schedule(config, 50)
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     bar = np.cumprod(1 - betas)
     assert schedule.timesteps.tolist() == list(range(981, 0, -20))
@@ -230,12 +232,6 @@ def test_schedule_refuses(change, says):
         prdp.ddpm_schedule({k: v for k, v in config.items() if v is not None}, 50)
 
 
-def test_schedule_without_an_offset_has_1():
-    """As diffusers' pipeline sets it when it loads such a model."""
-    config = {k: v for k, v in SD14_SCHEDULER.items() if k != "steps_offset"}
-    assert prdp.ddpm_schedule(config, 50).timesteps[[0, -1]].tolist() == [981, 1]
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_gaussian_log_prob_equals_torch_distributions(dtype):
     sample, mean = torch.randn(2, 6, 4, 5, 3).to(dtype)
@@ -259,33 +255,13 @@ class Linear(nn.Module):
         return SimpleNamespace(sample=self.scale * shift * sample.double() + shift)
 
 
-def linear_policy(guidance_scale: float = 5.0) -> Policy:
-    schedule = prdp.ddpm_schedule(SD14_SCHEDULER, 4)
-    return Policy(Linear(), schedule, torch.full((5, 3), 0.1), guidance_scale, microbatch=4)
-
-
-def test_guidance():
-    """u + w (c - u), and a gradient through both branches."""
-    policy = linear_policy()
-    sample, text = torch.randn(4, 2, 3, 3), torch.full((4, 5, 3), 0.7)
-    both = prdp.run_unet(policy, sample, text, torch.zeros(4, dtype=torch.long))
-    zeros, ones = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
-    # The mean of Eq. 2 with coefficients 0 and 1 is the guided output itself.
-    out = prdp.guided_mean(both, sample, zeros, ones, 3.0)
-    u, c = (s * (1 + 0.3 * sample.double()) for s in (0.1, 0.7))
-    torch.testing.assert_close(out, u + 3.0 * (c - u), rtol=1e-6, atol=1e-6)
-    out.sum().backward()
-    expected = ((0.1 + 3.0 * (0.7 - 0.1)) * sample.double()).sum().item()
-    size = sample.double().abs().sum().item()
-    assert policy.unet.scale.grad.item() == pytest.approx(expected, abs=1e-5 * size)
-
-
 # ---- Trajectories --------------------------------------------------------------------------------
 
 
 def test_trajectory_is_ancestral_sampling_and_its_log_prob_is_of_the_stored_tensor():
     """Redraw the noise of each image by hand, and walk and score each step in float64 numpy."""
-    policy, text = linear_policy(), torch.randn(6, 5, 3)
+    schedule, text = prdp.ddpm_schedule(SD14_SCHEDULER, 4), torch.randn(6, 5, 3)
+    policy = Policy(Linear(), schedule, torch.full((5, 3), 0.1), guidance_scale=5.0, microbatch=4)
     generators = prdp.image_generators(0, 1, range(3), 2)
     trajectories = prdp.sample_trajectories(policy, text, generators, (2, 3, 3))
     assert trajectories.latents.dtype == torch.float32
@@ -321,8 +297,6 @@ def test_noise_and_prompts_keep_their_seeds():
     """So that runs of before can be compared number by number."""
     drawn = torch.randn(3, generator=prdp.image_generators(0, 1, range(1), 1)[0])
     assert drawn.tolist() == pytest.approx([0.26946676, 0.29087779, -1.50520778], rel=1e-6)
-    drawn = torch.randn(3, generator=prdp.image_generators(3, 2, range(5), 3)[-1])
-    assert drawn.tolist() == pytest.approx([-2.05407405, 0.33746043, -0.51318580], rel=1e-6)
     hundred, config = list(range(100)), prdp.Config(prompts_per_epoch=8)
     assert prdp.draw_prompts(config, hundred, 1) == [54, 55, 87, 97, 76, 3, 70, 1]
     assert prdp.draw_prompts(config, hundred, 2) == [61, 38, 53, 89, 27, 12, 59, 96]
@@ -391,7 +365,8 @@ def test_wrong_weights_of_the_reference_are_found(tiny_sd, models, monkeypatch, 
         return score_trajectories(policy, *rest) + (5e-7 if policy is loaded.reference else 0)
 
     monkeypatch.setattr(prdp, "score_trajectories", rounded)
-    with contextlib.nullcontext() if compile else pytest.raises(prdp.UserError, match="5.0e-07"):
+    refused = pytest.raises(prdp.UserError, match=r"the reference is 5\.0e-07 off")
+    with contextlib.nullcontext() if compile else refused:
         prdp.check_on_policy(config, loaded, PROMPTS[0])
 
     with torch.no_grad():
@@ -553,16 +528,6 @@ def test_gradient_equals_the_whole_graphs(models, updates, clip_range):
         assert ((ours - expected).norm() / expected.norm()).item() < 1e-9
         optimizer.step()
     assert (0.1 < skipped < 0.9) if (updates, clip_range) == (2, 1e-5) else skipped == 0
-
-
-def test_fp16_gradients_do_not_underflow(models):
-    """Of tiny dloss/dlog_probs, as with a large kl_weight: as in fp32, to fp16's precision."""
-    grad_log_probs, gradients = 1e-7 * torch.randn(12, 5, dtype=torch.float64), []
-    for dtype in ("fp32", "fp16"):
-        loaded = models(dtype=dtype)
-        prdp.backward_trajectories(loaded.policy, draw(loaded), grad_log_probs)
-        gradients.append(gradient_of(loaded.policy.unet))
-    assert ((gradients[1] - gradients[0]).norm() / gradients[0].norm()).item() < 0.05
 
 
 # ---- The optimum ---------------------------------------------------------------------------------
@@ -831,15 +796,3 @@ def test_run_leaves_what_the_readme_promises(cli, tmp_path):
     assert all(torch.equal(weights[name], state["unet"][name]) for name in weights)
     (group,) = state["optimizer"]["param_groups"]
     assert (group["lr"], group["weight_decay"]) == (2e-4, 0.3)
-
-
-def test_run_with_the_small_preset(cli, tmp_path):
-    """The small-scale column of Table 4 for an epoch, but for sizes that would take hours: its clip
-    range acts at its learning rate."""
-    animals = ROOT / "prompts" / "animals.txt"
-    flags = ["--preset", "small", "--prompts", animals, "--epochs", 1, "--updates-per-epoch", 10]
-    flags += ["--images-per-prompt", 16, "--microbatch", 8]
-    assert cli(*flags)[0] == 0
-    (row,) = metrics_of(tmp_path / "run")
-    assert row["clip_fraction"] > 0.1
-    assert row["skipped_fraction"] > 0

@@ -22,9 +22,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-# Floats are passed as tl.float64: unannotated, Triton would round them to float32.
-
-
 @triton.jit
 def guided_mean(u, c, x_t, coef_sample, coef_noise, guidance_scale):
     """`guided_mean` of prdp.py in registers, in its order of operations."""
@@ -48,6 +45,7 @@ def forward_kernel(
     log_prob_ref, log_prob_old,  # read with `clip`
     log_prob,  # written
     log_ratio, clipped_log_ratio,  # written with `clip`
+    # Unannotated, Triton would round floats to float32.
     guidance_scale: tl.float64, clip_range: tl.float64, D, draw, clip, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a row: with `draw` x_prev first, with `clip` Eqs. 19 and 20 too. Both are known
@@ -118,11 +116,6 @@ def backward_kernel(
     tl.store(grad_u + place, grad_u_block, inside)
 
 
-# One program a row, without a second stage to join partial sums, which would cost a launch. In 64
-# registers two programs of 16 warps share a processor: one loads while one computes. No multiply
-# and add is fused (enable_fp_fusion=False), so that each operation rounds as in plain torch.
-
-
 def packed(x: Tensor) -> Tensor:
     """Contiguous, and at an address Triton vectorises: one binary, whatever the caller sliced."""
     x = x.contiguous()
@@ -150,6 +143,9 @@ def launch_forward(
     out = torch.empty(3, len(x_t), dtype=torch.float64, device=x_t.device)
     log_prob_ref, log_prob_old, clip_range = clipping or (out[0], out[0], math.inf)  # not read
     given = x_prev if noise is None else noise
+    # One program a row, without a second stage to join partial sums, which would cost a launch. In
+    # 64 registers two programs of 16 warps share a processor: one loads while one computes. No
+    # multiply and add is fused, so that each operation rounds as in plain torch.
     with torch.cuda.device_of(x_t):
         forward_kernel[(len(x_t),)](
             *noise_pred.chunk(2), x_t, given, x_prev, *coefs, log_prob_ref, log_prob_old, *out,

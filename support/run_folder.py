@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import filelock
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from support.cli import UserError, reading
@@ -81,13 +82,11 @@ def writing(path: Path) -> Iterator[Path]:
         if path.is_dir():
             remove(path)
         os.replace(temporary, path)
-    except BaseException as error:
-        remove(temporary)
-        foreign = type(error).__module__.startswith("safetensors")
-        if not (foreign or isinstance(error, (OSError, RuntimeError))):
-            raise
+    except (OSError, RuntimeError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or "cannot be written; is the disk full?"
         raise UserError(f"{path}: {reason}; what was saved before is intact.") from error
+    finally:
+        remove(temporary)
 
 
 def remove(path: Path) -> None:
@@ -184,10 +183,8 @@ def restore(config, saved: dict, learner: Learner, models, prompts: list[str]) -
     shapes = {name: weight.shape for name, weight in weights.items()}
     if {name: x.shape for name, x in saved["unet"].items()} != shapes:
         raise UserError(f"{what}: its checkpoint is of a network with other weights.")
+    sd.unet.load_state_dict(saved["unet"], strict=False)
     optimizer.load_state_dict(saved["optimizer"])
-    with torch.no_grad():
-        for name, weight in weights.items():
-            weight.copy_(saved["unet"][name])
     if state is not None:
         state.load_state_dict(saved["state"])
     del saved["unet"], saved["optimizer"]  # and their memory

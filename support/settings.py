@@ -58,7 +58,7 @@ def resolve(config, reward: object = None, prompts: object = None):
     if config.dtype == "auto":
         acting["dtype"] = "fp32"
         if torch.cuda.is_available():  # with K = 1 nothing is clipped, and noise matters less
-            coarse = config.updates_per_epoch == 1 and torch.cuda.is_bf16_supported()
+            coarse = config.updates_per_epoch == 1 and torch.cuda.is_bf16_supported(False)
             acting["dtype"] = "bf16" if coarse else "fp16"
     if config.log_to != "none" and importlib.util.find_spec(config.log_to) is None:
         raise UserError(f"--log-to {config.log_to}: not installed; pip install {config.log_to}.")

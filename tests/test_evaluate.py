@@ -14,16 +14,18 @@ from diffusers import StableDiffusionPipeline
 import evaluate
 import prdp
 from conftest import ROOT, call, edit_json, only_sentence, script, small_run
-from support.cli import InputError
+from support.cli import UserError
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_sd, tmp_path_factory) -> Path:
-    """A run that moved the tiny model; p.txt and q.txt beside it hold 3 and 2 prompts."""
+    """A run that moved the tiny model and kept each epoch's; p.txt and q.txt beside it hold 3 and 2
+    prompts."""
     folder = tmp_path_factory.mktemp("runs")
     (folder / "p.txt").write_text("a red star\na blue ring\na green cross\n")
     (folder / "q.txt").write_text("a white square\na black circle\n")
-    flags = [*small_run(tiny_sd), "--learning-rate", "1e-3", "--out", folder / "run"]
+    flags = [*small_run(tiny_sd), "--learning-rate", "1e-3", "--keep-every", "1"]
+    flags += ["--out", folder / "run"]
     torch.set_num_threads(1)
     prdp.main([str(flag) for flag in flags])
     return folder / "run"
@@ -100,7 +102,7 @@ def test_table_is_numpys(evaluation, finished, tmp_path):
                 by_prompt = x[label].mean(1)
                 error = by_prompt.std(ddof=1) / len(by_prompt) ** 0.5
                 assert row["standard_error"] == pytest.approx(error, rel=1e-4)
-                assert f"{row['mean']:.4f} +- {row['standard_error']:.4f}" in out
+                assert f"{row['mean']:.5g} +- {row['standard_error']:.2g}" in out
                 if label != "base":
                     rise = x[label] - x["base"]
                     size = np.abs(x["base"]).max()
@@ -155,6 +157,37 @@ def test_goes_on_where_it_was_stopped(evaluation, finished, tmp_path, monkeypatc
     assert whole["table"] == parts["table"]
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2), (2, 3)])
+def test_goes_on_with_another_microbatch(
+    evaluation, finished, tmp_path, monkeypatch, before, after
+):
+    """As on another card: what is missing is found by prompt; what is there is kept, and said."""
+    names = [f"a {colour} {shape}" for colour in ("red", "blue") for shape in ("star", "ring", "x")]
+    (tmp_path / "six.txt").write_text("\n".join(names))
+    six = ["--prompts", tmp_path / "six.txt"]
+    draw, drawn = evaluate.draw, []
+
+    def counted(seed, models, chosen, images):
+        if drawn.count("stop"):
+            raise KeyboardInterrupt
+        drawn.extend(prompt for _, prompt in chosen)
+        if len(drawn) > 1:
+            drawn.append("stop")
+        return draw(seed, models, chosen, images)
+
+    monkeypatch.setattr(evaluate, "draw", counted)
+    assert evaluation(finished, *six, "--microbatch", before)[0] == 130
+    kept = drawn[:-1]
+    drawn.clear()
+    monkeypatch.setattr(evaluate, "draw", lambda *x: drawn.extend(x[2]) or draw(*x))
+    code, out, errors = evaluation(finished, *six, "--microbatch", after)
+    assert (code, errors) == (0, "")
+    assert f"  {len(kept)} kept from 20" in out and "another --out scores them anew" in out
+    assert [prompt for _, prompt in drawn[: 6 - len(kept)]] == names[len(kept) :]
+    for by_prompt in next(iter(record_in(tmp_path / "out")["rewards"].values())).values():
+        assert sorted(by_prompt) == sorted(names)
+
+
 def test_two_processes_equal_one(evaluation, finished, tmp_path):
     """To the bit, of an odd number of chunks."""
     flags = ["--prompts", finished.parent / "p.txt", "--samples-per-prompt", 2, "--microbatch", 2]
@@ -197,8 +230,8 @@ def test_max_prompts(evaluation, finished, tmp_path):
     ],
 )
 def test_other_settings_in_the_same_folder_are_refused(evaluation, finished, flags, sentence):
-    """By name, and what was measured stays. One prompt, for speed."""
-    few = ["--prompts", finished.parent / "q.txt", "--ddpm-steps", 2]
+    """By name, and what was measured stays."""
+    few = ["--prompts", finished.parent / "q.txt"]
     assert evaluation(finished, *few)[0] == 0
     code, _, errors = evaluation(finished, *few, *flags)
     assert code == 2
@@ -207,7 +240,10 @@ def test_other_settings_in_the_same_folder_are_refused(evaluation, finished, fla
     assert sentence in errors
 
 
-def test_another_model_or_reward_of_the_same_name_is_refused(evaluation, finished, tmp_path):
+def test_another_model_or_reward_of_the_same_name_is_refused(
+    evaluation, finished, tmp_path, monkeypatch
+):
+    """One table, one reward; what a file holds is looked at before a model is loaded."""
     run = shutil.copytree(finished, tmp_path / "run")
     reward = tmp_path / "r.py"
     reward.write_text("def f(images, prompts):\n    return [1.0] * len(prompts)\n")
@@ -216,9 +252,10 @@ def test_another_model_or_reward_of_the_same_name_is_refused(evaluation, finishe
     before = (tmp_path / "out" / "evaluation.json").read_bytes()
 
     reward.write_text("def f(images, prompts):\n    return [2.0] * len(prompts)\n")
-    code, _, errors = evaluation(*flags)
-    assert code == 2
-    assert "reward" in errors
+    with monkeypatch.context() as patched:
+        patched.setattr(prdp, "load_models", None)
+        said = only_sentence(evaluation(*flags))
+    assert "the reward changed since it began" in said
     reward.write_text("def f(images, prompts):\n    return [1.0] * len(prompts)\n")
 
     unet = StableDiffusionPipeline.from_pretrained(run / "pipeline").unet
@@ -241,15 +278,22 @@ def test_bad_input_is_one_sentence(evaluation, finished, tmp_path):
     edit_json(people / "config.json", reward=[], prompts=[], pairs="/pairs.jsonl")
     for folder in (python, people):
         shutil.copytree(finished / "pipeline", folder / "pipeline")
-    (tmp_path / "one.txt").write_text("a red star\n")
     cases = [
-        ([young], f"python prdp.py --resume {young} --epochs 2 makes that of 2"),
+        ([young], f"{young}: has no pipeline/ of epoch 2; when it has ended, python prdp.py"),
+        ([young], f"--resume {young} --epochs 2 makes it."),
         ([tmp_path, "--reward", "compressibility"], f"--model {tmp_path}: "),
-        ([finished, "--samples-per-prompt", 0], "--samples-per-prompt 0"),
-        ([finished, "--samples-per-prompt", 1, "--max-prompts", 1], "--samples-per-prompt 1"),
+        (["missing", "--reward", "compressibility"], "--model missing: no such folder"),
+        (["mis/sing/er", "--reward", "compressibility"], "--model mis/sing/er: no such folder"),
+        (["mis/sing", "--reward", "compressibility"], "--model mis/sing: "),
+        (["./mis/sing/", "--reward", "compressibility"], "no such folder"),
+        ([tmp_path / "missing", "--reward", "compressibility"], "no such folder"),
+        ([finished, "--against", "missing"], "--model missing: no such folder"),
+        ([finished / "epochs" / "0009"], "0009: has no pipeline/"),
+        ([finished, "--samples-per-prompt", 0], "--samples-per-prompt and --max-prompts: must be"),
+        ([finished, "--max-prompts", 0], "--samples-per-prompt and --max-prompts: must be"),
         ([finished, "--learning-rate", 1], "unrecognized arguments: --learning-rate"),
-        ([python], "began from Python: give --prompts and --reward"),
-        ([people], "began with --pairs: give --prompts and --reward"),
+        ([python], "began without files or reward: give --prompts and --reward"),
+        ([people], "began without files or reward: give --prompts and --reward"),
     ]
     for flags, sentence in cases:
         said = only_sentence(evaluation(*flags))
@@ -273,16 +317,92 @@ def test_a_pipeline_of_an_earlier_epoch_is_refused(evaluation, finished, tmp_pat
     run = shutil.copytree(finished, tmp_path / "run")
     edit_json(run / "pipeline" / "prdp.json", epoch=1)
     said = only_sentence(evaluation(run))
-    assert f"or of epoch 1; python prdp.py --resume {run} --epochs 2 makes that of 2" in said
+    assert f"{run}: has no pipeline/ of epoch 2; when it has ended, python prdp.py" in said
+    (run / "pipeline" / "prdp.json").unlink()  # an older commit's
+    assert evaluation(run)[0] == 0
+
+
+def test_epochs_that_a_run_kept(evaluation, finished, tmp_path):
+    """They are the run's, with its prompts, its reward and what it began from."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    epochs = [run / "epochs" / name for name in ("0001", "0002")]
+    code, _, errors = evaluation(epochs, "--reward", "incompressibility")
+    assert (code, errors) == (0, "")
+    base, first, last = record_in(tmp_path / "out")["table"]
+    assert [row["model"] for row in (base, first, last)] == ["base", "0001", "0002"]
+    assert base["mean"] != first["mean"] != last["mean"]
+    assert evaluation(run, "--out", tmp_path / "other")[0] == 0
+    whole = record_in(tmp_path / "other")["table"]
+    assert [row["mean"] for row in whole] == [base["mean"], last["mean"]]
+
+    shutil.move(epochs[0] / "pipeline", epochs[0] / "lora")
+    assert "has no pipeline/; docs/running.md makes" in only_sentence(evaluation(epochs[0]))
+
+
+def test_default_folder_is_of_an_epoch(finished, tmp_path, capsys):
+    """So that a run that went on, or its epochs, can be evaluated again."""
+    run = shutil.copytree(finished, tmp_path / "run")
+    few = ["--prompts", finished.parent / "q.txt", "--samples-per-prompt", 1]
+    for model, epoch in ((run / "epochs" / "0001", "0001"), (run, "0002")):
+        code, out, errors = call(evaluate.main, [model, *few], capsys)
+        assert (code, errors) == (0, "")
+        assert f"see {run / 'evaluation' / epoch / 'evaluation.png'}" in out
+    call(prdp.main, ["--resume", run, "--epochs", 3], capsys)
+    assert call(evaluate.main, [run, *few], capsys)[::2] == (0, "")
+    assert {path.name for path in (run / "evaluation").iterdir()} == {"0001", "0002", "0003"}
+
+
+def test_a_reward_that_fails_ends_it_before_models_are_loaded(
+    evaluation, finished, tmp_path, monkeypatch
+):
+    """It is tried on a picture of the model's size, with a prompt of the file."""
+    reward = tmp_path / "r.py"
+    reward.write_text(
+        "def f(images, prompts):\n"
+        "    assert images.shape == (1, 3, 16, 16) and prompts == ['a red star']\n"
+        "    raise ValueError('a mistake of mine')\n"
+    )
+    monkeypatch.setattr(prdp, "load_models", None)
+    code, _, errors = evaluation(finished, "--reward", f"{reward}:f")
+    assert code == 2 and "evaluate.py: reward f failed: ValueError: a mistake of mine." in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_single_image_has_no_error(evaluation, finished, tmp_path):
+    """Neither printed nor in the file, which is strict JSON."""
+    code, out, errors = evaluation(finished, "--samples-per-prompt", 1, "--max-prompts", 1)
+    assert (code, errors) == (0, "")
+    assert "+-" not in out and "nan" not in out
+    base, row = record_in(tmp_path / "out")["table"]
+    assert base["standard_error"] is row["standard_error"] is row["difference_error"] is None
+    assert row["difference"] == pytest.approx(row["mean"] - base["mean"], abs=1e-5)
+
+
+def test_table_has_at_most_80_columns(evaluation, finished, tmp_path):
+    """Whatever models, files and numbers there are."""
+    long = shutil.copytree(finished, tmp_path / ("a_name_of_many_letters" * 3))
+    file = tmp_path / ("prompts_of_many_letters" * 3 + ".txt")
+    file.write_text("a red star\na blue ring\n")
+    (tmp_path / "r.py").write_text(
+        "def f(images, prompts):\n"
+        "    return [-1.2345678e-11 * (1 + x.float().mean().item()) for x in images]\n\n"
+        "def g(images, prompts):\n"
+        "    return [1.2345678e11 + 1e9 * x.float().mean().item() for x in images]\n"
+    )
+    words = [f"{tmp_path}/r.py:{name}" for name in "fg"]
+    code, out, errors = evaluation(long, "--prompts", file, "--reward", *words)
+    assert (code, errors) == (0, "")
+    table = out.split("\n\n", 1)[1].split("see ")[0]
+    assert table.count("wins") == 3 and "e+1" in table and "e-1" in table
+    assert max(map(len, table.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
     ("names", "labels"),
     [
-        (["base"], ["pretrained", "base"]),
+        (["base"], ["pretrained base", "base"]),
         (["a/run", "b/run"], ["base", "a/run", "b/run"]),
-        (["a/run", "b/base"], ["pretrained", "run", "base"]),
-        (["a/base", "b/pretrained"], [None, "base", "pretrained"]),
+        (["a/run", "b/base"], ["pretrained base", "run", "base"]),
     ],
 )
 def test_every_model_that_is_named_is_in_the_table(
@@ -294,11 +414,7 @@ def test_every_model_that_is_named_is_in_the_table(
         shutil.copytree(finished, tmp_path / name)
     assert evaluation(names)[0] == 0
     table = record_in(tmp_path / "out")["table"]
-    (base, *_) = labels = [
-        label or json.loads((tmp_path / names[0] / "config.json").read_text())["model"]
-        for label in labels
-    ]
-    assert [row["model"] for row in table] == labels and base
+    assert [row["model"] for row in table] == labels
     assert ["difference" in row for row in table] == [False] + [True] * len(names)
     code, _, errors = evaluation(names, "--against", finished, "--out", "other")
     assert code == 0, errors
@@ -325,7 +441,7 @@ def test_on_a_gpu_it_computes_in_bf16_unless_asked(
 
     def load_models(config, *rest, **options):
         seen.append(config)
-        raise InputError("seen")
+        raise UserError("seen")
 
     monkeypatch.setattr(prdp, "load_models", load_models)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

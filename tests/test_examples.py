@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import CPU, ROOT, only_sentence
+from conftest import CPU, ROOT
 from rewards import load_reward
 from support.inputs import load_module
 
@@ -124,8 +124,13 @@ def test_the_papers_prompts():
 
 
 def test_a_server_scores(cli, tmp_path, monkeypatch):
-    """And one that is down, or answers otherwise, ends the run in a sentence."""
+    """And one that is down, or answers otherwise, ends the run: a traceback, then a sentence."""
     seen = []
+
+    def sentence(result: tuple[int, str, str]) -> str:
+        code, _, errors = result
+        assert code == 2 and "in score\n" in errors, errors
+        return errors.splitlines()[-1]
 
     class Server(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -148,10 +153,10 @@ def test_a_server_scores(cli, tmp_path, monkeypatch):
     assert cli(*reward)[::2] == (0, "")
     assert set(seen) == {(16, 16)}
     monkeypatch.setenv("REWARD_URL", f"{address}/busy")
-    said = only_sentence(cli(*reward, "--out", tmp_path / "busy"))
-    assert f"the server at {address}/busy: HTTP Error 503" in said
+    message = sentence(cli(*reward, "--out", tmp_path / "busy"))
+    assert f"the server at {address}/busy: HTTP Error 503" in message
     server.shutdown()
     server.server_close()
     monkeypatch.setenv("REWARD_URL", f"{address}/score")
-    said = only_sentence(cli(*reward, "--out", tmp_path / "down"))
-    assert f"the server at {address}/score: " in said and "refused" in said
+    message = sentence(cli(*reward, "--out", tmp_path / "down"))
+    assert f"the server at {address}/score: " in message and "refused" in message

@@ -1,10 +1,9 @@
 """The Triton kernels, against prdp.py's functions of the same names, float64 autograd and plain
 numbers. On a machine without a GPU Triton's interpreter runs them."""
 
-import importlib.util
 import math
-import subprocess
-import sys
+from collections.abc import Callable
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,18 +12,30 @@ from torch import Tensor
 
 import prdp
 from conftest import ROOT, SD14_SCHEDULER, needs_gpu
+from support import machine
+from support.inputs import load_module
 
 pytest.importorskip("triton", reason="no triton for this system: prdp.py's own functions run")
-spec = importlib.util.spec_from_file_location("log_prob", ROOT / "kernels" / "log_prob.py")
-kernels = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(kernels)
+kernels = load_module("log_prob", str(ROOT / "kernels" / "log_prob.py"))
 pytestmark = pytest.mark.gpu  # without one they run too, but `-m gpu` selects them
 
-plain_log_prob, plain_sample = prdp.guided_log_prob.__wrapped__, prdp.guided_sample.__wrapped__
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAST = 49  # the step of smallest sigma, 0.0206, and of the largest log-prob, about 2.5
 GUIDANCE = 5.3  # no float32 number: a kernel that rounded it would be seen
+
+
+def plain(function: Callable) -> Callable:
+    """A function of prdp.py as it runs where there are no kernels."""
+
+    def call(*arguments, **named):
+        with mock.patch.object(prdp, "kernels_for", lambda noise_pred: None):
+            return function(*arguments, **named)
+
+    return call
+
+
+plain_log_prob, plain_sample = plain(prdp.guided_log_prob), plain(prdp.guided_sample)
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 each_shape = pytest.mark.parametrize(  # B = 1; odd and less than a block; several blocks a row
@@ -241,35 +252,15 @@ def test_kernels_refuse_what_is_not_on_a_gpu(monkeypatch):
         kernels.guided_log_prob(**cpu)
 
 
-@pytest.mark.parametrize(
-    ("lacks", "reason"),
-    [
-        ("sys.modules['triton'] = None", "triton is not installed"),
-        ("os.environ['PATH'] = ''; os.environ.pop('CC', None)", "no C compiler"),
-        ("sysconfig.get_path = lambda *_: '/nowhere'", "no Python.h"),
-    ],
-)
-def test_where_triton_cannot_run_the_plain_forms_do(lacks, reason):
-    """And `load_kernels` says why: Triton compiles its driver at the first launch."""
-    script = f"""if True:
-        import os, sys, sysconfig
-        import torch, prdp
-        torch.cuda.is_available = lambda: True
-        {lacks}
-        print(prdp.load_kernels())
-    """
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.strip() == f"(None, 'eager ({reason})')"
-
-
 @needs_gpu
 def test_prdp_runs_the_kernels_on_a_gpu():
     step = denoising_step((2, 4, 8, 8), torch.bfloat16)
-    module, words = prdp.load_kernels()
+    module, words = machine.load_kernels()
     assert words == "Triton kernels"
-    assert torch.equal(prdp.guided_log_prob(*step.values()), module.guided_log_prob(**step))
+    assert torch.equal(prdp.guided_log_prob(**step), module.guided_log_prob(**step))
+    machine.check_kernels(
+        step.pop("noise_pred"), prdp.guided_log_prob, prdp.guided_sample, *step.values()
+    )
 
 
 @needs_gpu

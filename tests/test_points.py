@@ -4,6 +4,7 @@ exact, and all of it runs."""
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -234,13 +235,27 @@ def test_the_stored_results_are_of_these_experiments():
     assert claims.rounded(ours) == {name: row["arm"] for name, row in stored["arms"].items()}
 
 
+@pytest.mark.parametrize("cpuinfo", ["processor : 0\nBogoMIPS : 50.00\n", None])
+def test_a_machine_that_names_no_processor(cpuinfo, tmp_path, monkeypatch):
+    """As Linux on ARM; and macOS, which has no such file."""
+    if cpuinfo:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(claims, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("platform.processor", lambda: "")
+    assert claims.machine()["processor"] == "unknown"
+    assert claims.machine()["cores"] == os.cpu_count()
+
+
 def test_quick_runs_everything(tmp_path):
+    """Whatever a notebook has set MPLBACKEND to."""
+
     def room() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in (ROOT / "points").glob("*.*")}
 
     before = room()
     command = [sys.executable, ROOT / "points" / "claims.py", "--quick", "--out", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"MPLBACKEND": "nonsense"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "results.json").read_text())
     assert set(result["verdicts"]) == {str(n) for n in range(1, 10)}

@@ -170,8 +170,7 @@ def test_resume_after_ctrl_c(cli, tmp_path, monkeypatch):
 
 def test_resume_with_the_same_settings_and_with_harmless_others(finished, cli):
     assert cli("--resume", finished, "--seed", 3, "--kl-weight", "3e-5")[0] == 0
-    code, out, _ = cli("--resume", finished, "--offload", "on", "--save-every", 2, "--epochs", 2)
-    assert code == 0 and "warning: another microbatch, checkpointing or offload: digits may" in out
+    assert cli("--resume", finished, "--offload", "on", "--save-every", 2)[0] == 0
 
 
 def test_moved_run_with_moved_inputs_goes_on_to_the_bit(world, run, tmp_path):
@@ -303,10 +302,6 @@ RUNS = {
     "no epoch": (edit_state(lambda state: state.pop("epoch")), FOREIGN),
     "shape of a weight": (edit_state(misshape), OTHER),
     "a weight less": (edit_state(lambda state: state["unet"].popitem()), OTHER),
-    "version": (
-        edit_state(lambda state: state.update(version=0)),
-        "--resume {run}: its checkpoint is of version 0, and this is 5",
-    ),
     "another run's": (
         edit_state(lambda state: state["record"].update(seed=5)),
         f"--resume {{run}}: seed is 0, and was 5; {CHANGED}",

@@ -1,0 +1,392 @@
+"""A run's machine: its state, kernels that load or not, fp16's scale, plans by memory, without a
+GPU; and the counter of peaks."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import prdp
+from conftest import CPU, ROOT, draw, gradient_of, metrics_of, tiny_config
+from stable_diffusion import StableDiffusion
+from support import machine
+from support.cli import UserError
+
+SD14 = 3.44  # GB of its UNet
+
+# ---- State ---------------------------------------------------------------------------------------
+
+
+def numbers() -> Tensor:
+    """A product and its gradient, of a program that names neither device nor dtype."""
+    x = (torch.arange(12).view(3, 4) / 7).requires_grad_()
+    y = (x @ x.T).exp()
+    y.sum().backward()
+    return torch.cat([y.detach(), x.grad], 1)
+
+
+def state() -> list:
+    autocast = [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
+    device, inference = torch.get_default_device(), torch.is_inference_mode_enabled()
+    return [torch.get_default_dtype(), device, torch.is_grad_enabled(), inference, *autocast]
+
+
+@pytest.mark.parametrize(
+    "outside",
+    [
+        "",
+        "enter(torch.autocast('cpu', torch.bfloat16))",
+        "enter(torch.inference_mode())",
+        "torch.set_default_dtype(torch.float64)",
+        "torch.set_default_device('meta')",
+        "torch.set_grad_enabled(False)",
+    ],
+)
+def test_numbers_inside_are_those_of_a_program_of_its_own(outside):
+    """And what was set outside is set afterwards, whatever ends it."""
+    expected = numbers()
+    with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.float32)
+        stack.callback(torch.set_default_device, None)
+        stack.callback(torch.set_grad_enabled, True)
+        exec(outside, {"torch": torch, "enter": stack.enter_context})
+        before = state()
+        with pytest.raises(KeyboardInterrupt), machine.own_state():
+            found = numbers()
+            raise KeyboardInterrupt
+        assert state() == before
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+
+
+# ---- Kernels -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("No C compiler.\nSet CC."), "RuntimeError: No C compiler. Set CC.)"),
+        (KeyError("maxnreg"), "KeyError: 'maxnreg')"),
+        (ImportError("no triton"), "ImportError: no triton)"),
+        (AssertionError("no libcuda " * 99), "AssertionError: no libcuda no libcuda"),
+    ],
+)
+def test_whatever_fails_at_the_first_launch_means_plain_pytorch(monkeypatch, error, reason):
+    def fail(*_) -> None:
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "load_module", fail)
+    kernels, words = machine.load_kernels.__wrapped__()
+    assert kernels is None
+    assert words.startswith(f"eager ({reason}") and len(words) < 250 and "\n" not in words
+
+
+def test_kernels_are_for_a_gpu_but_not_for_float64(monkeypatch):
+    assert machine.load_kernels.__wrapped__() == (None, "eager (no CUDA device)")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)  # and still there is none
+        kernels, words = machine.load_kernels.__wrapped__()
+        assert kernels is None and words.startswith("eager (")
+    monkeypatch.setattr(machine, "load_kernels", lambda: ("kernels", "Triton kernels"))
+    for dtype, expected in ((torch.bfloat16, "kernels"), (torch.float64, None)):
+        assert machine.kernels_for(SimpleNamespace(is_cuda=True, dtype=dtype)) == expected
+    assert machine.kernels_for(torch.zeros(2)) is None
+
+
+# ---- fp16's scale --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1e-7, 1.0, 1e6])
+def test_scaled_backward_has_the_bits_of_the_plain_one_and_adds(size):
+    network, x = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)), torch.randn(6, 5)
+    network[0].bias.requires_grad_(False)
+
+    def backward(grad: Tensor) -> None:
+        (grad * network(x).squeeze(1)).sum().backward()
+
+    first, second = size * torch.randn(2, 6)
+    backward(first)
+    one = gradient_of(network)
+    machine.scaled_backward(network, backward, second, 256)
+    both = gradient_of(network)
+    network.zero_grad()
+    backward(second)
+    assert torch.equal(both, one + gradient_of(network))
+    assert network[0].bias.grad is None
+
+
+def test_scaled_backward_of_zeros_runs_nothing_and_of_nan_is_refused():
+    network = nn.Linear(2, 1)
+    machine.scaled_backward(network, None, torch.zeros(3), 256)
+    assert network.weight.grad is None
+    for bad in (math.nan, math.inf):
+        with pytest.raises(UserError, match="the loss's gradient is not finite"):
+            machine.scaled_backward(network, None, torch.tensor([1.0, bad]), 256)
+
+
+def test_scaled_backward_tries_again_with_a_smaller_factor():
+    """1/256, where fp16 overflows with the first; the sum with what was there is the same."""
+    network, scaled = nn.Linear(1, 1, bias=False), []
+    network.weight.grad = torch.ones(1, 1)
+
+    def backward(grad: Tensor) -> None:
+        scaled.append(grad.item())
+        network.weight.grad = (grad * 2**20).half().float().view(1, 1)
+
+    machine.scaled_backward(network, backward, torch.tensor([0.5]), 16)
+    assert scaled == [0.25, 0.25 / 256]
+    assert network.weight.grad.item() == 1 + 0.5 * 2**20
+
+
+def test_fp16_gradients_do_not_underflow(models):
+    """Of tiny dloss/dlog_probs, as with a large kl_weight: as in fp32, to fp16's precision."""
+    grad_log_probs, found = 1e-7 * torch.randn(12, 5, dtype=torch.float64), []
+    for dtype in ("fp32", "fp16"):
+        loaded = models(dtype=dtype)
+        prdp.backward_trajectories(loaded.policy, draw(loaded), grad_log_probs)
+        found.append(gradient_of(loaded.policy.unet))
+    assert ((found[1] - found[0]).norm() / found[0].norm()).item() < 0.05
+
+
+# ---- Memory --------------------------------------------------------------------------------------
+
+
+def on_a_gpu(monkeypatch, free: float) -> None:
+    """Settings are planned as on a GPU of `free` GB; a run is none the wiser."""
+    plans = machine.plans
+
+    def planned(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "mem_get_info", lambda: (free * 1e9, None))
+            return plans(*arguments)
+
+    monkeypatch.setattr(machine, "plans", planned)
+
+
+def planned(weights: float = SD14, **settings) -> list[tuple]:
+    found = machine.plans(prdp.Config(**{"dtype": "fp16", **settings}), lambda model: weights)
+    return [(x.microbatch, x.gradient_checkpointing, x.offload) for x in found]
+
+
+@pytest.mark.parametrize(
+    ("card", "settings", "plan"),
+    [
+        ("24 GB", {}, (8, "on", "on")),
+        ("40 GB", {}, (8, "off", "on")),
+        ("48 GB", {}, (8, "off", "on")),
+        ("80 GB", {}, (16, "off", "off")),
+        ("141 GB", {}, (32, "off", "off")),
+        ("24 GB", {"dtype": "tf32"}, (4, "on", "on")),
+        ("80 GB", {"dtype": "tf32"}, (8, "off", "on")),
+        ("16 GB", {"lora_rank": 8}, (8, "on", "on")),
+        ("80 GB", {"microbatch": 8}, (8, "off", "off")),
+        ("40 GB", {"offload": "off"}, (8, "on", "off")),
+    ],
+)
+def test_the_plan_of_each_card(monkeypatch, card, settings, plan):
+    """A card of N GB has about N GiB, of which CUDA itself takes 0.6."""
+    on_a_gpu(monkeypatch, float(card.split()[0]) * 1.0737 - 0.6)
+    assert planned(**settings)[0] == plan
+
+
+def test_later_plans_need_less(monkeypatch):
+    """So that after the one that runs out of memory the next has a chance."""
+    on_a_gpu(monkeypatch, 141)
+    filled = machine.plans(prdp.Config(dtype="fp16"), lambda model: SD14)
+    sizes = [machine.needed_gigabytes(config, SD14) for config in filled]
+    assert len(sizes) == len(machine.PLANS) and sizes == sorted(sizes, reverse=True)
+
+
+def test_plans_of_small_cards_of_given_flags_and_of_a_cpu(monkeypatch):
+    """The full UNet is refused on 16 GB, unless all flags ask for it; the toy fits."""
+    assert planned() == [(8, "off", "off")]
+    assert planned(microbatch=3, offload="on") == [(3, "off", "on")]
+    on_a_gpu(monkeypatch, 16)
+    with pytest.raises(UserError, match=r"16 GB of free .* --lora-rank 8 --learning-rate 1e-4"):
+        planned()
+    assert planned(weights=0.004, microbatch=64)[0] == (64, "off", "off")
+    given = {"microbatch": 32, "gradient_checkpointing": "off", "offload": "off"}
+    assert planned(**given) == [(32, "off", "off")]
+
+
+@pytest.mark.parametrize("fails", ["load_models", "backward_trajectories"])
+def test_a_run_out_of_memory_begins_with_the_next_plan(
+    tiny_sd, tmp_path, monkeypatch, capsys, fails
+):
+    """Until one fits; it is stored, and the run is the one that asked for that plan."""
+    on_a_gpu(monkeypatch, 1000)
+    function, calls = getattr(prdp, fails), []
+
+    def short(*arguments, **options):
+        calls.append(1)
+        if len(calls) <= 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(prdp, fails, short)
+    config = tiny_config(tiny_sd, epochs=1, updates_per_epoch=1,
+                         prompts=(str(ROOT / "prompts" / "shapes.txt"),))  # fmt: skip
+    left = {"microbatch": 0, "gradient_checkpointing": "auto", "offload": "auto"}
+    prdp.run(replace(config, out=str(tmp_path / "run"), **left))
+    assert capsys.readouterr().out.count("out of GPU memory; trying the next") == 2
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (record["microbatch"], record["offload"]) == (8, "on")
+
+    plan = {"microbatch": 8, "gradient_checkpointing": "off", "offload": "on"}
+    prdp.run(replace(config, out=str(tmp_path / "asked"), **plan))
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "asked")
+
+
+def test_given_flags_that_do_not_fit_are_one_sentence(cli, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(prdp, "backward_trajectories", full)
+    flags = ["--microbatch", 2, "--gradient-checkpointing", "off", "--offload", "off"]
+    code, _, errors = cli(*flags)
+    assert code == 2 and "out of GPU memory: try a smaller --microbatch" in errors
+
+
+def test_the_rehearsal_holds_what_a_run_will(tiny_sd, monkeypatch):
+    """While the gradient is taken, room for Adam's two moments and an epoch's trajectories; and it
+    leaves weights and gradients as they were."""
+    config = tiny_config(tiny_sd, images_per_prompt=4)
+    models = prdp.load_models(config, CPU)
+    batch = prdp.check_on_policy(config, models, "a cat")
+    before = [p.clone() for p in models.sd.unet.parameters()]
+    made, empty, empty_like = [], torch.empty, torch.empty_like
+
+    def backward(*arguments):
+        counted.append(sum(made))
+        prdp.backward_trajectories(*arguments)
+
+    def noted(function):
+        def call(*arguments, **options):
+            x = function(*arguments, **options)
+            made.append(x.nbytes)
+            return x
+
+        return call
+
+    counted = []
+    monkeypatch.setattr(torch, "empty", noted(empty))
+    monkeypatch.setattr(torch, "empty_like", noted(empty_like))
+    passes = machine.rehearse(config, models, batch, prdp.score_trajectories, backward)
+    numel, images = sum(p.numel() for p in before), 3 * 4
+    latents = images * (config.ddpm_steps + 1) * batch.latents[0, 0].numel()
+    assert counted[0] >= 4 * (2 * numel + latents)
+    assert all(x > 0 for x in passes)
+    assert all(torch.equal(p, q) for p, q in zip(models.sd.unet.parameters(), before, strict=True))
+    assert all(p.grad is None for p in models.sd.unet.parameters())
+
+
+def test_decoding_on_a_gpu_takes_four_at_a_time(monkeypatch):
+    sizes = []
+
+    def decode(latents):
+        sizes.append(len(latents))
+        return SimpleNamespace(sample=latents)
+
+    vae = SimpleNamespace(decode=decode, config=SimpleNamespace(scaling_factor=1.0))
+    device = SimpleNamespace(type="cuda")
+    sd = SimpleNamespace(device=device, at_work=lambda network: torch.no_grad(), vae=vae)
+    assert len(StableDiffusion.decode(sd, torch.zeros(10, 3, 2, 2), 32)) == 10
+    assert sizes == [4, 4, 2]
+
+
+def test_a_pass_without_gradient_casts_weights_once(models):
+    """Not at every step, which a step scored by itself does; the bits are the same."""
+    loaded = models(dtype="bf16")
+    policy, (generator,) = loaded.policy, prdp.image_generators(0, 1, [0], 1)
+    batch = prdp.sample_prompts(loaded, policy, ["a cat"], [generator])
+
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, operator, types, args=(), options=None):
+            options = options or {}
+            self.count += operator is torch.ops.aten._to_copy.default and (
+                args[0].dtype == torch.float32 and options.get("dtype") == torch.bfloat16
+            )
+            return operator(*args, **options)
+
+    with Casts() as whole:
+        scores = prdp.score_trajectories(policy, batch)
+    row, steps = torch.zeros(1, dtype=torch.int64), []
+    with Casts() as by_step, torch.no_grad():
+        for k in range(5):
+            with policy.autocast():
+                steps.append(prdp.step_log_prob(policy, batch, row, row + k))
+    assert torch.equal(scores, torch.stack(steps, 1)) and torch.equal(scores, batch.log_probs)
+    matrices = [p for p in policy.unet.parameters() if p.ndim > 1]
+    assert whole.count < by_step.count - 3 * len(matrices)
+
+
+# ---- benchmarks/memory.py ------------------------------------------------------------------------
+
+SCRIPT = """
+import json, sys
+from unittest import mock
+sys.path.insert(0, "benchmarks")
+import memory, prdp, torch
+from torch.utils._pytree import tree_map_only
+
+def cpu(x):
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), x)
+
+def reference_on_cpu(function):
+    def call(*x):
+        return cpu(function(*x)) if x[2:] == ("reference",) else function(*x)
+    return call
+
+def gradients_on_cpu(function):
+    def call(parameters):
+        for p in parameters:
+            p.grad = torch.zeros(1)
+        return function(parameters)
+    return call
+
+PLANTS = {
+    "nothing": ("prdp_loss", lambda function: function),
+    "sample": ("guided_sample", lambda function: lambda *x: cpu(function(*x))),
+    "reward": ("score_images", lambda function: lambda *x: cpu(function(*x))),
+    "reference": ("score_trajectories", reference_on_cpu),
+    "score": ("guided_log_prob", lambda function: lambda *x: cpu(function(*x))),
+    "a dtype": ("run_unet", lambda function: lambda p, x, e, s: function(p, x, e.half(), s)),
+    "loss": ("prdp_loss", lambda function: lambda *x: function(cpu(x[0]), *x[1:])),
+    "update": ("backward_trajectories", lambda function: lambda *x: function(*x[:2], cpu(x[2]))),
+    "step": ("average_gradients", gradients_on_cpu),
+}
+memory.register()
+plan = {"microbatch": 2, "gradient_checkpointing": "off", "offload": "on", "dtype": "fp16"}
+found = {}
+for name, (where, plant) in PLANTS.items():
+    with mock.patch.object(prdp, where, plant(getattr(prdp, where))):
+        try:
+            memory.peaks(memory.TOY / "sd", True, **plan)
+            found[name] = ""
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+print(json.dumps(found))
+"""
+
+
+def test_the_counter_finds_a_tensor_on_another_device_or_of_another_dtype():
+    """Planted in each phase of an epoch, on fake tensors of a GPU that does not exist."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("nothing") == ""
+    assert all("device" in x or "dtype" in x or "same" in x for x in found.values()), found
