@@ -431,7 +431,7 @@ class Models(NamedTuple):
 
 def train(
     config: Config, models: Models, optimizer: torch.optim.Optimizer, prompts: list[str], start: int
-) -> Iterator[dict[str, float]]:
+) -> Iterator[dict]:
     """Algorithm 1 from epoch `start` on; yields each epoch's metrics. Line 1: `load_models`."""
     policy, reference = models.policy, models.reference
     parameters = optimizer.param_groups[0]["params"]
@@ -487,7 +487,11 @@ def train(
 
 @torch.no_grad()
 def update_metrics(
-    config: Config, log_probs: Tensor, log_probs_old: Tensor, log_probs_ref: Tensor, rewards: Tensor
+    config: Config,
+    log_probs: Tensor,  # (N, B, T)
+    log_probs_old: Tensor,
+    log_probs_ref: Tensor,
+    rewards: Tensor,  # (N, B)
 ) -> dict[str, Tensor]:
     """Where theta stands before an update; docs/running.md defines the fields."""
 
@@ -534,9 +538,7 @@ def sample_prompts(
     return trajectories
 
 
-def score_images(
-    models: Models, x_0: Tensor, prompts: list[str]
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def score_images(models: Models, x_0: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, dict]:
     """Images of x_0 (M, C, H, W), M / len(prompts) a prompt, their rewards (M,), and the parts that
     these are the weighted sum of, by name (Alg. 1, line 8)."""
     repeated = [prompt for prompt in prompts for _ in range(len(x_0) // len(prompts))]

@@ -70,6 +70,8 @@ class Reward:
         total, parts = 0.0, {}
         for label, (weight, scorer) in self.components.items():
             networks = getattr(scorer, "networks", ())
+            if images.device.type == self.device.type:
+                networks = ()
             try:
                 with users_code(f"reward {label} failed"):
                     for network in networks:
@@ -94,6 +96,8 @@ def checked(label: str, returned: object, prompts: list[str]) -> Tensor:
         shape = tuple(scores.shape)  # a nested tensor has none
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         kind = type(returned).__name__
+        if kind == "coroutine":
+            returned.close()  # else Python warns that it was never awaited
         raise UserError(f"{what} a {kind}, not {count} real numbers ({error}).") from error
     if shape not in ((count,), (count, 1)):
         raise UserError(f"{what} numbers of shape {shape} for {count} images.")
@@ -123,9 +127,6 @@ def parse_reward(words: str | tuple | list) -> list[tuple]:
         with contextlib.suppress(ValueError):  # no =, or one inside of a path
             head, number = body.rsplit("=", 1)
             body, weight = head, float(number)
-        if not math.isfinite(weight):
-            raise UserError(f"{what}: {weight} is no weight.")
-
         label, _, path = body.partition(":")
         file, _, function = body.rpartition(":")
         own = file.endswith(".py") and function
@@ -133,6 +134,8 @@ def parse_reward(words: str | tuple | list) -> list[tuple]:
             label, path = function, file
         elif label not in LOADERS:
             raise UserError(f"{what}: no reward {body!r}; {known}.")
+        elif path and label.endswith("compressibility"):
+            raise UserError(f"{what}: {label} takes no path.")
         if path:
             path = os.path.abspath(os.path.expanduser(path))  # links stay: the hub's cache has them
             if not os.path.exists(path):
@@ -217,11 +220,16 @@ def preprocess_hpsv2(images: Tensor, size: int = 224) -> Tensor:
 
 
 def clean_text(prompt: str) -> str:
-    """open_clip's cleaning: plain quotes and ligatures (as of ftfy, whose other mending is left
-    out), HTML unescaped twice, spaces folded, lower case. Names of control tokens are cut out:
-    transformers' tokenizer would end or begin the text there."""
+    """open_clip's cleaning: Unicode mended by ftfy (where it is not installed, plain quotes and
+    ligatures alone), HTML unescaped twice, spaces folded, lower case. Names of control tokens are
+    cut out: transformers' tokenizer would end or begin the text there."""
     plain = {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0xFB01: "fi", 0xFB02: "fl"}
-    text = html.unescape(html.unescape(prompt.translate(plain)))
+    text = prompt.translate(plain)
+    with contextlib.suppress(ImportError):
+        from ftfy import fix_text
+
+        text = fix_text(prompt)
+    text = html.unescape(html.unescape(text))
     text = re.sub(r"<\|(start|end)oftext\|>|<(start|end)_of_text>", " ", text, flags=re.IGNORECASE)
     return re.sub(r"\s+", " ", text).strip().lower()
 

@@ -1,8 +1,7 @@
 """prdp_loss in a trainer of its own, on 1-D Gaussian chains whose optimum is known; torch alone.
 
 Prompt n's policy at step k is N(DECAY * x_t + theta[n, k], SIGMA[k]^2), its reward SLOPE[n] * x_0;
-its images share x_T, so Eq. 7's optimum shifts each step; beta of Eq. 5 is KL_WEIGHT / T.
-"""
+its images share x_T, so Eq. 7's optimum shifts each step; beta of Eq. 5 is KL_WEIGHT / T."""
 
 import torch
 from torch import Tensor
@@ -21,10 +20,12 @@ def prdp_loss(
     clip_range: float,  # epsilon of Eq. 20, in the unit of log_probs; inf: Eq. 14
     kl_weight: float,  # beta
 ) -> Tensor:
+    assert rewards.shape == log_probs.shape[:-1], rewards.shape
     log_ratio = log_probs - log_probs_ref  # Eq. 19
     log_ratio_old = log_probs_old - log_probs_ref
-    low, high = log_ratio_old - clip_range, log_ratio_old + clip_range
-    clipped_log_ratio = torch.clamp(log_ratio, low, high)  # Eq. 20
+    clipped_log_ratio = torch.clamp(  # Eq. 20
+        log_ratio, log_ratio_old - clip_range, log_ratio_old + clip_range
+    )
 
     def pairwise_diff(x: Tensor) -> Tensor:
         return x.unsqueeze(-1) - x.unsqueeze(-2)  # [..., a, b] is x_a - x_b
@@ -62,17 +63,16 @@ torch.manual_seed(0)
 theta = torch.zeros(N, T).double().requires_grad_()
 optimizer = torch.optim.Adam([theta], lr=0.02)
 for _ in range(80):
-    with torch.no_grad():
-        latents, log_probs_old = sample(theta)
-        log_probs_ref = log_prob(torch.zeros_like(theta), latents, EVERY).view(N, B, T)
+    latents, log_probs_old = sample(theta.detach())
+    log_probs_ref = log_prob(torch.zeros_like(theta), latents, EVERY).view(N, B, T)
     rewards = (SLOPE.repeat_interleave(B) * latents[:, -1]).view(N, B)
     for k in range(4):
         log_probs = log_prob(theta.detach(), latents, EVERY).view(N, B, T).requires_grad_()
         assert k > 0 or log_probs.equal(log_probs_old)  # the on-policy check
         loss = prdp_loss(log_probs, log_probs_old, log_probs_ref, rewards, CLIP_RANGE, KL_WEIGHT)
-        weights = torch.autograd.grad(loss, log_probs)[0].flatten()
-        for part in weights.nonzero()[:, 0].split(MICROBATCH):  # the gradient, in little memory
-            (weights[part] * log_prob(theta, latents, EVERY[part])).sum().backward()
+        grad = torch.autograd.grad(loss, log_probs)[0].flatten()
+        for part in grad.nonzero()[:, 0].split(MICROBATCH):  # the exact gradient, in little memory
+            (grad[part] * log_prob(theta, latents, EVERY[part])).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -17,16 +17,13 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def start_processes() -> torch.device:
     """Join the others where torchrun started this process; the device of this one."""
     cuda = torch.cuda.is_available()
-    launched = all(name in os.environ for name in TORCHRUN)
-    world = os.environ.get("WORLD_SIZE", "1")
-    if not launched and world != "1":
-        print("warning: WORLD_SIZE is set, but not by torchrun: this is one process of its own.")
-    if launched and not dist.is_initialized():
+    if all(name in os.environ for name in TORCHRUN) and not dist.is_initialized():
         if cuda:  # a launcher may show each process one GPU alone
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        if os.environ["RANK"] == "0" and world != "1":
+        others = int(os.environ["WORLD_SIZE"]) - 1
+        if os.environ["RANK"] == "0" and others:
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            print(f"waiting for {int(world) - 1} other process(es) at {place}", flush=True)
+            print(f"waiting for {others} other process(es) at {place}", flush=True)
         # NCCL's ten minutes are shorter than one process may lag behind another.
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
     return torch.device("cuda" if cuda else "cpu")

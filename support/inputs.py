@@ -42,9 +42,6 @@ def read_prompts(path: str) -> list[str]:
         mark = Path(file).read_bytes()[:2]
         wide = mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         text = Path(file).read_text(encoding="utf-16" if wide else "utf-8-sig")
-    if "\0" in text or text.startswith("version https://git-lfs"):
-        raise UserError(f"{what}: is no text, or a Git LFS pointer in place of one.")
-
     records, lines = [], text.split("\n")
     if kind == ".json":
         with reading(what):
@@ -93,8 +90,6 @@ def as_prompts(records: Iterable, what: str = "prompts", columns: tuple = COLUMN
             remedy = f"neither a text nor has a column {' or '.join(columns)}; name it: FILE:COLUMN"
             raise UserError(f"{what}: entry {number} is {remedy}.")
         texts.append(text.strip())
-    with reading(what):
-        "".join(texts).encode()  # half a surrogate pair is no character
     prompts = list(dict.fromkeys(filter(None, texts)))
     if not prompts:
         raise UserError(f"{what}: holds no prompt.")

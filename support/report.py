@@ -54,8 +54,8 @@ def introduce(config, sd, kernels: str, prompts: list[str]) -> None:
     print0(f"reward {reward}; to {config.out}")
     print0(f"{len(prompts)} prompts: {first}; ...")
     print0(f"{processes()} process(es); passes in {config.dtype}; log-probs: {kernels}")
-    plan = f"gradient checkpointing {config.gradient_checkpointing}, offload {config.offload}"
-    print0(f"microbatch {config.microbatch}, {plan}")
+    print0(f"microbatch {config.microbatch}, offload {config.offload}")
+    print0(f"gradient checkpointing {config.gradient_checkpointing}")
 
     context = sd.pipe.tokenizer.model_max_length
     tokens = sd.pipe.tokenizer(prompts[:1000]).input_ids
@@ -69,7 +69,8 @@ def forecast(config, seconds: tuple[float, float], start: int) -> None:
     gradient and with."""
     images = config.prompts_per_epoch * config.images_per_prompt / processes()
     passes, backward_passes = config.passes()
-    epoch = images * (passes * seconds[0] + backward_passes * seconds[1])
+    image = passes * seconds[0] + backward_passes * seconds[1]
+    epoch = images * image
     left = config.epochs - start + 1
     print0(f"{duration(seconds[0])} to sample an image: an epoch takes about {duration(epoch)}")
     print0(f"epochs {start} to {config.epochs}: about {duration(left * epoch)}")
@@ -104,7 +105,10 @@ def as_row(epoch: int, metrics: dict[str, float]) -> dict:
     row["peak_gb"] = 0.0
     if torch.cuda.is_available():
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    return {name: value if math.isfinite(value) else None for name, value in row.items()}
+    for name, value in row.items():
+        if not math.isfinite(value):
+            row[name] = None
+    return row
 
 
 def show_epoch(config, rows: list[dict], start: int, track: Callable) -> None:
@@ -117,9 +121,8 @@ def show_epoch(config, rows: list[dict], start: int, track: Callable) -> None:
     for name in ("reward_se", *config.columns):
         value = row.get(name)
         cells.append("-" if value is None else f"{value:.3g}")
-    mean = "-"
-    if row["reward_mean"] is not None:
-        mean = f"{row['reward_mean']:.4f} +- {cells[0]}"
+    mean = row["reward_mean"]
+    mean = "-" if mean is None else f"{mean:.4f} +- {cells[0]}"
     seconds = sum(x for name, x in row.items() if name.startswith("seconds_"))
     print0(line.format(row["epoch"], mean, *cells[1:], f"{seconds:.1f}"))
     if row["reward_std"] == 0:
@@ -184,9 +187,10 @@ class Samples(NamedTuple):
 
 def mean_and_error(rewards: Tensor) -> tuple[float, float]:
     """Mean of rewards (P, S), and its standard error over prompts; of one prompt, over images."""
-    rows = rewards.mean(1) if len(rewards) > 1 else rewards[0]
-    error = deviation(rows.double()) / len(rows) ** 0.5
-    return rows.double().mean().item(), error
+    if len(rewards) == 1:
+        rewards = rewards.T
+    rows = rewards.mean(1).double()
+    return rows.mean().item(), deviation(rows) / len(rows) ** 0.5
 
 
 def deviation(x: Tensor) -> float:
@@ -204,11 +208,12 @@ def plot_rewards(path: Path, rows: list[dict]) -> None:
 
     epochs = [row["epoch"] for row in rows]
     mean = torch.tensor([row["reward_mean"] for row in rows])
-    std = torch.tensor([row["reward_std"] or 0.0 for row in rows])
+    std = [row["reward_std"] or 0.0 for row in rows]
+    std = torch.tensor(std)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.fill_between(epochs, mean - std, mean + std, alpha=0.15, lw=0)
-    axes.plot(epochs, mean, marker="." if len(rows) < 40 else None)
+    axes.plot(epochs, mean, marker=".")
     axes.set_title("training images of each epoch: mean, standard deviation")
     axes.set(xlabel="epoch", ylabel="reward")
     with writing(path) as temporary:
@@ -228,7 +233,8 @@ def draw_images(path: Path, models: dict[str, Samples], shots: int = 2) -> None:
     rows = list(itertools.product(range(shots), models))
     titles = []
     for prompt in prompts[:8]:
-        titles.append(textwrap.fill(prompt, 20, max_lines=4, placeholder=" ..."))
+        title = textwrap.fill(prompt, 20, max_lines=4, placeholder=" ...")
+        titles.append(title)
 
     # Sizes in pixels: small pictures are shown larger.
     zoom = -(-128 // images.shape[-1])
@@ -250,13 +256,15 @@ def draw_images(path: Path, models: dict[str, Samples], shots: int = 2) -> None:
         draw.text((x, 4), title, "black", font)
         for r, (shot, name) in enumerate(rows):
             y = top + r * row
-            label = textwrap.fill(name, 14)
-            draw.text((4, y + height // 2 - line), label, "black", font)
+            middle = y + height // 2 - line
+            draw.text((4, middle), textwrap.fill(name, 14), "black", font)
             number = n * per_prompt + shot
-            pixels = models[name].images[number].permute(1, 2, 0)
+            samples = models[name]
+            pixels = samples.images[number].permute(1, 2, 0)
             picture = Image.fromarray(pixels.numpy())
-            page.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, y))
-            reward = models[name].rewards[number]
+            picture = picture.resize((width, height), Image.Resampling.NEAREST)
+            page.paste(picture, (x, y))
+            reward = samples.rewards[number]
             if not reward.isnan():
                 draw.text((x, y + height), f"{reward:.4g}", "black", font)
     with writing(path) as temporary:
@@ -280,7 +288,8 @@ def compare(config, before: Samples, after: Samples, track: Callable) -> None:
     if not after.rewards.isnan().all():
         difference = after.rewards - before.rewards
         rise, error = mean_and_error(difference[None])
-        means = f"{before.rewards.mean():.4f} -> {after.rewards.mean():.4f}"
+        was, now = before.rewards.mean(), after.rewards.mean()
+        means = f"{was:.4f} -> {now:.4f}"
         count = f"mean reward of {len(difference)} images on fixed prompts and seeds"
         print0(f"{count}: {means}, {rise:+.4f} +- {error:.4f}")
         print0("(standard error of the paired difference)")

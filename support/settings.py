@@ -1,7 +1,6 @@
 """Settings of a program: from flags, a preset, a run to go on with; checked, made absolute."""
 
 import dataclasses
-import importlib.util
 import math
 import numbers
 import os
@@ -13,7 +12,7 @@ import torch
 
 from support.cli import Parser, UserError, command, option, reading
 from support.distributed import end_processes, print0, processes, start_processes
-from support.run_folder import MAY_DIFFER, read_json
+from support.run_folder import read_json, require_same
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,8 +59,6 @@ def resolve(config, reward: object = None, prompts: object = None):
         if torch.cuda.is_available():  # with K = 1 nothing is clipped, and noise matters less
             coarse = config.updates_per_epoch == 1 and torch.cuda.is_bf16_supported(False)
             acting["dtype"] = "bf16" if coarse else "fp16"
-    if config.log_to != "none" and importlib.util.find_spec(config.log_to) is None:
-        raise UserError(f"--log-to {config.log_to}: not installed; pip install {config.log_to}.")
     if reward is not None:
         acting["reward"] = ()
     if prompts is not None:
@@ -78,9 +75,6 @@ def parse_settings(kind: type, presets: dict, about: str | None, argv: list[str]
     start_processes()
 
     preset = given.pop("preset")
-    for name in given.keys() & {"model", "prompts", "out", "resume"}:
-        if "" in (given[name], *given[name]):
-            raise UserError(f"{option(name)}: is empty.")
     if "resume" not in given:
         names = [preset or "small", *Path(kind.program).with_suffix("").parts[1:]]
         settings = {"out": f"runs/{'-'.join(names)}"} | presets[names[0]]
@@ -100,10 +94,7 @@ def parse_settings(kind: type, presets: dict, about: str | None, argv: list[str]
     with reading(what):
         saved = kind(**{field.name: type(field.default)(record[field.name]) for field in fields})
     config = resolve(dataclasses.replace(saved, **given))
-    for name in given.keys() - MAY_DIFFER:
-        before = getattr(saved, name)
-        if getattr(config, name) != before:
-            raise UserError(f"{option(name)} {given[name]}: the run began with {before}.")
+    require_same(vars(saved), {name: getattr(config, name) for name in given}, f"--resume {run}")
     return config
 
 

@@ -215,15 +215,8 @@ def test_tensorboard_has_each_epoch_once(cli, tmp_path, monkeypatch):
     fake = type(sys)("torch.utils.tensorboard")
     fake.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: object())
     assert cli("--log-to", "tensorboard", "--epochs", 1)[0] == 0
     assert cli("--resume", tmp_path / "run", "--epochs", 2)[0] == 0
     assert [epoch for name, epoch in calls if name == "reward_mean"] == [1, 2]
     assert [epoch for name, epoch in calls if name == "purge"] == [1, 2]
     assert ("samples", 2) in calls
-
-
-def test_log_to_what_is_not_installed(cli, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    said = only_sentence(cli("--log-to", "tensorboard"))
-    assert said == "prdp.py: --log-to tensorboard: not installed; pip install tensorboard."

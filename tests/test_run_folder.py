@@ -479,7 +479,7 @@ def test_two_runs_into_one_folder(tiny_sd, cli, tmp_path):
             before = contents(out)
             assert "another process writes there" in only_sentence(cli("--epochs", 1))
             assert before.keys() <= contents(out).keys()
-            while not (out / "metrics.jsonl").exists():
+            while not (out / "checkpoint" / "state.pt").exists():
                 time.sleep(0.05)
             said = only_sentence(cli("--resume", out, "--epochs", 500))
             assert said == f"prdp.py: {out}: another process writes there."
@@ -517,7 +517,7 @@ def test_a_worker_of_a_reward_does_not_hold_the_folder(tiny_sd, cli, tmp_path):
     flags = [*small_run(tiny_sd), "--epochs", 500, "--reward", f"{tmp_path}/forks.py:f"]
     try:
         with start(ROOT / "prdp.py", *flags, "--out", out) as first:
-            while not (out / "metrics.jsonl").exists() and first.poll() is None:
+            while not (out / "checkpoint" / "state.pt").exists() and first.poll() is None:
                 time.sleep(0.05)
             first.kill()
         for _ in range(2):
