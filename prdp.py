@@ -334,15 +334,15 @@ def backward_trajectories(
         entries = torch.cat([entries, skipped[:missing]])
 
     def backward(scaled: Tensor) -> None:
-        with phase("update"):
-            for chunk in entries.split(policy.microbatch):
-                rows, steps = chunk.unbind(1)
-                with policy.autocast():
-                    log_prob = step_log_prob(policy, trajectories, rows, steps)
-                (scaled[rows, steps] * log_prob).sum().backward()
+        for chunk in entries.split(policy.microbatch):
+            rows, steps = chunk.unbind(1)
+            with policy.autocast():
+                log_prob = step_log_prob(policy, trajectories, rows, steps)
+            (scaled[rows, steps] * log_prob).sum().backward()
 
     latent_dim = trajectories.latents[0, 0].numel()  # D
-    scaled_backward(policy.unet, backward, grad_log_probs, latent_dim)
+    with phase("update"):
+        scaled_backward(policy.unet, backward, grad_log_probs, latent_dim)
 
 
 # ---- 5. Settings: Table 4 ------------------------------------------------------------------------
@@ -475,13 +475,13 @@ def train(
             grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             require_finite("the gradient", grad_norm)
             optimizer.step()
+            optimizer.zero_grad()  # and their memory
             metrics |= {"loss": loss, "grad_norm": grad_norm}
             updates.append(metrics | {"skipped_fraction": grad_log_probs == 0})
 
         ratio = log_probs_old - log_probs_ref
         kl = ratio * trajectories.latents[0, 1:].numel()
-        del trajectories  # its memory and the gradients', before other images are drawn
-        optimizer.zero_grad()
+        del trajectories  # and their memory, before others are drawn
         yield epoch_metrics(rewards, parts, updates, log_ratio_ref=ratio, kl_nats=kl)
 
 
