@@ -86,7 +86,8 @@ def epoch_metrics(
     rewards = gather(rewards.flatten())
     count = len(rewards)
     std = deviation(rewards)
-    metrics = {"images": count, "reward_mean": rewards.mean().item(), "reward_std": std}
+    metrics = {"images": count, "reward_mean": rewards.mean().item()}
+    metrics["reward_std"] = std
     metrics["reward_se"] = std / count**0.5
     for name, x in others.items():
         mean = x.double().mean()
