@@ -77,7 +77,7 @@ def read_configs(model: str) -> tuple[Path, dict[str, dict]]:
         raise UserError(f"{what}: is a run; its model is {folder / 'pipeline'}.")
     if not folder.is_dir() and (folder.is_absolute() or model.count("/") != 1):
         raise UserError(f"{what}: no such folder, and no hub id as CompVis/stable-diffusion-v1-4.")
-    with reading(what):
+    with reading(what if folder.is_dir() else f"{what}: no folder here, and as a hub id"):
         kind = StableDiffusionPipeline.load_config(model).get("_class_name")
         if kind in TEXT_TO_IMAGE and not folder.exists():
             folder = Path(StableDiffusionPipeline.download(model))
@@ -118,11 +118,14 @@ def latent_shape(unet: dict) -> tuple[int, int, int]:
 
 
 def grey_picture(model: str) -> Tensor:
-    """A picture of the size that a model draws, (1, 3, H, W) uint8, to try a reward on."""
+    """A grey picture with some noise of the size that a model draws, (1, 3, H, W) uint8, to try a
+    reward on."""
     _, configs = read_configs(model)
     zoom = 2 ** (len(configs["vae"].get("block_out_channels", [64])) - 1)
     _, height, width = latent_shape(configs["unet"])
-    return torch.full((1, 3, zoom * height, zoom * width), 128, dtype=torch.uint8)
+    shape = (1, 3, zoom * height, zoom * width)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(120, 136, shape, generator=generator, dtype=torch.uint8)
 
 
 class StableDiffusion:

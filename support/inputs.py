@@ -90,6 +90,8 @@ def as_prompts(records: Iterable, what: str = "prompts", columns: tuple = COLUMN
             remedy = f"neither a text nor has a column {' or '.join(columns)}; name it: FILE:COLUMN"
             raise UserError(f"{what}: entry {number} is {remedy}.")
         texts.append(text.strip())
+    with reading(what):
+        "".join(texts).encode()  # half a surrogate pair is no character
     prompts = list(dict.fromkeys(filter(None, texts)))
     if not prompts:
         raise UserError(f"{what}: holds no prompt.")
