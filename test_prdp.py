@@ -5,7 +5,6 @@ own samplers, autograd through the whole graph in float64. The other tests are i
 subject. No test needs network or GPU.
 """
 
-import contextlib
 import inspect
 import itertools
 import json
@@ -22,11 +21,10 @@ from torch import Tensor, nn
 from torch.distributions import Normal
 
 import prdp
-from conftest import PROMPTS, ROOT, SD14_SCHEDULER, checkpoint, draw, gradient_of
+from conftest import PROMPTS, SD14_SCHEDULER, checkpoint, draw, gradient_of
 from conftest import random_inputs, tiny_config
-from prdp import Policy, Schedule, Trajectories, prdp_loss, score_trajectories
-from support import machine, report
-from support.inputs import load_module
+from prdp import Policy, Schedule, Trajectories, prdp_loss
+from support import report
 
 # ---- The loss ------------------------------------------------------------------------------------
 
@@ -153,6 +151,79 @@ def test_gradient_stops_outside_the_clip_range_and_passes_at_its_edge(moved, slo
     assert log_probs.grad[0].item() == pytest.approx(slope)
 
 
+def reinforce(log_probs, ref, rewards, kl_weight, leave_one_out: bool):
+    """The gradient of sum over images of advantage * log_prob, of prompts (N, B, T): the advantage
+    is the KL-shaped reward minus the mean of the prompt's images, or of its other ones."""
+    gradient = torch.zeros_like(log_probs)
+    for n, prompt in enumerate(log_probs):
+        shaped = []
+        for a, image in enumerate(prompt):
+            shaped.append(rewards[n, a] - kl_weight * (image - ref[n, a]).mean())
+        for a in range(len(shaped)):
+            compared = shaped[:a] + shaped[a + 1 :] if leave_one_out else shaped
+            gradient[n, a] = (shaped[a] - sum(compared) / len(compared)) / prompt.shape[-1]
+    return gradient
+
+
+@pytest.mark.parametrize("kl_weight", [3e-6, 3e-5, 1.0, 30.0])
+@pytest.mark.parametrize("first", [True, False])  # at K = 1, and after an update
+def test_gradient_is_reinforce_on_the_kl_shaped_reward(kl_weight, first):
+    """Without clip and ties: minus the gradient of REINFORCE on r - beta * log_ratio with the
+    prompt's own mean as baseline, times 2 / beta and the mean over prompts and pairs; of RLOO up to
+    B / (B - 1)."""
+    log_probs, old, ref, rewards = random_inputs(11, 4)
+    images = rewards.shape[1]
+    if first:
+        log_probs = old.clone()
+    log_probs.requires_grad_()
+    loss = prdp_loss(log_probs, old, ref, rewards, math.inf, kl_weight)
+    (ours,) = torch.autograd.grad(loss, log_probs)
+    factor = -2 * images / kl_weight / (len(rewards) * math.comb(images, 2))
+    log_probs = log_probs.detach()
+    for leave_one_out, scale in ((False, 1), (True, (images - 1) / images)):
+        theirs = factor * scale * reinforce(log_probs, ref, rewards, kl_weight, leave_one_out)
+        assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-12
+
+
+def test_what_ties_and_the_clip_change():
+    """A tied pair is left out, so the two tied images are pulled by the others alone. Where the
+    clipped error wins in every pair of an image, its steps outside the clip range get no gradient,
+    and elsewhere they do."""
+    log_probs, old, ref, rewards = (x[0] for x in random_inputs(14, 1))
+    kl_weight, images, clip_range = 0.7, len(rewards), 0.05
+    rewards[1] = rewards[3]
+
+    def gradient(clip_range: float):
+        x = log_probs.clone().requires_grad_()
+        loss = prdp_loss(x, old, ref, rewards, clip_range, kl_weight)
+        return torch.autograd.grad(loss, x)[0]
+
+    shaped = rewards - kl_weight * (log_probs - ref).mean(-1)
+    weights = images * (shaped - shaped.mean())
+    for a, b in ((1, 3), (3, 1)):
+        weights[a] -= shaped[a] - shaped[b]
+    pairs = math.comb(images, 2) - 1
+    expected = (-2 / kl_weight / pairs * weights / log_probs.shape[-1])[:, None]
+    expected = expected.expand_as(log_probs)
+    torch.testing.assert_close(gradient(math.inf), expected, rtol=1e-12, atol=0)
+
+    clipped = gradient(clip_range)
+    seen = set()
+    for a, image in enumerate(log_probs):
+        others = [[a, b] for b in range(images) if rewards[b] != rewards[a]]
+        wins = []
+        for pair in others:
+            two = [x[pair] for x in (log_probs, old, ref, rewards)]
+            error, larger = (prdp_loss(*two, clip, kl_weight) for clip in (math.inf, clip_range))
+            wins.append((larger > error).item())
+        for t in range(len(image)):
+            outside = (image[t] - old[a, t]).abs() > clip_range
+            skipped = all(wins) and bool(outside)
+            assert (clipped[a, t] == 0) == skipped
+            seen.add(skipped)
+    assert seen == {True, False}
+
+
 def test_loss_can_be_pasted_elsewhere():
     """It needs torch alone."""
     namespace = {"torch": torch, "Tensor": Tensor}
@@ -255,6 +326,22 @@ class Linear(nn.Module):
         return SimpleNamespace(sample=self.scale * shift * sample.double() + shift)
 
 
+def test_guidance():
+    """u + w (c - u), and a gradient through both branches."""
+    policy = Policy(Linear(), prdp.ddpm_schedule(SD14_SCHEDULER, 4), torch.full((5, 3), 0.1))
+    sample, text = torch.randn(4, 2, 3, 3), torch.full((4, 5, 3), 0.7)
+    both = prdp.run_unet(policy, sample, text, torch.zeros(4, dtype=torch.long))
+    zeros, ones = torch.zeros(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    # The mean of Eq. 2 with coefficients 0 and 1 is the guided output itself.
+    out = prdp.guided_mean(both, sample, zeros, ones, 3.0)
+    u, c = (s * (1 + 0.3 * sample.double()) for s in (0.1, 0.7))
+    torch.testing.assert_close(out, u + 3.0 * (c - u), rtol=1e-6, atol=1e-6)
+    out.sum().backward()
+    expected = ((0.1 + 3.0 * (0.7 - 0.1)) * sample.double()).sum().item()
+    size = sample.double().abs().sum().item()
+    assert policy.unet.scale.grad.item() == pytest.approx(expected, abs=1e-5 * size)
+
+
 # ---- Trajectories --------------------------------------------------------------------------------
 
 
@@ -344,106 +431,6 @@ def test_on_policy_gap_is_exactly_zero(models, dtype):
         loaded.policy.unet.conv_out.bias += 1e-4
     moved = prdp.score_trajectories(loaded.policy, trajectories)
     assert not torch.equal(moved, trajectories.log_probs)
-
-
-# ---- The check of a start ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize(
-    "changes", [{}, {"dtype": "bf16"}, {"dtype": "fp16"}, {"dtype": "bf16", "lora_rank": 2}]
-)
-def test_wrong_weights_of_the_reference_are_found(tiny_sd, models, monkeypatch, changes, compile):
-    """Where it is a program of its own its rounding passes; where it is the policy's it is equal.
-    (Compilation itself, of minutes, is not in this.) NaN stops the run too."""
-    monkeypatch.setattr(torch, "compile", lambda network, **_: network)
-    changes = {**changes, "compile": compile, "ddpm_steps": 3, "microbatch": 2}
-    config, loaded = tiny_config(tiny_sd, **changes), models(**changes)
-    prdp.check_on_policy(config, loaded, PROMPTS[0])
-
-    def rounded(policy: Policy, *rest) -> Tensor:
-        return score_trajectories(policy, *rest) + (5e-7 if policy is loaded.reference else 0)
-
-    monkeypatch.setattr(prdp, "score_trajectories", rounded)
-    refused = pytest.raises(prdp.UserError, match=r"the reference is 5\.0e-07 off")
-    with contextlib.nullcontext() if compile else refused:
-        prdp.check_on_policy(config, loaded, PROMPTS[0])
-
-    with torch.no_grad():
-        for name, p in loaded.sd.unet.named_parameters():
-            p += "lora_B" in name  # adapters are no part of the reference
-        if "lora_rank" not in changes:
-            loaded.reference.unet.conv_out.weight.neg_()
-    with pytest.raises(prdp.UserError, match=r"the reference is .* off the policy before any"):
-        prdp.check_on_policy(config, loaded, PROMPTS[0])
-    torch.nn.init.constant_(loaded.sd.unet.conv_out.bias, math.nan)
-    with pytest.raises(prdp.UserError, match="a log-prob is not finite"):
-        prdp.check_on_policy(config, loaded, PROMPTS[0])
-
-
-def test_check_leaves_cudnn_as_it_was_or_says_so(tiny_sd, models, monkeypatch, capsys):
-    config, loaded = tiny_config(tiny_sd, ddpm_steps=3), models(ddpm_steps=3)
-    cudnn = torch.backends.cudnn
-    rounding = {False: 0.0, True: 0.0}  # by cudnn.deterministic
-
-    def noisy(*inputs) -> Tensor:
-        return score_trajectories(*inputs) + rounding[cudnn.deterministic]
-
-    monkeypatch.setattr(prdp, "score_trajectories", noisy)
-    for found in (True, False):
-        monkeypatch.setattr(cudnn, "deterministic", found)
-        prdp.check_on_policy(config, loaded, PROMPTS[0])
-        assert cudnn.deterministic is found
-    rounding[False] = 1e-5
-    prdp.check_on_policy(config, loaded, PROMPTS[0])
-    assert cudnn.deterministic is True
-    assert "on-policy gap: 0.0e+00 (deterministic cuDNN: True)" in capsys.readouterr().out
-    rounding[True] = 1e-5
-    with pytest.raises(prdp.UserError, match=r"on-policy gap 1.0e-05: the clip would act on noise"):
-        prdp.check_on_policy(config, loaded, PROMPTS[0])
-
-
-@pytest.fixture
-def like_a_gpu(monkeypatch):
-    """The Triton kernels run, on the CPU in Triton's interpreter, as they would on a GPU."""
-    pytest.importorskip("triton")
-    kernels = load_module("log_prob", str(ROOT / "kernels" / "log_prob.py"))
-    for module in (prdp, machine):
-        monkeypatch.setattr(
-            module, "kernels_for", lambda x: None if x.dtype == torch.float64 else kernels
-        )
-
-
-EDITS = [  # function, what it says, what somebody makes of that; all leave the kernels as they are
-    ("guided_mean", "guidance_scale * (", "(guidance_scale - 0.01) * ("),
-    ("guided_mean", "guided = unconditional", "guided = unconditional.detach()"),
-    ("gaussian_log_prob", ".flatten(1).mean(1)", ".flatten(1).sum(1)"),
-    ("guided_log_prob", "(x_prev, mean, sigma)", "(x_prev, mean, 1.001 * sigma)"),
-    ("guided_sample", "sigma.view(", "1.001 * sigma.view("),
-    ("guided_sample", "(x_prev, mean, sigma)", "(x_prev, mean, 1.001 * sigma)"),
-]
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_an_edit_of_a_formula_that_the_kernels_do_not_follow_is_found(
-    tiny_sd, models, monkeypatch, like_a_gpu, dtype
-):
-    changes = {"dtype": dtype, "ddpm_steps": 3, "microbatch": 2}
-    config, loaded = tiny_config(tiny_sd, **changes), models(**changes)
-    batch = prdp.check_on_policy(config, loaded, PROMPTS[0])
-    plain = prdp.gaussian_log_prob  # which does not run in it: the kernels do
-    monkeypatch.setattr(prdp, "gaussian_log_prob", None)
-    assert torch.equal(prdp.score_trajectories(loaded.policy, batch), batch.log_probs)
-    monkeypatch.setattr(prdp, "gaussian_log_prob", plain)
-
-    for name, text, edit in EDITS:
-        source, namespace = inspect.getsource(getattr(prdp, name)), dict(vars(prdp))
-        assert source.count(text) == 1
-        exec(source.replace(text, edit), namespace)
-        with monkeypatch.context() as patch:
-            patch.setattr(prdp, name, namespace[name])
-            with pytest.raises(prdp.UserError, match=r"prdp.py, and kernels/log_prob.py, must say"):
-                prdp.check_on_policy(config, loaded, PROMPTS[0])
 
 
 def test_same_images_whatever_the_microbatch(models):

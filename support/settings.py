@@ -23,7 +23,7 @@ def absolute(path: str | Path) -> str:
 
 def model_path(model: str | Path) -> str:
     """A model's folder as an absolute path, or its hub id."""
-    return absolute(model) if Path(model).expanduser().exists() else str(model)
+    return absolute(model) if os.path.exists(os.path.expanduser(model)) else str(model)
 
 
 def prompt_paths(files: str | Path | tuple) -> tuple[str, ...]:

@@ -34,7 +34,6 @@ BAD_INPUT = [
     (["--prompts", "nowhere.txt"], "nowhere.txt: No such file or directory"),
     (["--prompts", "~/nowhere.csv:a"], f"{Path.home()}/nowhere.csv:a: No such file or directory"),
     (["--epochs", "0"], "--epochs 0: must be above 0"),
-    (["--seed", "-1"], "--seed -1: must be at least 0"),
     (["--seed", "9" * 30], f"--seed {'9' * 30}: too large"),
     (["--clip-range", "nan"], "--clip-range nan: must be above 0"),
     (["--kl-weight", "inf"], "--kl-weight inf: too large"),
@@ -42,12 +41,11 @@ BAD_INPUT = [
     (["--guidance-scale", "0.5"], "--guidance-scale 0.5: must be at least 1"),
     (["--images-per-prompt", "1"], "--images-per-prompt 1: must be at least 2"),
     (["--epochs", "many"], "invalid int value"),
-    (["--epoch", "3"], "unrecognized arguments: --epoch"),
     (["--loss", "ddpo"], "unrecognized arguments: --loss"),
     (["--ddpm-steps", "2"], "--ddpm-steps 2: must be at least 3"),
     (["--ddpm-steps", "600"], "--ddpm-steps 600: do not span 1000 steps; 50 do"),
     (["--reward", "beauty"], "no reward 'beauty'; choose from hpsv2"),
-    (["--model", ""], "--model : "),
+    (["--model", ""], "no file named model_index.json"),
     (["--prompts", ""], "Is a directory"),
     (["--reward", "pickscore=10,hpsv2=2"], "several are words of their own"),
     (["--model", "/nowhere/sd"], "--model /nowhere/sd: "),
@@ -155,38 +153,31 @@ def test_hugging_faces_package_kernels_can_be_imported(tmp_path):
     assert done.stdout == "eager (no CUDA device)\n", done.stderr
 
 
-def plant(*_, **__):
-    raise TypeError("a mistake of ours")
-
-
 @pytest.mark.parametrize(
-    ("main", "where", "name", "arguments"),
+    ("main", "place", "flags"),
     [
-        (prdp.main, prdp, "ddpm_schedule", ["--preset", "toy", "--out", "{out}"]),
-        (prdp.main, prdp, "as_prompts", ["--preset", "toy", "--out", "{out}"]),
-        (prdp.main, "support.run_folder", "begin", ["{tiny}"]),
-        (prdp.main, "stable_diffusion", "load_network", ["{tiny}"]),
-        (ddpo.main, ddpo, "ddpo_loss", ["{tiny}"]),
-        (rewards.main, rewards, "checked", ["--reward", "compressibility", "--images", "{png}"]),
-        (
-            evaluate.main,
-            evaluate,
-            "draw",
-            ["{sd}", "--reward", "compressibility", "--out", "{out}"],
-        ),
+        (prdp.main, "prdp.as_prompts", []),
+        (prdp.main, "stable_diffusion.load_network", []),
+        (prdp.main, "support.run_folder.begin", []),
+        (ddpo.main, "baselines.ddpo.ddpo_loss", []),
+        (rewards.main, "rewards.checked", ["--reward", "compressibility", "--images"]),
+        (evaluate.main, "evaluate.draw", ["{sd}", "--reward", "compressibility", "--out", "{out}"]),
     ],
 )
-def test_a_mistake_of_ours_keeps_its_traceback(
-    main, where, name, arguments, tiny_sd, tmp_path, monkeypatch
-):
+def test_a_mistake_of_ours_keeps_its_traceback(main, place, flags, tiny_sd, tmp_path, monkeypatch):
     """Wherever it happens: only what reading a file or the hub can raise becomes a sentence."""
-    tiny = [*small_run(tiny_sd), "--out", str(tmp_path / "out")]
-    given = {"out": tmp_path / "out", "sd": tiny_sd, "png": ROOT / "toy" / "reward.png"}
-    argv = tiny if arguments == ["{tiny}"] else [a.format(**given) for a in arguments]
-    target = f"{where}.{name}" if isinstance(where, str) else (where, name)
-    monkeypatch.setattr(*([target] if isinstance(target, str) else target), plant)
+
+    def mistake(*_, **__):
+        raise TypeError("a mistake of ours")
+
+    monkeypatch.setattr(place, mistake)
+    out = str(tmp_path / "out")
+    flags = [flag.format(sd=tiny_sd, out=out) for flag in flags]
+    flags = flags or [*small_run(tiny_sd), "--out", out]
+    if main is rewards.main:
+        flags.append(str(ROOT / "toy" / "reward.png"))
     with pytest.raises(TypeError, match="a mistake of ours"):
-        main(argv)
+        main(flags)
 
 
 @pytest.mark.parametrize(
@@ -249,16 +240,12 @@ def test_help_needs_no_torchrun_and_no_docstrings(tmp_path):
 # ---- Other people's terminals, notebooks, folders ------------------------------------------------
 
 
-class Notebook(io.StringIO):
-    """A stdout that is no file, as Jupyter's."""
-
-
 def test_a_stdout_that_is_no_file(tiny_sd, tmp_path):
-    with redirect_stdout(Notebook()) as out:
-        flags = [*small_run(tiny_sd), "--epochs", "1", "--out", str(tmp_path / "run")]
-        prdp.main(flags)
-        evaluate.main([str(tmp_path / "run"), "--samples-per-prompt", "1", "--max-prompts", "2"])
-        picture = str(ROOT / "toy" / "reward.png")
+    """As Jupyter's."""
+    run, picture = str(tmp_path / "run"), str(ROOT / "toy" / "reward.png")
+    with redirect_stdout(io.StringIO()) as out:
+        prdp.main([*small_run(tiny_sd), "--epochs", "1", "--out", run])
+        evaluate.main([run, "--samples-per-prompt", "1", "--max-prompts", "2"])
         rewards.main(["--reward", "compressibility", "--images", picture])
     assert "before_after.png" in out.getvalue() and "evaluation.png" in out.getvalue()
 
@@ -278,18 +265,6 @@ def test_other_peoples_settings(tiny_sd, tmp_path):
     assert "warning" not in done.stdout and "prompts: \\u4e00" in done.stdout
     assert (tmp_path / "run" / "reward.png").read_bytes().startswith(b"\x89PNG")
     assert done.stderr == ""
-
-
-def test_full_stdout(capsys, monkeypatch):
-    """Of a shell's redirection to a disk that is full."""
-
-    def full(*arguments, file=None, **_):
-        if file is None:
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("builtins.print", full)
-    flags = ["--reward", "compressibility", "--images", ROOT / "toy" / "reward.png"]
-    assert call(rewards.main, flags, capsys)[0] == 2
 
 
 def test_paths_may_be_objects_and_begin_at_home(tiny_sd, tmp_path, monkeypatch):
