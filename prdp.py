@@ -108,7 +108,7 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     stride = train_steps // num_steps  # "leading" spacing leaves out what remains
     timesteps = torch.arange(num_steps - 1, -1, -1) * stride + config["steps_offset"]
     if stride * num_steps < 0.8 * train_steps or timesteps[0] >= train_steps:
-        raise UserError(f"--ddpm-steps {num_steps}: do not span {train_steps} steps; 50 do.")
+        raise UserError(f"--ddpm-steps {num_steps}: do not fit the model's {train_steps}; 50 do.")
     prev_timestep = timesteps - stride
 
     alpha_bar = alphas_cumprod[timesteps]  # of x_t

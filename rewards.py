@@ -20,11 +20,8 @@ import os
 import re
 from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers  # imports its models at their first use
-from PIL import Image
 from torch import Tensor, nn
 
 from support.cli import Parser, UserError, command, reading
@@ -88,6 +85,8 @@ class Reward:
 
 def checked(label: str, returned: object, prompts: list[str]) -> Tensor:
     """A copy of what a scorer returned, (M,); UserError unless it is M finite real numbers."""
+    import numpy as np
+
     count, what = len(prompts), f"reward {label} returned"
     try:
         scores = torch.as_tensor(returned)
@@ -127,6 +126,8 @@ def parse_reward(words: str | tuple | list) -> list[tuple]:
         with contextlib.suppress(ValueError):  # no =, or one inside of a path
             head, number = body.rsplit("=", 1)
             body, weight = head, float(number)
+        if not math.isfinite(weight):
+            raise UserError(f"{what}: {weight} is no weight.")
         label, _, path = body.partition(":")
         file, _, function = body.rpartition(":")
         own = file.endswith(".py") and function
@@ -181,6 +182,8 @@ def load_reward(reward: str | tuple | list | Scorer, device: torch.device | str)
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:
     """Size of each image as a JPEG of quality 95, in 1,000 bytes: (M, 3, H, W) uint8 -> (M,)."""
+    from PIL import Image
+
     sizes = []
     for pixels in images.permute(0, 2, 3, 1).cpu().numpy():
         Image.fromarray(pixels).save(buffer := io.BytesIO(), "JPEG", quality=95)
@@ -196,6 +199,9 @@ def normalise(pixels: Tensor) -> Tensor:
 def preprocess_clip(images: Tensor, size: int = 224) -> Tensor:
     """CLIP's own, (M, 3, H, W) uint8 -> (M, 3, size, size) float32: Pillow's bicubic on uint8 to
     shortest edge `size` (torch's differs by up to 10 levels), centre crop, normalise."""
+    import numpy as np
+    from PIL import Image
+
     edges = images.shape[-1], images.shape[-2]
     width, height = (int(size * edge / min(edges)) for edge in edges)
     left, top = (width - size) // 2, (height - size) // 2
@@ -256,18 +262,22 @@ def cosine_scorer(model: nn.Module, tokenizer, preprocess: Callable, clean: Call
 
 def load_pickscore(path: str) -> Scorer:
     """PickScore (Kirstain et al. 2023), about 0.2. `path`: a CLIPModel's folder with tokenizer."""
+    from transformers import CLIPModel
+
     folder = path or "yuvalkirstain/PickScore_v1"
     what = f"--reward pickscore: {folder}"
-    model = load_network(what, transformers.CLIPModel, folder)
+    model = load_network(what, CLIPModel, folder)
     tokenizer = load_tokenizer(what, path or TOKENIZER, model.config.text_config.vocab_size)
     return cosine_scorer(model, tokenizer, preprocess_clip, clean=str)
 
 
 def load_hpsv2(what: str, file: str, path: str) -> Scorer:
     """HPSv2 (Wu et al. 2023), about 0.27. `path`: its .pt; a tokenizer in its folder is used."""
+    from transformers import CLIPModel
+
     weights = open_clip_to_transformers(load_tensors(what, path, "xswu/HPSv2", file))
     options = {"config": vit_h_14_config(), "state_dict": weights}
-    model = load_network(f"{what}: {path or file}", transformers.CLIPModel, None, **options)
+    model = load_network(f"{what}: {path or file}", CLIPModel, None, **options)
     folder = os.path.dirname(path)
     if not os.path.isfile(f"{folder}/tokenizer_config.json"):
         folder = TOKENIZER
@@ -277,11 +287,13 @@ def load_hpsv2(what: str, file: str, path: str) -> Scorer:
 
 def vit_h_14_config():
     """open_clip's ViT-H-14: exact GELU; 16 heads, of 64 in the text tower, of 80 in the image's."""
+    from transformers import CLIPConfig
+
     both = dict(hidden_act="gelu", projection_dim=1024, num_attention_heads=16, eos_token_id=49407)
     text = dict(both, hidden_size=1024, intermediate_size=4096, num_hidden_layers=24)
     vision = dict(both, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32)
     vision["patch_size"] = 14
-    return transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024)
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024)
 
 
 RENAMED = [  # open_clip's names, in this order, and a CLIPModel's
@@ -322,6 +334,8 @@ def open_clip_to_transformers(state_dict: dict[str, Tensor]) -> dict[str, Tensor
 
 def load_aesthetic(path: str) -> Scorer:
     """LAION aesthetic predictor v2, about 5; ignores the prompt. `path`: the .pth of its head."""
+    from transformers import CLIPVisionModelWithProjection
+
     what = "--reward aesthetic"
     head = "aesthetic-model.pth"
     weights = load_tensors(what, path, "trl-lib/ddpo-aesthetic-predictor", head)
@@ -331,7 +345,7 @@ def load_aesthetic(path: str) -> Scorer:
         nn.ModuleDict({"layers": layers}).load_state_dict(weights)
     head = nn.Sequential(*layers.values()).requires_grad_(False)  # 1, 3 and 5 are dropout
     clip = "openai/clip-vit-large-patch14"
-    model = load_network(f"{what}: {clip}", transformers.CLIPVisionModelWithProjection, clip)
+    model = load_network(f"{what}: {clip}", CLIPVisionModelWithProjection, clip)
 
     def score(images, prompts):
         scores = []

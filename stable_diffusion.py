@@ -69,9 +69,9 @@ def noise_settings(scheduler_config: dict) -> dict:
 def read_configs(model: str) -> tuple[Path, dict[str, dict]]:
     """A pipeline's folder, fetched from the hub if it is an id, and the configs of its parts;
     UserError unless it is a Stable Diffusion that can be finetuned here."""
+    quiet_libraries()
     from diffusers import StableDiffusionPipeline
 
-    quiet_libraries()
     what, folder = f"--model {model}", Path(model)
     if (folder / "pipeline").is_dir():
         raise UserError(f"{what}: is a run; its model is {folder / 'pipeline'}.")
@@ -270,7 +270,8 @@ class StableDiffusion:
         with writing(run / "pipeline") as folder:
             self.pipe.save_pretrained(folder)
             for file in folder.rglob("*.safetensors"):  # else for its owner alone
-                shutil.copymode(folder / "model_index.json", file)
+                with contextlib.suppress(OSError):  # of a disk without modes
+                    shutil.copymode(folder / "model_index.json", file)
             shared = {name: x for name, x in record.items() if name not in PATHS}
             settings = json.dumps({"epoch": epoch, **shared}, indent=1)
             (folder / "prdp.json").write_text(settings, encoding="utf-8")

@@ -8,14 +8,11 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import huggingface_hub
-import numpy as np
 import torch
-import transformers
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from support.cli import CodeError, UserError, reading
@@ -64,6 +61,10 @@ def read_prompts(path: str) -> list[str]:
                 raise UserError(f"{what}, {why}") from error
             form["quoting"] = csv.QUOTE_NONE  # its quotes are text, as in PartiPrompts
             records = list(csv.DictReader(io.StringIO(text), **form))
+        names = [str(name).strip().lower() for name in table.fieldnames or ()]
+        for name in {column.lower()} if column else COLUMNS:
+            if names.count(name) > 1:
+                raise UserError(f"{what}: has more than one column {name!r}.")
         for number, row in enumerate(records, 2):
             if None in row:
                 remedy = f"quote what holds a {form['delimiter']!r}"
@@ -100,6 +101,9 @@ def as_prompts(records: Iterable, what: str = "prompts", columns: tuple = COLUMN
 
 def read_picture(path: str | Path, what: str) -> Tensor:
     """A picture file's pixels, (3, H, W) uint8, RGB, the right way up."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
     path = Path(path).expanduser()
     try:
         image = ImageOps.exif_transpose(Image.open(path))
@@ -113,10 +117,14 @@ def read_picture(path: str | Path, what: str) -> Tensor:
 
 def quiet_libraries() -> None:
     """Have diffusers and transformers load without warnings and bars; downloads keep theirs."""
+    import huggingface_hub
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()  # before diffusers imports it
     import diffusers
 
+    warnings.filterwarnings("ignore", "`local_dir_use_symlinks`")
     diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if "HF_HUB_DISABLE_PROGRESS_BARS" not in os.environ:
         huggingface_hub.utils.enable_progress_bars()
@@ -141,8 +149,10 @@ def load_network(what: str, kind: type, folder: str, **options) -> nn.Module:
 def load_tokenizer(what: str, name: str, rows: int, **options):
     """A CLIPTokenizer for a text encoder with `rows` embeddings; UserError where it has no
     vocabulary, which transformers lets pass, or more tokens than that."""
+    from transformers import CLIPTokenizer
+
     with reading(f"{what}: its tokenizer"):
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(name, **options)
+        tokenizer = CLIPTokenizer.from_pretrained(name, **options)
     tokens = max(tokenizer.get_vocab().values(), default=0) + 1
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         remedy = f"fetch it by `hf download {name}`, or put its files beside the weights"
@@ -155,8 +165,10 @@ def load_tokenizer(what: str, name: str, rows: int, **options):
 
 def load_tensors(what: str, path: str, repository: str, file: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint, a file of the hub where path is empty, by the safe loader."""
+    from huggingface_hub import hf_hub_download
+
     with reading(f"{what}: {path or file}"):
-        path = path or huggingface_hub.hf_hub_download(repository, file)
+        path = path or hf_hub_download(repository, file)
         state = torch.load(path, map_location="cpu", weights_only=True)
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if state is None or not all(torch.is_tensor(value) for value in state.values()):

@@ -115,7 +115,7 @@ def as_row(epoch: int, metrics: dict[str, float]) -> dict:
 def show_epoch(config, rows: list[dict], start: int, track: Callable) -> None:
     """Six columns on the screen; the tracker and metrics.jsonl have all."""
     row = rows[-1]
-    line = "{:>5} {:>20}" + "  {:>13}" * len(config.columns) + "  {:>8}"
+    line = "{:>5} {:>20}" + "  {:>13}" * len(config.columns) + "  {:>7}"
     if (row["epoch"] - start) % 20 == 0:
         print0(line.format("epoch", "reward_mean +- se", *config.columns, "seconds"))
     cells = []

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import filelock
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from support.cli import UserError, reading
@@ -82,7 +81,10 @@ def writing(path: Path) -> Iterator[Path]:
         if path.is_dir():
             remove(path)
         os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
+        foreign = type(error).__module__.startswith("safetensors")
+        if not (foreign or isinstance(error, (OSError, RuntimeError))):
+            raise
         reason = getattr(error, "strerror", None) or "cannot be written; is the disk full?"
         raise UserError(f"{path}: {reason}; what was saved before is intact.") from error
     finally:

@@ -1,6 +1,7 @@
 """Settings of a program: from flags, a preset, a run to go on with; checked, made absolute."""
 
 import dataclasses
+import importlib.util
 import math
 import numbers
 import os
@@ -23,7 +24,7 @@ def absolute(path: str | Path) -> str:
 
 def model_path(model: str | Path) -> str:
     """A model's folder as an absolute path, or its hub id."""
-    return absolute(model) if os.path.exists(os.path.expanduser(model)) else str(model)
+    return absolute(model) if Path(model).expanduser().exists() else str(model)
 
 
 def prompt_paths(files: str | Path | tuple) -> tuple[str, ...]:
@@ -48,17 +49,23 @@ def resolve(config, reward: object = None, prompts: object = None):
             if not (value > 0 if least is None else value >= least):
                 raise UserError(f"{name} {value}: must be {bound}.")
             acting[field.name] = type(field.default)(value)
+            if acting[field.name] != value:
+                raise UserError(f"{name} {value}: must be a whole number.")
         if "resolve" in field.metadata:
             acting[field.name] = field.metadata["resolve"](value)
     config.check()
     if config.prompts_per_epoch % processes():
         raise UserError(f"--prompts-per-epoch: must be a multiple of {processes()} processes.")
     acting["out"] = absolute(config.resume or config.out or "runs/run")
+    with reading(f"--out {acting['out']}"):
+        acting["out"].encode()  # tokenizers can write to no other path
     if config.dtype == "auto":
         acting["dtype"] = "fp32"
         if torch.cuda.is_available():  # with K = 1 nothing is clipped, and noise matters less
             coarse = config.updates_per_epoch == 1 and torch.cuda.is_bf16_supported(False)
             acting["dtype"] = "bf16" if coarse else "fp16"
+    if config.log_to != "none" and importlib.util.find_spec(config.log_to) is None:
+        raise UserError(f"--log-to {config.log_to}: not installed; pip install {config.log_to}.")
     if reward is not None:
         acting["reward"] = ()
     if prompts is not None:
@@ -75,6 +82,9 @@ def parse_settings(kind: type, presets: dict, about: str | None, argv: list[str]
     start_processes()
 
     preset = given.pop("preset")
+    for name in given.keys() & {"model", "prompts", "out", "resume"}:
+        if "" in (given[name], *given[name]):
+            raise UserError(f"{option(name)}: is empty.")
     if "resume" not in given:
         names = [preset or "small", *Path(kind.program).with_suffix("").parts[1:]]
         settings = {"out": f"runs/{'-'.join(names)}"} | presets[names[0]]

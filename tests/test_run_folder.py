@@ -525,13 +525,14 @@ def test_an_epoch_is_safe_before_anything_is_shown(step, cli, tmp_path, monkeypa
 
 
 def test_a_name_that_no_encoding_has(cli, tmp_path):
-    """Of a run's folder, its prompts and its reward: bytes that are no UTF-8."""
+    """Prompts and a reward whose names are no UTF-8 serve; a run's folder cannot be."""
     place = tmp_path / "f\udcfcnf"
     place.mkdir()
     (place / "gr\udcf6\udcdfe.py").write_text(BRIGHT)
     (place / "p\udcfc.txt").write_text("a red circle\n")
     given = ["--reward", f"{place}/gr\udcf6\udcdfe.py:f", "--prompts", place / "p\udcfc.txt"]
-    run = place / "run"
+    assert "--out" in only_sentence(cli("--out", place / "run"))
+    run = tmp_path / "run"
     for epoch, flags in ((1, ["--out", run, *given]), (2, ["--resume", run])):
         code, _, errors = cli(*flags, "--epochs", epoch, "--keep-every", 1)
         assert (code, errors) == (0, "")

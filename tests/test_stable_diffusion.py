@@ -80,8 +80,8 @@ def config(part: str, **changes) -> Callable[[Path], None]:
     return lambda folder: edit_json(folder / part / file, **changes)
 
 
-def remove(*names: str) -> Callable[[Path], None]:
-    return lambda folder: [shutil.rmtree(folder / name) for name in names]
+def remove(part: str) -> Callable[[Path], None]:
+    return lambda folder: shutil.rmtree(folder / part)
 
 
 MISSING = "1 weights are missing, misshapen or not finite"
@@ -96,15 +96,11 @@ FOLDERS = {
     "unet cut short": (cut("unet"), f"its unet: {DAMAGED}"),
     "text encoder cut short": (cut("text_encoder"), f"its text_encoder: {DAMAGED}"),
     "code in the unet": (to_pickle("unet", x=Code()), f"its unet: {DAMAGED}"),
-    "code in the text encoder": (to_pickle("text_encoder", x=Code()), f"text_encoder: {DAMAGED}"),
     "no vae": (remove("vae"), "its vae/config.json: No such file or directory"),
     "no vocabulary": (remove("tokenizer"), "has no vocabulary here"),
     "empty index": (index("{}"), "a None; only Stable Diffusion 1.x and 2.x work"),
     "torn index": (index("{"), "It looks like the config file at"),
-    "another pipeline": (
-        index('{"_class_name": "StableDiffusionXLPipeline"}'),
-        "a StableDiffusionXLPipeline; only Stable Diffusion 1.x and 2.x work",
-    ),
+    "another pipeline": (index('{"_class_name": "X"}'), "a X; only Stable Diffusion 1.x and 2.x"),
     "distilled": (config("unet", time_cond_proj_dim=256), "its unet has time_cond_proj_dim"),
     "of other inputs": (config("unet", addition_embed_type="text"), "has addition_embed_type"),
     "no size": (config("unet", sample_size=None), "its unet's sample_size is None"),
@@ -114,10 +110,7 @@ FOLDERS = {
         config("vae", _class_name="AutoencoderTiny"),
         "its vae is no AutoencoderKL: AutoencoderTiny",
     ),
-    "flow matching": (
-        config("scheduler", _class_name="FlowMatchEulerDiscreteScheduler"),
-        "scheduler has _class_name 'FlowMatchEulerDiscreteScheduler': not supported",
-    ),
+    "EDM": (config("scheduler", _class_name="EDMEulerScheduler"), "has _class_name 'EDMEuler"),
     "flow sigmas": (config("scheduler", use_flow_sigmas=True), "scheduler has use_flow_sigmas"),
     "another offset": (config("scheduler", steps_offset=0), "scheduler has steps_offset 0"),
     "a scheduler that is none": (
@@ -242,14 +235,10 @@ def test_lora(cli, tiny_sd, tmp_path):
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"lora_rank": 2, "dtype": "fp16"},
-        {"lora_rank": 2, "dtype": "bf16", "gradient_checkpointing": "on"},
-    ],
-)
+ADAPTED = {"lora_rank": 2, "dtype": "bf16", "gradient_checkpointing": "on"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2, "dtype": "fp16"}, ADAPTED])
 def test_scoring_with_the_reference_is_scoring_with_the_pretrained_model(models, changes):
     """After updates, between a forward pass and its backward pass, if the network fails; and it
     leaves the policy, what learns of it and its gradient as they were."""
@@ -304,9 +293,8 @@ def weighted_gradient(models: prdp.Models, zeros: int = 0) -> torch.Tensor:
     [{"gradient_checkpointing": "on"}, {"compile": True}, {"compile": True, "lora_rank": 2}],
 )
 def test_memory_and_speed_flags_keep_gradient_and_bits(models, monkeypatch, changes):
-    """The gradient to rounding. And an unchanged policy still reproduces its log-probs to the bit:
-    a pass of the reference, which is compiled once, has the policy compiled anew no more than that.
-    """
+    """The gradient to rounding. And an unchanged policy still reproduces its log-probs to the bit;
+    a pass of the reference has it compiled anew no more than once."""
     graphs = []
 
     def backend(graph, inputs):  # the graphs, not their compilation
@@ -325,8 +313,7 @@ def test_memory_and_speed_flags_keep_gradient_and_bits(models, monkeypatch, chan
         assert torch.equal(scores, trajectories.log_probs)
         compiled.append(len(graphs))
     weighted_gradient(loaded)
-    print(compiled, len(graphs))
-    assert len(graphs) == compiled[2] and compiled[2] - compiled[1] <= compiled[1] - compiled[0]
+    assert len(graphs) == compiled[2] <= compiled[1] + 1
 
 
 def test_compiled_updates_have_one_shape(models, monkeypatch):
@@ -373,11 +360,9 @@ def test_offload_networks_are_back_wherever_they_run(cli, tmp_path, monkeypatch,
         models = load(*arguments)
         models.sd.idle = idle
         models.reward.to(idle)
-        networks = [models.sd.vae, models.sd.pipe.text_encoder]
-        if hasattr(models.reference.unet, "to"):
-            networks.append(models.reference.unet)
-        for network in networks:
-            network.to(idle)
+        for network in (models.sd.vae, models.sd.pipe.text_encoder, models.reference.unet):
+            if hasattr(network, "to"):  # adapters have no reference of their own
+                network.to(idle)
         learned.append(len(away))
         return models
 
