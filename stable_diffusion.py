@@ -188,7 +188,10 @@ class StableDiffusion:
         """Around passes: the number format; and a network that else is idle is there for them."""
         moves = self.at_work(network) if network is not None else contextlib.nullcontext()
         with moves, torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            yield
+            try:
+                yield
+            finally:  # inside of another autocast the casts of old weights would stay
+                torch.clear_autocast_cache()
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:

@@ -1,5 +1,6 @@
 """Model folders that are used or refused; the saved pipeline; adapters, offload, compilation."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import prdp
 from conftest import PROMPTS, ROOT, SD14_SCHEDULER, assert_same_run, checkpoint, draw
 from conftest import edit_json, gradient_of, needs_gpu, only_sentence
+from support import machine
 from support.run_folder import weights_digest
 
 WEIGHTS = {
@@ -397,3 +399,23 @@ def test_offload_on_a_gpu(cli, tmp_path):
         first[offload] = json.loads(rows[0])["reward_mean"]
     assert first["on"] == first["off"]
     assert peaks["on"] < peaks["off"]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_weights_are_cast_anew_after_an_update(models, dtype):
+    """Inside of another autocast, as of a notebook or of `own_state`, PyTorch would keep the casts
+    of the weights before it."""
+    expected = []
+    for outer in (contextlib.nullcontext(), torch.autocast("cpu")):
+        loaded = models(dtype=dtype)
+        with outer, machine.own_state():
+            trajectories = draw(loaded)
+            prdp.backward_trajectories(
+                loaded.policy, trajectories, torch.ones_like(trajectories.log_probs)
+            )
+            with torch.no_grad():
+                for p in loaded.policy.unet.parameters():
+                    p -= 1e-3 * p.grad.sign()
+            expected.append(prdp.score_trajectories(loaded.policy, trajectories))
+        assert (expected[-1] - trajectories.log_probs).abs().max() > 1e-3
+        assert torch.equal(expected[-1], expected[0])
