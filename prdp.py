@@ -596,7 +596,7 @@ def check_on_policy(config: Config, models: Models, prompt: str) -> Trajectories
     else:
         raise UserError(f"on-policy gap {gap:.1e}: the clip would act on noise; try --dtype fp32.")
     gap = (score_trajectories(models.reference, batch) - batch.log_probs).abs().max().item()
-    if not gap <= machine.ROUNDING[config.dtype] * config.compile:
+    if not gap <= machine.reference_tolerance(config, policy):
         raise UserError(f"the reference is {gap:.1e} off the policy before any update.")
 
     # Triton's kernels against the formulas above: who edits one must edit both.

@@ -275,6 +275,9 @@ class StableDiffusion:
             for file in folder.rglob("*.safetensors"):  # else for its owner alone
                 with contextlib.suppress(OSError):  # of a disk without modes
                     shutil.copymode(folder / "model_index.json", file)
+            for file in folder.glob("*/config.json"):
+                config = read_json(file, str(file)) | {"_name_or_path": ""}
+                file.write_text(json.dumps(config, indent=2), encoding="utf-8")
             shared = {name: x for name, x in record.items() if name not in PATHS}
             settings = json.dumps({"epoch": epoch, **shared}, indent=1)
             (folder / "prdp.json").write_text(settings, encoding="utf-8")

@@ -68,8 +68,9 @@ class Parser(argparse.ArgumentParser):
 def command(name: str) -> Iterator[None]:
     """Run a command: a foreseen error ends it with one sentence and exit code 2, Ctrl-C with 130. A
     mistake of ours keeps its traceback, and so does one in a user's own code."""
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such method
-        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has no such method
+            stream.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
     try:
         yield
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ from support.distributed import gather_objects, print0, require_finite
 from support.inputs import load_module
 
 FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # autocast's
-# One rounding of a number format, of float32 eight: two programs may differ so much.
+# One rounding of noise_pred in a number format, in float32 eight.
 ROUNDING = {"fp32": 1e-6, "tf32": 1e-3, "fp16": 1e-3, "bf16": 8e-3}
 
 
@@ -45,6 +45,16 @@ def set_precision(dtype: str) -> torch.dtype | None:
     for part in (backends.mkldnn.matmul, backends.mkldnn.conv):
         part.fp32_precision = "ieee"
     return FORMATS.get(dtype)
+
+
+def reference_tolerance(config, policy) -> float:
+    """How far log-probs of policy and reference may differ while their weights are the same: not at
+    all where both are one program, else as one rounding of noise_pred moves them."""
+    if not config.compile:
+        return 0.0
+    gain = (policy.schedule.coef_noise / policy.schedule.sigma).abs().max().item()
+    shift = ROUNDING[config.dtype] * policy.guidance_scale * gain
+    return shift + shift**2
 
 
 @functools.cache
