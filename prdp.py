@@ -678,9 +678,9 @@ def run(
         report.compare(config, before, after, track)
 
 
-def load_run(folder: str, device: torch.device) -> Models:
+def load_run(folder: str, device: torch.device, reward: Callable | None = None) -> Models:
     """A run's policy as its last checkpoint has it, and the reference that it began from."""
-    models = load_models(parse_args(["--resume", str(folder)]), device)
+    models = load_models(parse_args(["--resume", str(folder)]), device, reward)
     saved = run_folder.read_state(Path(folder))
     models.sd.unet.load_state_dict(saved["unet"], strict=False)  # a LoRA run saves adapters alone
     return models

@@ -52,6 +52,7 @@ class Config(prdp.Config):
     """prdp.py's settings, and Diffusion-DPO's own."""
 
     program = "baselines/diffusion_dpo.py"
+    columns = ("loss", "accuracy", "grad_norm")
     kl_weight: float = flag(0.0, least=0)
     clip_range: float = flag(0.0, least=0)
     offline: bool = flag(False)

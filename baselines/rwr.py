@@ -44,6 +44,7 @@ class Config(prdp.Config):
     """prdp.py's settings, and RWR's own."""
 
     program = "baselines/rwr.py"
+    columns = ("loss", "grad_norm")
     kl_weight: float = flag(0.0, least=0)
     clip_range: float = flag(0.0, least=0)
     offline: bool = flag(False)

@@ -188,7 +188,9 @@ def test_python_runs(tmp_path, monkeypatch, capsys):
     exec(reward, names)
     assert names["brightness"](torch.full((1, 3, 2, 2), 255).byte(), ["a"]).item() == 1
     small = '"--epochs", "1", "--updates-per-epoch", "1", "--ddpm-steps", "3"'
-    exec(library.replace('"--epochs", "2"', small), {})
+    exec(library.replace('"--epochs", "2"', small), names)
+    assert names["loss"].item() > 0 and names["pictures"].shape == (4, 3, 32, 32)
+    assert not torch.equal(names["log_probs_ref"], names["drawn"].log_probs)
     assert "of the caller" in capsys.readouterr().out
     assert (tmp_path / "runs" / "from_python" / "pipeline").is_dir()
 

@@ -419,3 +419,15 @@ def test_weights_are_cast_anew_after_an_update(models, dtype):
             expected.append(prdp.score_trajectories(loaded.policy, trajectories))
         assert (expected[-1] - trajectories.log_probs).abs().max() > 1e-3
         assert torch.equal(expected[-1], expected[0])
+
+
+def test_pictures_that_are_no_numbers_stop_the_run(models):
+    """They would be black ones, with a finite reward. In 16 bit too the VAE decodes in float32: a
+    decoder whose first layer is large overflows in half precision alone."""
+    loaded = models(dtype="fp16")
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = models(dtype="fp32").sd.decode(latents, 3)
+    assert torch.equal(loaded.sd.decode(latents, 3), expected)
+    loaded.sd.vae.decoder.conv_in.weight.data[:] = math.nan
+    with pytest.raises(prdp.UserError, match="its vae draws pictures that are not finite"):
+        loaded.sd.decode(latents, 3)
