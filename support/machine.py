@@ -24,16 +24,17 @@ ROUNDING = {"fp32": 1e-6, "tf32": 1e-3, "fp16": 1e-3, "bf16": 8e-3}
 @contextlib.contextmanager
 def own_state() -> Iterator[None]:
     """Compute as a program of its own would, whatever a notebook has switched on around it."""
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    autocast = [torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda")]
-    torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), autocast[0], autocast[1]:
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.set_default_device(None if device.type == "cpu" else device)
+    dtype = torch.get_default_dtype()
+    with contextlib.ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        torch.set_default_dtype(torch.float32)
+        stack.callback(torch.set_default_dtype, dtype)
+        yield
 
 
 def set_precision(dtype: str) -> torch.dtype | None:
@@ -127,7 +128,7 @@ def scaled_backward(
         backward(factor * grad)
         gradients = [p.grad for p in parameters if p.grad is not None]
         torch._foreach_div_(gradients, factor)
-        if all(gradient.isfinite().all() for gradient in gradients):
+        if nn.utils.get_total_norm(gradients).isfinite():
             break
     for p, gradient in zip(parameters, before, strict=True):
         if gradient is not None:

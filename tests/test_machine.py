@@ -44,7 +44,7 @@ def state() -> tuple:
 OUTSIDE = [
     "enter(torch.autocast('cpu', torch.bfloat16))", "enter(torch.inference_mode())",
     "torch.set_default_dtype(torch.float64)", "torch.set_default_device('meta')",
-    "torch.set_grad_enabled(False)",
+    "torch.set_grad_enabled(False)", "enter(torch.device('meta'))",
 ]  # fmt: skip
 
 
