@@ -191,7 +191,7 @@ def load_function(file: str, function: str) -> Callable:
     folder, name = os.path.split(file.removesuffix(".py"))
     if folder not in USERS_FOLDER:
         for before in USERS_FOLDER:  # its modules must not be taken for this one's
-            sys.path.remove(before)
+            sys.path[:] = [path for path in sys.path if path != before]
             for beside in map(Path, os.listdir(folder)):
                 origin = getattr(sys.modules.get(beside.stem), "__file__", None) or ""
                 if Path(origin).is_relative_to(before) and before != OURS:
