@@ -258,8 +258,9 @@ def draw_images(path: Path, models: dict[str, Samples], shots: int = 2) -> None:
         for r, (shot, name) in enumerate(rows):
             y = top + r * row
             middle = y + height // 2 - line
-            label = textwrap.fill(name, 14)
-            draw.text((4, middle), label, "black", font)
+            if n == 0:
+                label = textwrap.fill(name, 14)
+                draw.text((4, middle), label, "black", font)
             number = n * per_prompt + shot
             samples = models[name]
             pixels = samples.images[number].permute(1, 2, 0)
