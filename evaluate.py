@@ -236,10 +236,7 @@ def evaluate(args: argparse.Namespace) -> None:
     settings |= {
         "samples_per_prompt": plan.samples,
         "max_prompts": args.max_prompts,
-        "prompts_digest": run_folder.digest(prompt.encode() for prompt in plan.texts),
-        "reward_terms": [f"{label}={weight:g}" for label, (weight, _) in reward.components.items()],
-        "reward_digest": run_folder.digest(Path(file).read_bytes() for file in reward.files),
-        "reward_weights_digest": run_folder.weights_digest(reward.networks),
+        **run_folder.digests(reward, plan.texts),
     }
     record = {"settings": settings, "inputs": {}, "rewards": {}}
     path = plan.out / "evaluation.json"

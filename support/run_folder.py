@@ -127,6 +127,17 @@ def weights_digest(networks: Iterable[nn.Module]) -> str:
     return digest(w[:: max(1, len(w) // 64)].float().cpu().numpy().tobytes() for w in weights)
 
 
+def digests(reward, prompts: list[str]) -> dict:
+    """What a result depends on beside settings and model: prompts as read, and a reward's terms,
+    Python files and weights."""
+    return {
+        "prompts_digest": digest(prompt.encode() for prompt in prompts),
+        "reward_terms": [f"{label}={weight:g}" for label, (weight, _) in reward.components.items()],
+        "reward_digest": digest(Path(file).read_bytes() for file in reward.files),
+        "reward_weights_digest": weights_digest(reward.networks),
+    }
+
+
 def require_same(then: dict, now: dict, what: str) -> None:
     """UserError where a run's settings, prompts or weights are others than it began with."""
     for name in now:
@@ -162,18 +173,16 @@ def restore(config, saved: dict, learner: Learner, models, prompts: list[str]) -
     record = {
         "program": config.program,
         **settings,
-        "prompts_digest": digest(prompt.encode() for prompt in prompts),
-        "reward_terms": [f"{label}={weight:g}" for label, (weight, _) in reward.components.items()],
-        "reward_weights_digest": weights_digest(reward.networks),
+        **digests(reward, prompts),
         "model_digest": weights_digest([sd.unet, sd.vae, sd.pipe.text_encoder]),
     }
     record = json.loads(json.dumps(record))
-    then = saved.get("record", record)
+    then = dict(saved.get("record", record))
     require_same(then, record, what)
     record["tracker_id"] = then.get("tracker_id", secrets.token_hex(4))
 
     # A user's own reward may be mended and gone on with: config.json has the digest of each.
-    files = digest(Path(file).read_bytes() for file in reward.files)
+    files = record.pop("reward_digest")
     record["reward_digests"] = [*then.get("reward_digests", [files])]
     if record["reward_digests"][-1] != files:
         record["reward_digests"].append(files)
