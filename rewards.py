@@ -4,7 +4,6 @@
     load_reward("hpsv2:/path/HPS_v2_compressed.pt", device)   # or from a file or folder
     load_reward(["pickscore=10", "mine.py:redness"], device)  # a weighted sum, one part your own
     load_reward(redness, device)                              # a function already imported
-    python rewards.py --reward hpsv2 --images picture.png --prompt "a cat"    # score by hand
 
 A word is NAME, NAME:PATH or FILE.py:FUNCTION, and may end in =WEIGHT. Your own files lie in one
 folder, and can import its other modules, except those whose names Python already knows. A NAME
@@ -24,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.cli import Parser, UserError, command, reading
-from support.inputs import load_function, load_network, load_tensors, load_tokenizer
-from support.inputs import read_picture, users_code
+from support.cli import UserError, reading
+from support.inputs import load_function, load_network, load_tensors, load_tokenizer, users_code
 
 Scorer = Callable[[Tensor, list[str]], Tensor]
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)  # of every CLIP below
@@ -367,23 +365,3 @@ LOADERS = {  # NAME -> scorer of the weights in a path
     "compressibility": lambda path: lambda images, prompts: -jpeg_kilobytes(images),
     "incompressibility": lambda path: lambda images, prompts: jpeg_kilobytes(images),
 }
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(description="Score pictures with a reward.")
-    parser.add_argument("--reward", required=True, nargs="+", help="as in prdp.py")
-    parser.add_argument("--images", required=True, nargs="+", metavar="FILE")
-    parser.add_argument("--prompt", default="", help="of all of them (default: an empty one)")
-    with command("rewards.py"):
-        args = parser.parse_args(argv)
-        reward = load_reward(args.reward, "cuda" if torch.cuda.is_available() else "cpu")
-        print("".join(f"{name:>18}" for name in (*reward.components, "sum")) + "  image")
-        for file in args.images:
-            picture = read_picture(file, "--images").to(reward.device)
-            total, parts = reward.score(picture[None], [args.prompt])
-            row = [score.item() for score in (*parts.values(), total)]
-            print("".join(f"{score:>18.6g}" for score in row) + f"  {file}")
-
-
-if __name__ == "__main__":
-    main()

@@ -15,10 +15,23 @@ from torch import Tensor
 import prdp
 from support.cli import UserError, reading
 from support.distributed import gather_objects, print0, processes, rank
-from support.inputs import as_prompts, read_picture
+from support.inputs import as_prompts
 from support.report import phase
 
 COLUMNS = {"prompt", "chosen", "rejected"}
+
+
+def read_picture(path: str | Path, what: str) -> Tensor:
+    """A picture file's pixels, (3, H, W) uint8, RGB, the right way up."""
+    path = Path(path).expanduser()
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode[0] in "IF":
+            raise ValueError("it has 16 or 32 bits a channel: save it with 8")
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except Exception as error:  # Pillow's are of many kinds
+        why = getattr(error, "strerror", None) or f"no picture that can be read ({error})"
+        raise UserError(f"{what} {path}: {why}.") from error
 
 
 class People:

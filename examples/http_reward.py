@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import os
+import time
 import urllib.request
 
 from PIL import Image
@@ -25,8 +26,14 @@ def score(images, prompts):
     pictures = [png(pixels) for pixels in images.permute(0, 2, 3, 1).cpu().numpy()]
     body = json.dumps({"prompts": prompts, "images": pictures}).encode()
     request = urllib.request.Request(URL, body, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return json.load(answer)["scores"]
-    except OSError as error:  # down, too slow, or an HTTP status of 400 or above
-        raise RuntimeError(f"the server at {URL}: {error}; is a proxy in between?") from error
+    for wait in (1, 5, 25, None):  # seconds before it is asked again
+        try:
+            with urllib.request.urlopen(request, timeout=300) as answer:
+                return json.load(answer)["scores"]
+        # Down, too slow, an HTTP status of 400 or above; or a page that is no JSON with scores.
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if wait is None:
+                raise RuntimeError(
+                    f"the server at {URL}: {error}; is a proxy in between?"
+                ) from error
+        time.sleep(wait)

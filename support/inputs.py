@@ -1,4 +1,4 @@
-"""What users and the hub give: prompts, pictures, networks, tokenizers, code."""
+"""What users and the hub give: prompts, networks, tokenizers, code."""
 
 import codecs
 import contextlib
@@ -97,22 +97,6 @@ def as_prompts(records: Iterable, what: str = "prompts", columns: tuple = COLUMN
     if not prompts:
         raise UserError(f"{what}: holds no prompt.")
     return prompts
-
-
-def read_picture(path: str | Path, what: str) -> Tensor:
-    """A picture file's pixels, (3, H, W) uint8, RGB, the right way up."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    path = Path(path).expanduser()
-    try:
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode[0] in "IF":
-            raise ValueError("it has 16 or 32 bits a channel: save it with 8")
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except Exception as error:  # Pillow's are of many kinds
-        why = getattr(error, "strerror", None) or f"no picture that can be read ({error})"
-        raise UserError(f"{what} {path}: {why}.") from error
 
 
 def quiet_libraries() -> None:

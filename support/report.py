@@ -15,7 +15,6 @@ from torch import Tensor
 
 from support.cli import UserError
 from support.distributed import gather, print0, processes, rank
-from support.inputs import read_picture
 from support.run_folder import forgiving, writing
 
 SECONDS: dict[str, float] = {}  # each `phase` since this was last emptied
@@ -164,6 +163,8 @@ def wandb_tracker(config, record: dict) -> Callable:
 
 
 def tensorboard_tracker(config, start: int) -> Callable:
+    import numpy as np
+    from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(config.out, purge_step=start)
@@ -172,7 +173,8 @@ def tensorboard_tracker(config, start: int) -> Callable:
         for name, value in numbers.items():
             writer.add_scalar(name, value, epoch)
         if picture:
-            writer.add_image("samples", read_picture(picture, "--log-to"), epoch)
+            pixels = np.array(Image.open(picture))
+            writer.add_image("samples", pixels, epoch, dataformats="HWC")
         writer.flush()
 
     return track

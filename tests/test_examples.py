@@ -124,8 +124,10 @@ def test_the_papers_prompts():
 
 
 def test_a_server_scores(cli, tmp_path, monkeypatch):
-    """And one that is down, or answers otherwise, ends the run: a traceback, then a sentence."""
-    seen = []
+    """One that fails now and then is asked again; one that is down, or answers otherwise, ends the
+    run: a traceback, then a sentence."""
+    seen, calls, waits = [], [], []
+    monkeypatch.setattr("time.sleep", waits.append)
 
     def sentence(result: tuple[int, str, str]) -> str:
         code, _, errors = result
@@ -138,9 +140,12 @@ def test_a_server_scores(cli, tmp_path, monkeypatch):
             pictures = [Image.open(io.BytesIO(base64.b64decode(x))) for x in asked["images"]]
             seen.extend(picture.size for picture in pictures)
             scores = [float(np.asarray(picture).mean()) for picture in pictures]
-            self.send_response(200 if self.path == "/score" else 503)
+            calls.append(self.path)
+            failing = self.path == "/busy" or (self.path == "/often" and len(calls) % 2)
+            self.send_response(503 if failing else 200)
             self.end_headers()
-            self.wfile.write(json.dumps({"scores": scores}).encode())
+            answer = json.dumps({"scores": scores})
+            self.wfile.write(b"<html>" if self.path == "/page" else answer.encode())
 
         def log_message(self, *args):
             pass
@@ -151,12 +156,47 @@ def test_a_server_scores(cli, tmp_path, monkeypatch):
     reward = ["--reward", f"{ROOT}/examples/http_reward.py:score", "--epochs", 1]
     monkeypatch.setenv("REWARD_URL", f"{address}/score")
     assert cli(*reward)[::2] == (0, "")
-    assert set(seen) == {(16, 16)}
+    assert set(seen) == {(16, 16)} and not waits
+    calls.clear()
+    monkeypatch.setenv("REWARD_URL", f"{address}/often")
+    assert cli(*reward, "--out", tmp_path / "often")[::2] == (0, "")
+    assert len(waits) == len(calls) / 2 and set(waits) == {1}
+    monkeypatch.setenv("REWARD_URL", f"{address}/page")
+    message = sentence(cli(*reward, "--out", tmp_path / "page"))
+    assert f"the server at {address}/page: Expecting value" in message
+    waits.clear()
     monkeypatch.setenv("REWARD_URL", f"{address}/busy")
     message = sentence(cli(*reward, "--out", tmp_path / "busy"))
     assert f"the server at {address}/busy: HTTP Error 503" in message
+    assert waits == [1, 5, 25]
     server.shutdown()
     server.server_close()
     monkeypatch.setenv("REWARD_URL", f"{address}/score")
     message = sentence(cli(*reward, "--out", tmp_path / "down"))
     assert f"the server at {address}/score: " in message and "refused" in message
+
+
+def test_scores_by_hand_of_pictures_of_any_mode(tmp_path, capsys):
+    """A row for each picture, a column for each component and one for the sum. Each is printed
+    before the next is read: ten thousand take no more memory than one."""
+    main = load_module("score_pictures", str(ROOT / "examples" / "score_pictures.py")).main
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 20, 3), "uint8"))
+    files = [str(tmp_path / f"{mode}.png") for mode in ("RGB", "RGBA", "L", "P")]
+    for mode, file in zip(("RGB", "RGBA", "L", "P"), files, strict=True):
+        picture.convert(mode).save(file)
+    (tmp_path / "notes.txt").write_text("not a picture")
+    words = ["incompressibility=2", "compressibility"]
+    with pytest.raises(SystemExit) as stop:
+        main([*files, f"{tmp_path}/notes.txt", "--reward", *words])
+    out, message = capsys.readouterr()
+    assert stop.value.code == 2 and message.count("\n") == 1
+    assert message.startswith(f"score_pictures.py: picture {tmp_path}/notes.txt: no picture")
+
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == ["incompressibility", "compressibility", "sum", "picture"] and len(rows) == 5
+    assert float(rows[1][2]) == pytest.approx(float(rows[1][0]), rel=1e-4)  # 2 x - x
+    assert rows[1][:3] == rows[2][:3] and rows[4][3] == files[3]
+    main([files[0], "--reward", "compressibility", "--prompt", "x"])
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == ["compressibility", "sum", "picture"]
+    assert row.split() == [rows[1][1], rows[1][1], files[0]]

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 
 import rewards
+from baselines.pairs import read_picture
 from conftest import PROMPTS, ROOT, metrics_of, only_sentence
 from support.cli import UserError
-from support.inputs import as_prompts, load_prompts, load_tokenizer, read_picture
+from support.inputs import as_prompts, load_prompts, load_tokenizer
 
 TOY_PICKSCORE = ROOT / "toy" / "pickscore"
 

@@ -6,13 +6,14 @@ import sys
 import weakref
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
 import prdp
+from baselines.pairs import read_picture
 from conftest import checkpoint, metrics_of, only_sentence
 from support import report
-from support.inputs import read_picture
 
 
 def test_first_screen_fits_80_columns(cli):
@@ -150,9 +151,10 @@ def test_tensorboard(cli, tmp_path, monkeypatch):
     assert [call.kwargs["purge_step"] for call in package.SummaryWriter.call_args_list] == [1, 2]
     scalars = [call.args for call in package.SummaryWriter().add_scalar.call_args_list]
     assert [epoch for name, _, epoch in scalars if name == "reward_mean"] == [1, 2]
-    pictures = [call.args for call in package.SummaryWriter().add_image.call_args_list]
-    assert [epoch for *_, epoch in pictures] == [0, 1, 2]
-    assert all(pixels.shape[0] == 3 and pixels.dtype == torch.uint8 for _, pixels, _ in pictures)
+    sent = package.SummaryWriter().add_image.call_args_list
+    assert [call.args[2] for call in sent] == [0, 1, 2]
+    assert all(call.args[1].shape[2] == 3 and call.args[1].dtype == np.uint8 for call in sent)
+    assert all(call.kwargs == {"dataformats": "HWC"} for call in sent)
 
 
 def test_a_tracker_that_fails_costs_nothing(cli, tmp_path, wandb):

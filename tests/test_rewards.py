@@ -321,31 +321,6 @@ def test_preprocess_hpsv2_equals_its_definition(height, width, rows, columns):
     np.testing.assert_allclose(ours, (padded - mean) / std, atol=2e-5)
 
 
-def test_scores_by_hand_of_pictures_of_any_mode(tmp_path, capsys):
-    """A row for each picture, a column for each component and one for the sum. Each is printed
-    before the next is read: ten thousand take no more memory than one."""
-    picture = Image.fromarray(noise_images(24, 20, 3).numpy())
-    files = [str(tmp_path / f"{mode}.png") for mode in ("RGB", "RGBA", "L", "P")]
-    for mode, file in zip(("RGB", "RGBA", "L", "P"), files, strict=True):
-        picture.convert(mode).save(file)
-    (tmp_path / "notes.txt").write_text("not a picture")
-    words = ["incompressibility=2", "compressibility"]
-    with pytest.raises(SystemExit) as stop:
-        rewards.main(["--reward", *words, "--images", *files, f"{tmp_path}/notes.txt"])
-    out, message = capsys.readouterr()
-    assert stop.value.code == 2 and message.count("\n") == 1
-    assert message.startswith(f"rewards.py: --images {tmp_path}/notes.txt: no picture that can be")
-
-    rows = [line.split() for line in out.splitlines()]
-    assert rows[0] == ["incompressibility", "compressibility", "sum", "image"] and len(rows) == 5
-    assert float(rows[1][2]) == pytest.approx(float(rows[1][0]), rel=1e-4)  # 2 x - x
-    assert rows[1][:3] == rows[2][:3] and rows[4][3] == files[3]
-    rewards.main(["--reward", "compressibility", "--images", files[0], "--prompt", "x"])
-    header, row = capsys.readouterr().out.splitlines()
-    assert header.split() == ["compressibility", "sum", "image"]
-    assert row.split() == [rows[1][1], rows[1][1], files[0]]
-
-
 @pytest.fixture(scope="session")
 def open_clip():
     """The real open_clip. It imports torchvision, which has no CPU build, for image transforms
