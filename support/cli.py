@@ -40,7 +40,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=form, allow_abbrev=False, **options)
 
     def error(self, message: str) -> None:
-        raise UserError(f"{message}; see --help.")
+        remedy = "start it by torchrun" if "--local-rank" in message else "see --help"
+        raise UserError(f"{message}; {remedy}.")
 
     def add_fields(self, fields: Iterable[dataclasses.Field], preset: dict | None = None) -> None:
         """A flag for each field that `flag` gave a text, with a preset's default in its help. What

@@ -41,8 +41,11 @@ def read_prompts(path: str) -> list[str]:
         text = Path(file).read_text(encoding="utf-16" if wide else "utf-8-sig")
     records, lines = [], text.split("\n")
     if kind == ".json":
-        with reading(what):
+        with reading(f"{what}: if it has an object a line, name it .jsonl"):
             records = json.loads(text)
+        if isinstance(records, dict):
+            members = ", ".join(records)
+            raise UserError(f"{what}: save the list in its member {members[:99]} as a file itself.")
     elif kind == ".jsonl":
         for number, line in enumerate(lines, 1):
             with reading(f"{what}, line {number}"):

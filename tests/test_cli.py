@@ -17,17 +17,19 @@ import torch
 
 import evaluate
 import prdp
-import rewards
 from baselines import ddpo
 from conftest import ROOT, call, contents, metrics_of, only_sentence, small_run
 from support.cli import Parser, UserError, flag
+from support.inputs import load_module
 from support.settings import resolve
 
+score_pictures = load_module("score_pictures", str(ROOT / "examples/score_pictures.py")).main
 FINITE = "is not finite; try, in a new run, a lower --learning-rate or --guidance-scale, a higher"
+PICTURE = str(ROOT / "toy" / "reward.png")
 PROGRAMS = (
     "prdp",
     "evaluate",
-    "rewards",
+    "examples/score_pictures",
     *(f"baselines.{x}" for x in ("ddpo", "rwr", "diffusion_dpo")),
 )
 BAD_INPUT = [
@@ -42,6 +44,7 @@ BAD_INPUT = [
     (["--images-per-prompt", "1"], "--images-per-prompt 1: must be at least 2"),
     (["--epochs", "many"], "invalid int value"),
     (["--loss", "ddpo"], "unrecognized arguments: --loss"),
+    (["--local-rank=0"], "unrecognized arguments: --local-rank=0; start it by torchrun"),
     (["--ddpm-steps", "2"], "--ddpm-steps 2: must be at least 3"),
     (["--ddpm-steps", "600"], "--ddpm-steps 600: do not "),
     (["--reward", "beauty"], "no reward 'beauty'; choose from hpsv2"),
@@ -71,7 +74,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(cli, tmp_path, flags, sentenc
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or "finite" in sentence
 
 
-@pytest.mark.parametrize("program", [name for name in PROGRAMS if name != "rewards"])
+@pytest.mark.parametrize("program", [name for name in PROGRAMS if "/" not in name])
 def test_every_program_checks_what_it_is_given(program, tiny_sd, tmp_path, capsys):
     """Numbers before anything is computed from them, and --out."""
     main = importlib.import_module(program).main
@@ -160,7 +163,7 @@ def test_hugging_faces_package_kernels_can_be_imported(tmp_path):
         (prdp.main, "stable_diffusion.load_network", []),
         (prdp.main, "support.run_folder.begin", []),
         (ddpo.main, "baselines.ddpo.ddpo_loss", []),
-        (rewards.main, "rewards.checked", ["--reward", "compressibility", "--images"]),
+        (score_pictures, "rewards.checked", [PICTURE, "--reward", "compressibility"]),
         (evaluate.main, "evaluate.draw", ["{sd}", "--reward", "compressibility", "--out", "{out}"]),
     ],
 )
@@ -174,8 +177,6 @@ def test_a_mistake_of_ours_keeps_its_traceback(main, place, flags, tiny_sd, tmp_
     out = str(tmp_path / "out")
     flags = [flag.format(sd=tiny_sd, out=out) for flag in flags]
     flags = flags or [*small_run(tiny_sd), "--out", out]
-    if main is rewards.main:
-        flags.append(str(ROOT / "toy" / "reward.png"))
     with pytest.raises(TypeError, match="a mistake of ours"):
         main(flags)
 
@@ -242,11 +243,11 @@ def test_help_needs_no_torchrun_and_no_docstrings(tmp_path):
 
 def test_a_stdout_that_is_no_file(tiny_sd, tmp_path):
     """As Jupyter's."""
-    run, picture = str(tmp_path / "run"), str(ROOT / "toy" / "reward.png")
+    run = str(tmp_path / "run")
     with redirect_stdout(io.StringIO()) as out:
         prdp.main([*small_run(tiny_sd), "--epochs", "1", "--out", run])
         evaluate.main([run, "--samples-per-prompt", "1", "--max-prompts", "2"])
-        rewards.main(["--reward", "compressibility", "--images", picture])
+        score_pictures([PICTURE, "--reward", "compressibility"])
     assert "before_after.png" in out.getvalue() and "evaluation.png" in out.getvalue()
 
 

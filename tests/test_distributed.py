@@ -87,6 +87,16 @@ def test_failure_of_one_process_stops_all(tiny_sd, tmp_path):
     assert checkpoint(tmp_path / "run")["epoch"] == 1
 
 
+def test_waiting_for_others_is_said(monkeypatch, capsys):
+    """Left-over variables of torchrun would have it wait for a day."""
+    values = ("0", "0", "3", "nowhere", "29500")
+    for name, value in zip(distributed.TORCHRUN, values, strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **options: None)
+    distributed.start_processes()
+    assert capsys.readouterr().out == "waiting for 2 other process(es) at nowhere:29500\n"
+
+
 def test_a_process_that_is_shown_one_gpu_takes_it(monkeypatch):
     """As `srun --gpus-per-task=1` has it: LOCAL_RANK is then no GPU's number."""
     taken = []
