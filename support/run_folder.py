@@ -160,7 +160,8 @@ def open_run(config) -> dict:
         return saved
     sizes = {path.name: path.lstat().st_size for path in out.glob("*")}
     sizes = gather_objects(sizes)[0]  # by now others may see what rank 0 writes
-    if OURS & sizes.keys() and sizes.get("metrics.jsonl") != 0:
+    failed = sizes.get("metrics.jsonl") == 0 and "reward.png" not in sizes  # in its first epoch
+    if OURS & sizes.keys() and not failed:
         raise UserError(f"--out {out}: in use; choose another, or go on with --resume {out}.")
     return {"epoch": 0}
 

@@ -336,7 +336,9 @@ def test_folder_is_used_again_only_after_a_start_that_failed(run, cli, tiny_sd, 
     for name in ("metrics.jsonl", "reward.png", "before_after.png"):
         (run / name).unlink()  # but its checkpoint is of epoch 2
     model = Path(shutil.copytree(tiny_sd, tmp_path / "model"))
-    for used in (run, tmp_path / "run", model):
+    emptied = Path(shutil.copytree(tmp_path / "run", tmp_path / "emptied"))
+    (emptied / "metrics.jsonl").write_text("")
+    for used in (run, tmp_path / "run", model, emptied):
         before = contents(used)
         assert "in use; choose another" in only_sentence(cli("--out", used))
         assert contents(used) == before
