@@ -7,7 +7,7 @@
 
 Paper                   Here                Shape (M = N*B images)  Note
 x_t                     latents[:, step]    (M, T+1, C, H, W)       step = T - t: from x_T on
-log pi(x_{t-1}|x_t, c)  log_probs[:, step]  (M, T)                  float64
+log pi(x_{t-1}|x_t, c)  log_probs[:, step]  (M, T)                  divided by D (Units); float64
 r-hat_t, Eq. 19         log_ratio           (..., B, T)             log_probs - log_probs_ref
 r                       rewards             (..., B)                in the reward's own unit
 beta of Table 4         kl_weight                                   `betas` is the noise schedule
@@ -18,14 +18,15 @@ Units: Eq. 3 sums over T steps, Eq. 4 over D = C*H*W latent dimensions. App. G's
 over T, and log_probs are means over D here: nats per latent dimension. Table 4 is read in these
 units, where the beta of Eq. 5 is kl_weight / (T*D) and the epsilon of Eq. 20 clip_range * D.
 
-Departures from the paper, and choices where it is silent or disagrees with itself (docs/paper.md):
- 1. The mean over T (App. G), where Eqs. 3 and 21 sum: loss_sum(b) == T**2 * loss_mean(b * T).
- 2. log_prob is a mean over latent dimensions, as in DDPO's code, which has Table 4's clip range.
+Departures from the paper, and choices where it is silent or disagrees with itself (docs/paper.md
+has the reasons, and 8 and 9, on what the settings mean):
+ 1. The mean over T (App. G), where Eqs. 3 and 21 sum: theirs at beta is T**2 times this at beta*T.
+ 2. log_prob is a mean over latent dimensions, as in DDPO's code, whose clip range is 1e-4.
  3. The mean is over pairs whose rewards differ (App. G; Alg. 1, line 10: all); 0 if none do.
  4. Steps are "leading"-spaced, sigma_t is the posterior's, alpha-bar ends at alphas_cumprod[0].
  5. The policy is the guided model, with the gradient through both branches.
  6. The number format (--dtype). With K = 1 theta is theta_old, and Eq. 20 changes nothing.
- 7. --offline draws as many images as Sec. 4.3, but each epoch's serve its own K updates alone.
+ 7. --offline draws as many images as Sec. 4.3 by default; each epoch's serve its own updates alone.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     coef_noise = -(1 - alpha) / ((1 - alpha_bar) * alpha).sqrt()
     if config["prediction_type"] == "v_prediction":
         # noise = sqrt(alpha_bar) * v + sqrt(1 - alpha_bar) * x_t
-        coef_sample = alpha.sqrt()
+        coef_sample = alpha.sqrt()  # alpha / sqrt(alpha)
         coef_noise = coef_noise * alpha_bar.sqrt()
     return Schedule(timesteps, coef_sample, coef_noise, sigma)
 
@@ -136,8 +137,7 @@ class Policy(NamedTuple):
     null_embeds: Tensor  # (L, W), the embedding of the empty prompt
     guidance_scale: float = 5.0
     microbatch: int = 16
-    # Entered around network passes: the number format. Around whole trajectories, it casts each
-    # weight once.
+    # The number format, entered around passes: around many of them it casts each weight once.
     autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext
 
     def coefficients(self, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -215,7 +215,7 @@ def sample_trajectories(
     """Draw x_T, ..., x_0 by ancestral sampling (Eq. 1; Alg. 1, line 6), with each step's log-prob.
 
     Latents are rounded to float32 *before* they are scored: scoring what is stored, under the same
-    weights, gives the same bits.
+    weights in the same batches, gives the same bits.
     """
     num_images = len(generators)
     num_steps = len(policy.schedule.timesteps)
@@ -297,7 +297,7 @@ def prdp_loss(
         return x.unsqueeze(-1) - x.unsqueeze(-2)  # [..., a, b] is x_a - x_b
 
     log_ratio_diff = pairwise_diff(log_ratio.mean(-1))  # Eqs. 10 and 11; App. G's mean
-    clipped_log_ratio_diff = pairwise_diff(clipped_log_ratio.mean(-1))  # Eq. 21
+    clipped_log_ratio_diff = pairwise_diff(clipped_log_ratio.mean(-1))  # Eqs. 21 and 17
     reward_diff = pairwise_diff(rewards.to(log_probs.dtype))  # Eq. 12
 
     error = (log_ratio_diff - reward_diff / kl_weight) ** 2  # Eq. 14
@@ -319,11 +319,11 @@ def backward_trajectories(
 
     The loss squares a mean over T and pairs B images, so plain backpropagation would hold the
     graphs of all B*T network passes at once. But it sees the network only through the small matrix
-    log_probs: by the chain rule its gradient is the sum of grad_log_probs[m, k] *
-    dlog_probs[m, k]/dtheta, and each microbatch of entries can be run again on its own. This is
-    exact, because only derivatives are taken and no value is compared with another pass's. So
-    entries of gradient 0 (clipped, where the clipped error wins Eq. 18 in every pair) are skipped,
-    and the rest packed.
+    log_probs: by the chain rule its gradient is the sum of grad_log_probs[m, step] *
+    dlog_probs[m, step]/dtheta, and each microbatch of entries can be run again on its own. This is
+    exact: the value of such a pass never enters the loss, so its rounding clips nothing. Entries of
+    gradient 0 (clipped, where the clipped error wins Eq. 18 in every pair; ties) are skipped, and
+    the rest packed. `scaled` below is grad_log_probs times a power of two, for fp16.
     """
     assert grad_log_probs.shape == trajectories.log_probs.shape
     entries = grad_log_probs.nonzero()  # (image, step)
@@ -421,7 +421,7 @@ class Config:
 
 
 class Models(NamedTuple):
-    """A run's networks. Scoring with `reference` is scoring with the pretrained model."""
+    """A run's networks; `reference` is pi_ref, with LoRA the same network without adapters."""
 
     policy: Policy
     reference: Policy
@@ -437,7 +437,7 @@ def train(
     parameters = optimizer.param_groups[0]["params"]
     by_prompt = (-1, config.images_per_prompt)  # (M, ...) -> (N, B, ...)
     for epoch in range(start, config.epochs + 1):  # line 2
-        # Lines 3 to 8: theta_old is theta here; its log-probs stand in for a copy of its weights.
+        # Lines 3 to 8: theta_old is theta here, its log-probs stand for it; offline pi_ref draws.
         sampler = reference if config.offline else policy
         epoch_prompts, trajectories = sample_epoch(config, models, sampler, prompts, epoch)
         _, rewards, parts = score_images(models, trajectories.latents[:, -1], epoch_prompts)
@@ -468,20 +468,20 @@ def train(
             (grad_log_probs,) = torch.autograd.grad(loss, log_probs)
             metrics = update_metrics(config, log_probs, log_probs_old, log_probs_ref, rewards)
 
-            # Line 11: a step of AdamW along the exact gradient, at most max_grad_norm long.
+            # Line 11: AdamW's step, from the exact gradient, cut to a norm of max_grad_norm.
             optimizer.zero_grad()
             backward_trajectories(policy, trajectories, grad_log_probs.flatten(0, 1))
             average_gradients(parameters)
             grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             require_finite("the gradient", grad_norm)
             optimizer.step()
-            optimizer.zero_grad()  # and their memory
+            optimizer.zero_grad()  # free them
             metrics |= {"loss": loss, "grad_norm": grad_norm}
             updates.append(metrics | {"skipped_fraction": grad_log_probs == 0})
 
         ratio = log_probs_old - log_probs_ref
-        kl = ratio * trajectories.latents[0, 1:].numel()
-        del trajectories  # and their memory, before others are drawn
+        kl = ratio * trajectories.latents[0, 1:].numel()  # T*D: Eq. 6
+        del trajectories  # frees their memory before others are drawn
         yield epoch_metrics(rewards, parts, updates, log_ratio_ref=ratio, kl_nats=kl)
 
 
@@ -539,8 +539,8 @@ def sample_prompts(
 
 
 def score_images(models: Models, x_0: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, dict]:
-    """Images of x_0 (M, C, H, W), M / len(prompts) a prompt, their rewards (M,), and the parts that
-    these are the weighted sum of, by name (Alg. 1, line 8)."""
+    """Images of x_0 (M, C, H, W), M / len(prompts) a prompt, their rewards (M,), and by name what
+    these are the weighted sum of (Alg. 1, line 8)."""
     repeated = [prompt for prompt in prompts for _ in range(len(x_0) // len(prompts))]
     with phase("reward"):
         images = models.sd.decode(x_0, models.policy.microbatch)
