@@ -110,6 +110,36 @@ def tiny_sd(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def tiny_sdxl(tiny_sd, tmp_path_factory) -> str:
+    """An SDXL folder with random weights, and the VAE and tokenizer of `tiny_sd`; where the real
+    model_index.json says that the empty prompt is zeros, this one leaves it open."""
+    from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import StableDiffusionXLPipeline
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    base = StableDiffusionPipeline.from_pretrained(tiny_sd)
+    text = {**base.text_encoder.config.to_dict(), "num_hidden_layers": 2}
+    other = {**text, "hidden_size": 24, "projection_dim": 12, "hidden_act": "gelu"}
+    conditions = dict(addition_embed_type="text_time", addition_time_embed_dim=4,
+                      projection_class_embeddings_input_dim=12 + 6 * 4)  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("sdxl")
+    StableDiffusionXLPipeline(
+        vae=base.vae,
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**other)),
+        tokenizer=base.tokenizer,
+        tokenizer_2=base.tokenizer,
+        unet=UNet2DConditionModel(**{**base.unet.config, "cross_attention_dim": 40, **conditions}),
+        scheduler=EulerDiscreteScheduler.from_config(
+            {**SD14_SCHEDULER, "timestep_spacing": "leading"}
+        ),
+    ).save_pretrained(folder)
+    edit_json(folder / "model_index.json", force_zeros_for_empty_prompt=None)
+    return str(folder)
+
+
 def tiny_config(tiny_sd: str, **changes) -> prdp.Config:
     """3 prompts x 4 images x 5 steps, in microbatches of 6."""
     settings = {

@@ -161,7 +161,7 @@ def measure_model(
     """Add a model's rewards to `record`, which is saved as they come; returns a few pictures."""
     config = replace(plan.config, model=plan.folders[label])
     models = prdp.load_models(config, device, reward, learns=False)
-    networks = [models.sd.unet, models.sd.vae, models.sd.pipe.text_encoder]
+    networks = [models.sd.unet, models.sd.vae, models.sd.text_encoders]
     inputs = {"model_digest": run_folder.weights_digest(networks)}
     begun = time.strftime("%Y-%m-%d %H:%M")
     before = record["inputs"].setdefault(label, {**inputs, "begun": begun})

@@ -380,7 +380,7 @@ class Config:
     max_grad_norm: float = flag(1.0, "of a gradient")
     offline: bool = flag(False, "draw from the pretrained model (Sec. 4.3)")
 
-    model: str = flag("CompVis/stable-diffusion-v1-4", "Stable Diffusion 1 or 2, hub id or folder",
+    model: str = flag("CompVis/stable-diffusion-v1-4", "Stable Diffusion, XL too: hub id or folder",
                       resolve=model_path, group="run")  # fmt: skip
     reward: tuple = flag(("hpsv2",), "what to maximise, see rewards.py", resolve=resolve_reward)
     prompts: tuple = flag((f"{ROOT}/prompts/animals.txt",), "FILE or FILE:COLUMN",
@@ -560,7 +560,7 @@ def load_models(
     schedule = ddpm_schedule(sd.noise_settings, config.ddpm_steps)
     schedule = Schedule(*(column.to(device) for column in schedule))
     microbatch = min(config.microbatch or 8, config.images_held())
-    null_embeds = sd.encode([""])[0]
+    null_embeds = sd.null_embeds()
 
     unet, scale = sd.learner(config), config.guidance_scale
     policy = Policy(unet, schedule, null_embeds, scale, microbatch, sd.autocast)

@@ -24,18 +24,18 @@ from support.run_folder import read_json, writing
 SAMPLERS = """DDIM DDPM PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete
     DEISMultistep DPMSolverMultistep DPMSolverSinglestep UniPCMultistep KDPM2Discrete"""
 SUPPORTED = dict(  # of such samplers only the noise schedule is read
-    beta_schedule=("scaled_linear", "linear"), prediction_type=("epsilon", "v_prediction"),
-    steps_offset=(1,), trained_betas=(None,), rescale_betas_zero_snr=(None, False),
-    set_alpha_to_one=(False,), use_flow_sigmas=(None, False),
+    beta_schedule=("scaled_linear", "linear"), timestep_spacing=(None, "leading", "linspace"),
+    prediction_type=("epsilon", "v_prediction"), steps_offset=(1,), use_flow_sigmas=(None, False),
+    trained_betas=(None,), rescale_betas_zero_snr=(None, False), set_alpha_to_one=(False,),
     _class_name=(None, *(f"{name}Scheduler" for name in SAMPLERS.split())),
 )  # fmt: skip
 # What a config leaves open; betas it must name, for diffusers' own defaults are another chain's.
 DEFAULTS = dict(num_train_timesteps=1000, beta_schedule=None, beta_start=None, beta_end=None,
                 steps_offset=1, set_alpha_to_one=False, prediction_type="epsilon")  # fmt: skip
-# Pipelines of the same parts.
-TEXT_TO_IMAGE = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 PARTS = dict(unet="UNet2DConditionModel", vae="AutoencoderKL", text_encoder="CLIPTextModel")
-# Inputs that a UNet may want beside a latent, a timestep and a text.
+PIPELINES = {f"StableDiffusion{kind}Pipeline": PARTS for kind in ("", "Img2Img")}
+PIPELINES["StableDiffusionXLPipeline"] = PARTS | {"text_encoder_2": "CLIPTextModelWithProjection"}
+# Inputs that a UNet may want beside a latent, a timestep and a text; SDXL's wants one of them.
 OTHER_INPUTS = ("time_cond_proj_dim", "class_embed_type", "num_class_embeds", "addition_embed_type",
                 "encoder_hid_dim", "encoder_hid_dim_type")  # fmt: skip
 
@@ -47,7 +47,7 @@ library_name: diffusers
 
 To epoch {epoch}, for the reward {rewards}; all settings are in prdp.json.
 
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(THIS_FOLDER)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(THIS_FOLDER)
     pipe(PROMPT, num_inference_steps={ddpm_steps}, guidance_scale={guidance_scale}, eta=1.0)
 """
 
@@ -67,10 +67,10 @@ def noise_settings(scheduler_config: dict) -> dict:
 
 
 def read_configs(model: str) -> tuple[Path, dict[str, dict]]:
-    """A pipeline's folder, fetched from the hub if it is an id, and the configs of its parts;
+    """A pipeline's folder, fetched from the hub if it is an id, its config and those of its parts;
     UserError unless it is a Stable Diffusion that can be finetuned here."""
     quiet_libraries()
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     what, folder = f"--model {model}", Path(model)
     if (folder / "pipeline").is_dir():
@@ -78,28 +78,31 @@ def read_configs(model: str) -> tuple[Path, dict[str, dict]]:
     if not folder.is_dir() and (folder.is_absolute() or model.count("/") != 1):
         raise UserError(f"{what}: no such folder, and no hub id as CompVis/stable-diffusion-v1-4.")
     with reading(what if folder.is_dir() else f"{what}: no folder here, and as a hub id"):
-        kind = StableDiffusionPipeline.load_config(model).get("_class_name")
-        if kind in TEXT_TO_IMAGE and not folder.exists():
-            folder = Path(StableDiffusionPipeline.download(model))
-    if kind not in TEXT_TO_IMAGE:
-        raise UserError(f"{what}: a {kind}; only Stable Diffusion 1.x and 2.x work.")
+        configs = {"pipeline": DiffusionPipeline.load_config(model)}
+        kind = str(configs["pipeline"].get("_class_name"))
+        if kind in PIPELINES and not folder.exists():
+            folder = Path(DiffusionPipeline.download(model))
+    if kind not in PIPELINES:
+        raise UserError(f"{what}: a {kind}; only Stable Diffusion 1.x, 2.x and XL's base work.")
 
-    configs = {}
-    for name in (*PARTS, "scheduler"):
+    parts = PIPELINES[kind]
+    for name in (*parts, "scheduler"):
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         configs[name] = read_json(folder / name / file, f"{what}: its {name}/{file}")
+    wanted = {"addition_embed_type": "text_time"} if "text_encoder_2" in parts else {}
     for name in OTHER_INPUTS:
-        if configs["unet"].get(name) is not None:
-            raise UserError(f"{what}: its unet has {name}, another input: not supported.")
-    for name, kind in PARTS.items():
+        if (found := configs["unet"].get(name)) != wanted.get(name):
+            raise UserError(f"{what}: its unet has {name} {found}, other inputs: not supported.")
+    for name, kind in parts.items():
         if configs[name].get("_class_name", kind) != kind:
             raise UserError(f"{what}: its {name} is no {kind}: {configs[name]['_class_name']}.")
 
     # The parts must fit each other.
     unet, vae = configs["unet"], configs["vae"]
     channels = {latent_shape(unet)[0], unet.get("out_channels", 4), vae.get("latent_channels", 4)}
-    if unet.get("cross_attention_dim", 1280) != configs["text_encoder"].get("hidden_size", 512):
-        raise UserError(f"{what}: its unet's cross_attention_dim is not its text_encoder's width.")
+    width = sum(configs[name].get("hidden_size", 512) for name in parts if "text" in name)
+    if unet.get("cross_attention_dim", 1280) != width:
+        raise UserError(f"{what}: its unet's cross_attention_dim is not its texts' width, {width}.")
     if len(channels) > 1:
         raise UserError(f"{what}: in_channels, out_channels and latent_channels are {channels}.")
     if not all(type(side) is int and side > 0 for side in latent_shape(unet)):
@@ -129,8 +132,8 @@ def grey_picture(model: str) -> Tensor:
 
 
 class StableDiffusion:
-    """A Stable Diffusion 1.x or 2.x in float32. `unet` learns, text encoder and VAE are frozen:
-    those are on `device` while they work, and else on `idle`.
+    """A Stable Diffusion in float32. `unet` learns, text encoders and VAE are frozen: those are on
+    `device` while they work, and else on `idle`.
 
     `pipe` is the diffusers pipeline around them; its scheduler is DDIM's, which with eta = 1 is the
     chain that prdp.py samples. `dtype` is autocast's, None for float32.
@@ -138,32 +141,41 @@ class StableDiffusion:
 
     def __init__(self, config, device: torch.device) -> None:
         import diffusers
-        from transformers import CLIPTextModel
+        import transformers
 
         self.device, self.dtype = device, set_precision(config.dtype)
         self.idle = torch.device("cpu") if config.offload == "on" else device
         folder, configs = read_configs(config.model)
         self.noise_settings = noise_settings(configs["scheduler"])
         what = f"--model {config.model}"
-        parts = dict.fromkeys(("safety_checker", "feature_extractor"))
-        for name, kind in PARTS.items():
-            kind = getattr(diffusers, kind, CLIPTextModel)
+        parts, self.text_encoders = {"feature_extractor": None}, nn.ModuleList()
+        for name, kind in PIPELINES[configs["pipeline"]["_class_name"]].items():
+            kind = getattr(diffusers, kind, None) or getattr(transformers, kind)
             parts[name] = load_network(f"{what}: its {name}", kind, folder, subfolder=name)
-        text = parts["text_encoder"].config
-        tokenizer = load_tokenizer(what, folder, text.vocab_size, subfolder="tokenizer")
-        places = text.max_position_embeddings
-        tokenizer.model_max_length = min(tokenizer.model_max_length, places)
-        parts["tokenizer"] = tokenizer
+            if "text" in name:
+                self.text_encoders.append(parts[name])
+                text, name = parts[name].config, name.replace("text_encoder", "tokenizer")
+                parts[name] = load_tokenizer(what, folder, text.vocab_size, subfolder=name)
+                places = (parts[name].model_max_length, text.max_position_embeddings)
+                parts[name].model_max_length = min(places)
         parts["scheduler"] = diffusers.DDIMScheduler(
             **self.noise_settings, timestep_spacing="leading", clip_sample=False
         )
-        self.pipe = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
-
         self.unet, self.vae = parts["unet"], parts["vae"]
         self.latent_shape = latent_shape(configs["unet"])
+        if "text_encoder_2" in parts:
+            options = {n: x for n, x in configs["pipeline"].items() if n.startswith("force_zeros")}
+            self.pipe = diffusers.StableDiffusionXLPipeline(**parts, **options)
+            size = [side * self.pipe.vae_scale_factor for side in self.latent_shape[1:]]
+            time_ids = torch.tensor([[*size, 0, 0, *size]])  # original size, crop, target size
+            self.unet.register_buffer("time_ids", time_ids, persistent=False)
+            self.unet.register_forward_pre_hook(unpack, with_kwargs=True)
+        else:
+            options = {"safety_checker": None, "requires_safety_checker": False}
+            self.pipe = diffusers.StableDiffusionPipeline(**parts, **options)
         self.unet.to(device)  # in eval(): with dropout passes would differ
         self.vae.to(self.idle)
-        self.pipe.text_encoder.to(self.idle)
+        self.text_encoders.to(self.idle)
 
     @staticmethod
     def weights_gigabytes(model: str) -> float:
@@ -195,16 +207,29 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
-        """Text embeddings (len(prompts), L, W), as the pipeline itself makes them."""
-        with self.at_work(self.pipe.text_encoder):
-            return self.pipe.encode_prompt(prompts, self.device, 1, False)[0]
+        """Text embeddings (len(prompts), L, W), as the pipeline itself makes them; of SDXL L is one
+        more, where the pooled embedding stands, filled up with zeros."""
+        options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        with self.at_work(self.text_encoders):
+            embeds, _, *rest = self.pipe.encode_prompt(prompts, device=self.device, **options)
+        if rest:
+            pooled = nn.functional.pad(rest[0], (0, embeds.shape[2] - rest[0].shape[1]))
+            embeds = torch.cat([embeds, pooled[:, None]], 1)
+        return embeds
+
+    def null_embeds(self) -> Tensor:
+        """The unconditional branch's (L, W): of the empty prompt, or zeros where SDXL says so."""
+        embeds = self.encode([""])[0]
+        zeros = self.pipe.config.get("force_zeros_for_empty_prompt")
+        return torch.zeros_like(embeds) if zeros else embeds
 
     @torch.no_grad()
     def decode(self, latents: Tensor, microbatch: int) -> Tensor:
         """x_0 (M, C, H, W) -> uint8 images (M, 3, 8H, 8W), rounded once, as a PNG file would be. In
         float32: there are VAEs that overflow in half precision, and NaN would be black."""
         images = []
-        at_once = microbatch if self.device.type == "cpu" else min(microbatch, 4)  # 0.8 GB each
+        fit = 2**14 // latents[0, 0].numel()  # 4 of 512x512, at 0.8 GB each
+        at_once = microbatch if self.device.type == "cpu" else min(microbatch, max(1, fit))
         with self.at_work(self.vae):
             for rows in latents.split(at_once):
                 decoded = self.vae.decode(rows / self.vae.config.scaling_factor).sample
@@ -283,6 +308,17 @@ class StableDiffusion:
             (folder / "prdp.json").write_text(settings, encoding="utf-8")
             card = CARD.format(epoch=epoch, **named, **record)
             (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
+
+
+def unpack(unet: nn.Module, inputs: tuple, options: dict) -> tuple[tuple, dict]:
+    """A hook before SDXL's UNet: the inputs it expects, of what `encode` packed, and sizes."""
+    if "added_cond_kwargs" in options:  # in a pass of the pipeline's own
+        return inputs, options
+    embeds = options["encoder_hidden_states"]
+    width = unet.add_embedding.linear_1.in_features - 6 * unet.config.addition_time_embed_dim
+    time_ids = unet.time_ids.expand(len(embeds), -1)
+    added = {"text_embeds": embeds[:, -1, :width], "time_ids": time_ids}
+    return inputs, {"encoder_hidden_states": embeds[:, :-1], "added_cond_kwargs": added}
 
 
 def compiled(network: nn.Module) -> nn.Module:

@@ -175,7 +175,7 @@ def restore(config, saved: dict, learner: Learner, models, prompts: list[str]) -
         "program": config.program,
         **settings,
         **digests(reward, prompts),
-        "model_digest": weights_digest([sd.unet, sd.vae, sd.pipe.text_encoder]),
+        "model_digest": weights_digest([sd.unet, sd.vae, sd.text_encoders]),
     }
     record = json.loads(json.dumps(record))
     then = dict(saved.get("record", record))
