@@ -7,7 +7,8 @@
 Read it beside their Eq. 14 and Secs. 5.1 and 5.4. With --pairs it learns people's choices: a line a
 pair, with `prompt`, `chosen` and `rejected`, two pictures' paths from the file's folder. Without,
 AI feedback: images of the pretrained model (--online: of the current one) ranked by --reward, all
-pairs of a prompt. An epoch is K updates of --batch-size pairs.
+pairs of a prompt. An epoch is K updates of --batch-size pairs. --loss sft is their supervised
+control (Sec. 5.5): the denoising loss of the chosen picture, without a reference.
 
 Paper                    Here, as in their code
 ||eps - eps_theta||^2    error, without guidance; a mean over latent dimensions
@@ -30,16 +31,16 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import prdp
-from baselines.pairs import People
+from baselines.pairs import NoReward, People
 from baselines.rwr import batches, noised
-from rewards import Reward, resolve_reward
+from rewards import resolve_reward
 from support.cli import UserError, flag
 from support.distributed import average_gradients, gather, processes, rank, require_finite
 from support.machine import scaled_backward
 from support.report import epoch_metrics, phase
 from support.settings import absolute, parse_settings, prompt_paths, run_command
 
-PUBLISHED = dict(epochs=100, updates_per_epoch=10, learning_rate=8.192e-9)
+PUBLISHED = dict(epochs=100, updates_per_epoch=10, learning_rate=2.048e-5)
 TOY = dict(batch_size=64, updates_per_epoch=16, warmup=0)
 PRESETS = {
     name: settings | (TOY if name == "toy" else PUBLISHED)
@@ -58,9 +59,10 @@ class Config(prdp.Config):
     offline: bool = flag(False)
     reward: tuple = flag((), "ranks images (hpsv2; with --pairs none)", resolve=resolve_reward)
     prompts: tuple = flag((), "files (animals.txt; with --pairs its own)", resolve=prompt_paths)
-    learning_rate: float = flag(8.192e-9, "of AdamW (Sec. 5.1); their code's is 2.048e-5")
+    learning_rate: float = flag(2.048e-5, "of AdamW, as in their code; Sec. 5.1: 8.192e-9")
     pairs: str = flag("", "people's choices, .jsonl", group="Diffusion-DPO",
                       resolve=lambda file: absolute(file) if file else "")  # fmt: skip
+    loss: str = flag("dpo", "dpo, or sft: of the chosen alone", "dpo", "sft")
     online: bool = flag(False, "rank images of the current model, not of the pretrained one")
     beta: float = flag(5000.0, "of Eq. 14")
     batch_size: int = flag(2048, "pairs an update")
@@ -75,7 +77,8 @@ class Config(prdp.Config):
         """As prdp.py's: an image is drawn, if need be; of a pair one step is scored and learned."""
         images = self.prompts_per_epoch * self.images_per_prompt
         learned = self.updates_per_epoch * self.batch_size / (images * self.ddpm_steps)
-        return (not self.pairs) + learned, learned
+        scored, learned = (0, learned / 2) if self.loss == "sft" else (learned, learned)
+        return (not self.pairs) + scored, learned
 
 
 def diffusion_dpo_loss(error: Tensor, error_ref: Tensor, beta: float) -> Tensor:
@@ -90,14 +93,15 @@ def denoising_errors(
 ) -> Tensor:  # fmt: skip
     """||eps - eps_theta(x_t, t)||^2 of Eq. 14, a mean over latent dimensions: (m, 2) float64.
 
-    x_0 (m, 2, C, H, W); both of a pair share prompt_embeds (m, L, W), timesteps (m,) and noise.
+    x_0 (m, 2, C, H, W), or of the chosen alone (m, 1, ...); a pair shares prompt_embeds (m, L, W),
+    timesteps (m,) and noise.
     """
-    prompt_embeds = prompt_embeds.repeat_interleave(2, 0)
-    timesteps = timesteps.repeat_interleave(2, 0)
-    x_t, target = noised(scheduler, x_0.flatten(0, 1), timesteps, noise.repeat_interleave(2, 0))
+    shared, sides = (prompt_embeds, timesteps, noise), x_0.shape[1]
+    prompt_embeds, timesteps, noise = (x.repeat_interleave(sides, 0) for x in shared)
+    x_t, target = noised(scheduler, x_0.flatten(0, 1), timesteps, noise)
     with policy.autocast():
         predicted = policy.unet(x_t, timesteps, encoder_hidden_states=prompt_embeds).sample
-    return (predicted.double() - target).square().flatten(1).mean(1).unflatten(0, (-1, 2))
+    return (predicted.double() - target).square().flatten(1).mean(1).unflatten(0, (-1, sides))
 
 
 def ranked_pairs(rewards: Tensor, images_per_prompt: int) -> Tensor:
@@ -160,43 +164,39 @@ def update(
     """A gradient step on a batch of pairs, of which this process loads its own."""
     policy, reference, scheduler = models.policy, models.reference, models.sd.pipe.scheduler
     parameters = optimizer.param_groups[0]["params"]
-    own = (owner[numbers] == rank()).nonzero()[:, 0]
+    own, sft = (owner[numbers] == rank()).nonzero()[:, 0], config.loss == "sft"
     losses = torch.zeros(len(own), dtype=torch.float64)
     microbatches = []
     if len(own):
         with phase("pictures"):
             x_0, prompt_embeds = load(numbers[own])
+        x_0 = x_0[:, :1] if sft else x_0
         drawn = (x[own].to(x_0.device) for x in (timesteps, noise))
         inputs = (torch.arange(len(own)), x_0, prompt_embeds, *drawn)
         microbatches = [*zip(*(x.split(policy.microbatch) for x in inputs), strict=True)]
-    with torch.no_grad(), phase("reference"), reference.autocast():
-        references = [denoising_errors(reference, scheduler, *x) for _, *x in microbatches]
+    references = [None] * len(microbatches)
+    if not sft:
+        with torch.no_grad(), phase("reference"), reference.autocast():
+            references = [denoising_errors(reference, scheduler, *x) for _, *x in microbatches]
 
     def backward(scaled: Tensor) -> None:
         for (part, *x), error_ref in zip(microbatches, references, strict=True):
             error = denoising_errors(policy, scheduler, *x)
-            loss = diffusion_dpo_loss(error, error_ref, config.beta)
+            loss = error[:, 0] if sft else diffusion_dpo_loss(error, error_ref, config.beta)
             (scaled[part].to(loss.device) * loss).sum().backward()
             losses[part] = loss.detach().cpu()
 
     with phase("update"):
         share = torch.full((len(own),), processes() / len(numbers), dtype=torch.float64)
-        latent_dim = noise[0].numel() / config.beta  # a loss is at most beta / 2 as steep
+        steepness = 1 if sft else config.beta  # a loss is at most beta / 2 as steep as an error
         optimizer.zero_grad()
-        scaled_backward(policy.unet, backward, share, latent_dim)
+        scaled_backward(policy.unet, backward, share, noise[0].numel() / steepness)
         average_gradients(parameters)
         grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         require_finite("the gradient", grad_norm)
         optimizer.step()
-    right = (losses < math.log(2)).double()
-    return {"loss": share @ losses, "accuracy": share @ right, "grad_norm": grad_norm}
-
-
-class NoReward(Reward):
-    """NaN for every image: people's choices need no scores."""
-
-    def score(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        return torch.full((len(images),), math.nan, device=images.device), {}
+    accuracy = {} if sft else {"accuracy": share @ (losses < math.log(2)).double()}
+    return {"loss": share @ losses, "grad_norm": grad_norm, **accuracy}
 
 
 def complete(config: Config) -> Config:

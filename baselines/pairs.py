@@ -1,9 +1,10 @@
-"""People's choices between two pictures, for baselines/diffusion_dpo.py --pairs."""
+"""People's choices between two pictures, for diffusion_dpo.py --pairs and implicit_reward.py."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 import prdp
+from rewards import Reward
 from support.cli import UserError, reading
 from support.distributed import gather_objects, print0, processes, rank
 from support.inputs import as_prompts
@@ -108,16 +110,18 @@ class People:
         return torch.arange(len(self.records)) % processes()
 
     @torch.no_grad()
-    def load(self, sd, seed: int, epoch: int, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def load(
+        self, sd, seed: int, epoch: int, numbers: Tensor, mirror: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """x_0 (m, 2, C, H, W) of pairs (m,), the chosen first, and prompt_embeds (m, L, W): as in
-        their code a sample of what the VAE makes of a picture."""
+        their code a sample of what the VAE makes of a picture, half of them mirrored to learn."""
         records = [self.records[n] for n in numbers]
         pictures = [picture for record in records for picture in self.pictures(record)]
         generators = prdp.image_generators(seed, epoch, numbers.tolist(), 2)
         latents = []
         with sd.at_work(sd.vae):  # in float32: half precision overflows in some VAEs
             for picture, generator in zip(pictures, generators, strict=True):
-                pixels = prepare(picture, sd, generator).to(sd.device)
+                pixels = prepare(picture, sd, generator if mirror else None).to(sd.device)
                 encoded = sd.vae.encode(pixels[None]).latent_dist
                 noise = torch.randn(sd.latent_shape, generator=generator).to(sd.device)
                 latents.append(encoded.mean[0] + encoded.std[0] * noise)
@@ -134,12 +138,19 @@ class People:
             raise UserError(f"--pairs {self.file}: has other pairs than the run began with.")
 
 
-def prepare(picture: Tensor, sd, generator: torch.Generator) -> Tensor:
+class NoReward(Reward):
+    """NaN for every image: people's choices need no scores."""
+
+    def score(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        return torch.full((len(images),), math.nan, device=images.device), {}
+
+
+def prepare(picture: Tensor, sd, generator: torch.Generator | None) -> Tensor:
     """(3, H, W) uint8 -> floats in [-1, 1] of the model's size, as in Diffusion-DPO's code: the
-    shorter side scaled to it, the centre, and at random mirrored."""
+    shorter side scaled to it, the centre, and by a generator's choice mirrored."""
     height, width = (side * sd.pipe.vae_scale_factor for side in sd.latent_shape[1:])
     image = Image.fromarray(picture.permute(1, 2, 0).numpy())
     image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-    if torch.rand((), generator=generator) < 0.5:
+    if generator and torch.rand((), generator=generator) < 0.5:
         image = ImageOps.mirror(image)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1

@@ -2,6 +2,7 @@
 a GPU and without weights, in minutes on any CPU.
 
     python benchmarks/memory.py           # the table of docs/running.md
+    python benchmarks/memory.py --sdxl    # of SDXL's base, with HPSv2
     python benchmarks/memory.py --quick   # the toy's networks, in seconds
 
 prdp.py's own code runs on fake tensors, which have a device, a dtype and a shape, but no content:
@@ -11,6 +12,7 @@ a GPU's allocator would have to hold.
 """
 
 import itertools
+import math
 import sys
 import tempfile
 import warnings
@@ -25,7 +27,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from shared import TOY, sd_v1_4, table
+from shared import TOY, sd_v1_4, sdxl, table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,8 +48,6 @@ from support.machine import PLANS
 
 aten = torch.ops.aten
 GPU = "fakegpu"
-# 512 images' trajectories of 50 steps and prompt embeddings; their pictures
-HELD = 512 * (4 * (51 * 4 * 64 * 64 + 77 * 768) + 3 * 512 * 512)
 
 # ---- A GPU that does not exist -------------------------------------------------------------------
 
@@ -184,16 +184,18 @@ def load_network(what: str, kind: type, folder: Path, **options) -> nn.Module:
     return materialise(partial(kind, kind.config_class.from_pretrained(folder, **options)))
 
 
-def write_configs(folder: Path) -> None:
-    """SD v1.4 without weights."""
+def write_configs(make: Callable, folder: Path) -> None:
+    """A pipeline without weights."""
     with torch.device("meta"):
-        pipe = sd_v1_4()
+        pipe = make()
     pipe.save_config(folder)
-    for name in ("unet", "vae", "tokenizer", "scheduler"):
-        part = getattr(pipe, name)
-        save = part.save_pretrained if name in ("tokenizer", "scheduler") else part.save_config
-        save(folder / name)
-    pipe.text_encoder.config.save_pretrained(folder / "text_encoder")
+    for name, part in pipe.components.items():
+        if name.startswith("text"):
+            part.config.save_pretrained(folder / name)
+        elif isinstance(part, nn.Module):
+            part.save_config(folder / name)
+        elif part is not None:
+            part.save_pretrained(folder / name)
 
 
 def load_reward(quick: bool, device: str) -> Callable:
@@ -239,7 +241,11 @@ def peaks(folder: Path, quick: bool, **settings) -> dict[str, float]:
             models.sd.unet.enable_gradient_checkpointing(again)
         learned = [p for p in models.sd.unet.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learned, fused=True)  # as on a GPU
-        held = torch.empty(0 if quick else HELD, dtype=torch.uint8, device=GPU)
+        # Of 512 images trajectories of 50 steps and prompt embeddings; their pictures.
+        numbers = 51 * math.prod(models.sd.latent_shape) + models.policy.null_embeds.numel()
+        pictures = 3 * 64 * math.prod(models.sd.latent_shape[1:])
+        held = 0 if quick else 512 * (4 * numbers + pictures)
+        held = torch.empty(held, dtype=torch.uint8, device=GPU)
         list(prdp.train(config, models, optimizer, ["a cat", "a dog"], 1))
         del held
     return found
@@ -265,6 +271,7 @@ def cells(folder: Path, quick: bool, rank: int, dtype: str, plan: tuple) -> list
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the toy's networks")
+    parser.add_argument("--sdxl", action="store_true", help="SDXL's base in place of SD v1.4")
     parser.add_argument(
         "--processes", type=int, default=2, help="rows counted at once (default: 2)"
     )
@@ -273,7 +280,7 @@ def main() -> None:
         folder, plans = TOY / "sd", PLANS[2:4]
         if not options.quick:
             folder, plans = Path(name), [plan for plan in PLANS if plan[0] != 2]
-            write_configs(folder)
+            write_configs(sdxl if options.sdxl else sd_v1_4, folder)
         row = table("peak GB, counted", "learns", "passes in", "microbatch", "checkpointing",
                     "offload", *PHASES, "at the most")  # fmt: skip
         settings = list(itertools.product((0, 8), ("fp16", "tf32"), plans))

@@ -104,6 +104,39 @@ def sd_v1_4():
     )
 
 
+def sdxl():
+    """The same of SDXL's base."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    with_texts, without = "CrossAttn{}Block2D", "{}Block2D"
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=[kind.format("Down") for kind in (without, with_texts, with_texts)],
+        up_block_types=[kind.format("Up") for kind in (with_texts, with_texts, without)],
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+    base = sd_v1_4()
+    text = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32)
+    text |= dict(num_attention_heads=20, projection_dim=1280, hidden_act="gelu")
+    return diffusers.StableDiffusionXLPipeline(
+        unet=unet,
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text)),
+        tokenizer=base.tokenizer,
+        tokenizer_2=base.tokenizer,
+        scheduler=base.scheduler,
+    )
+
+
 def interrupt(*_) -> None:
     """Ctrl-C, once: `timeout` may send it twice, and temporary folders must still be removed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

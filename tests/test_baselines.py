@@ -135,7 +135,7 @@ def page(config, models: prdp.Models, optimizer, epoch: int) -> list[float]:
                 best = np.percentile([rewards[j] for j in of_prompt[i]], 100 * config.percentile)
                 weights.append(float(rewards[i] >= best))
         pool = torch.tensor([i for i in range(12) if weights[i] > 0])
-    else:
+    else:  # of Diffusion-DPO, and of its supervised control
         pairs = [
             (4 * n + a, 4 * n + b)
             for n, a, b in itertools.product(range(3), range(4), range(4))
@@ -149,12 +149,15 @@ def page(config, models: prdp.Models, optimizer, epoch: int) -> list[float]:
                 terms.append(weights[m] * error(policy, m, t, eps, 5.0))
                 continue
             won, lost = pairs[m]
+            made = 3 * (epoch - 1) + k + 1
+            optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, made / config.warmup)
+            if config.loss == "sft":
+                terms.append(error(policy, won, t, eps, 1.0))
+                continue
             fixed = error(reference, won, t, eps, 1.0) - error(reference, lost, t, eps, 1.0)
             now = error(policy, won, t, eps, 1.0) - error(policy, lost, t, eps, 1.0)
             rise = now - fixed.detach()
             terms.append(-torch.log(torch.sigmoid(-config.beta / 2 * rise)))
-            made = 3 * (epoch - 1) + k + 1
-            optimizer.param_groups[0]["lr"] = config.learning_rate * min(1, made / config.warmup)
         optimizer.zero_grad()
         torch.stack(terms).mean().backward()
         norms.append(gradient_of(policy.unet).norm().item())
@@ -174,6 +177,7 @@ def name_of(config) -> str:
         ("rwr", {"weighting": "sparse", "percentile": 0.5}),
         ("diffusion_dpo", {"warmup": 5, "beta": 50.0}),
         ("diffusion_dpo", {"warmup": 5, "beta": 50.0, "online": True}),
+        ("diffusion_dpo", {"warmup": 5, "loss": "sft"}),
     ],
 )
 def test_train_is_the_papers_page(tiny_sd, name, own):
@@ -189,6 +193,7 @@ def test_train_is_the_papers_page(tiny_sd, name, own):
     for epoch, row in enumerate(module.train(config, ours, optimizer, PROMPTS, 1, *rest), 1):
         norms = page(config, theirs, other, epoch)
         assert row["grad_norm"] == pytest.approx(np.mean(norms), rel=2e-3)
+        assert ("accuracy" in row) == (vars(config).get("loss") == "dpo")
     networks = (ours.policy.unet, theirs.policy.unet, ours.reference.unet)
     a, b, start = (torch.cat([p.flatten() for p in unet.parameters()]) for unet in networks)
     assert (a - b).norm() < 0.02 * (a - start).norm()
@@ -224,14 +229,16 @@ def test_presets_are_the_papers():
     config = diffusion_dpo.parse_args([])
     assert config.epochs * config.updates_per_epoch == 1000 and config.batch_size == 2048
     assert config.beta == 5000 and config.warmup == 1000 / 4
-    assert config.learning_rate == pytest.approx(2000 / config.beta * 2.048e-8)
+    assert config.learning_rate == 1e-8 * 128 * 1 * 16  # as launchers/sdxl.sh of their code
     assert config.reward == ("hpsv2",) and config.prompts[0].endswith("animals.txt")
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", [*PROGRAMS, "sft"])
 def test_passes_are_those_of_an_epoch(tiny_sd, name):
     """What the forecast multiplies: rows of the network, two of a sample, and of a pair."""
-    config = tiny(PROGRAMS[name].Config, tiny_sd)
+    own = {"loss": "sft"} if name == "sft" else {}
+    name = name if name in PROGRAMS else "diffusion_dpo"
+    config = tiny(PROGRAMS[name].Config, tiny_sd, **own)
     models = prdp.load_models(config, CPU, brightness)
     rows = {False: 0, True: 0}
 

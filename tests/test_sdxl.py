@@ -1,19 +1,24 @@
 """SDXL behind the same policy; diffusers' pipeline and passes of its bare UNet are the oracle."""
 
+import copy
 import json
+import math
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from PIL import Image
 from torch.distributions import Normal
 
 import evaluate
 import prdp
-from baselines import ddpo
+from baselines import ddpo, diffusion_dpo, implicit_reward
+from baselines.pairs import People
 from conftest import CPU, PROMPTS, assert_same_run, call, draw, edit_json, gradient_of
 from conftest import only_sentence, small_run, tiny_config
 
@@ -139,6 +144,82 @@ def test_gradient_equals_the_whole_graphs(models, tiny_sdxl, checkpointing):
         (weights[m, k] * log_prob).backward()
     expected = gradient_of(unet)
     assert ((ours - expected).norm() / expected.norm()).item() < 1e-5
+
+
+# ---- Diffusion-DPO -------------------------------------------------------------------------------
+
+
+def write_pairs(folder: Path, count: int = 4) -> Path:
+    """Pictures of noise, of two sizes, and people's choices between them."""
+    rng, records = np.random.default_rng(0), []
+    for n in range(count):
+        record = {"prompt": PROMPTS[n % 3]}
+        for name in ("chosen", "rejected"):
+            record[name] = f"{name}{n}.png"
+            pixels = rng.integers(0, 256, (20 + n, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / record[name])
+        records.append(json.dumps(record))
+    (folder / "pairs.jsonl").write_text("\n".join(records))
+    return folder / "pairs.jsonl"
+
+
+def test_an_update_of_diffusion_dpo_is_their_codes(models, tiny_sdxl, tmp_path):
+    """The inner loop of train.py --sdxl: chosen and rejected stacked one after the other, with one
+    timestep and noise, the same texts, the model's size and no crop for every picture."""
+    loaded, pipe = models(), pipeline(tiny_sdxl)
+    with torch.no_grad():  # a policy that has moved
+        for p in loaded.policy.unet.parameters():
+            p += 1e-2 * torch.randn(p.shape)
+    config = diffusion_dpo.Config(beta=500.0, max_grad_norm=math.inf)
+    optimizer = torch.optim.SGD(loaded.policy.unet.parameters(), 0.1)
+    people = People(str(write_pairs(tmp_path)))
+    numbers, t = torch.tensor([2, 0, 3, 1]), torch.tensor([10, 400, 700, 990])
+    noise = torch.randn(4, 4, 8, 8)
+    before = copy.deepcopy(loaded.policy.unet)
+    before._forward_pre_hooks.clear()
+
+    load = partial(people.load, loaded.sd, 7, 1)
+    row = diffusion_dpo.update(config, loaded, optimizer, people.owner(), load, numbers, t, noise)
+    x_0, _ = load(numbers)
+    latents = torch.cat([x_0[:, 0], x_0[:, 1]])
+    x_t = pipe.scheduler.add_noise(latents, noise.repeat(2, 1, 1, 1), t.repeat(2))
+    with torch.no_grad():
+        prompts = [people.records[n]["prompt"] for n in numbers]
+        texts, _, pooled, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+    sizes = torch.tensor([16, 16, 0, 0, 16, 16])[None].repeat(8, 1)
+    added = {"time_ids": sizes, "text_embeds": pooled.repeat(2, 1)}
+    losses = []
+    for unet in (before, pipe.unet):
+        predicted = unet(x_t, t.repeat(2), texts.repeat(2, 1, 1), added_cond_kwargs=added).sample
+        won, lost = (predicted - noise.repeat(2, 1, 1, 1)).square().mean((1, 2, 3)).chunk(2)
+        losses.append(won - lost)
+    inside = -0.5 * config.beta * (losses[0] - losses[1].detach())
+    loss = -torch.nn.functional.logsigmoid(inside).mean()
+    loss.backward()
+    assert row["loss"].item() == pytest.approx(loss.item(), rel=1e-4)
+    assert row["accuracy"].item() == (inside > 0).double().mean()
+    assert abs(loss.item() - math.log(2)) > 1e-2
+    expected = gradient_of(before)
+    assert row["grad_norm"].item() == pytest.approx(expected.norm().item(), rel=1e-4)
+    pairs = zip(before.parameters(), loaded.policy.unet.parameters(), strict=True)
+    moved = torch.cat([(p - q).detach().flatten() for p, q in pairs])
+    assert ((moved - 0.1 * expected).norm() / moved.norm()).item() < 1e-3
+
+
+@pytest.mark.parametrize("loss", ["dpo", "sft"])
+def test_people_teach_it_by_a_command(tiny_sdxl, tmp_path, capsys, loss):
+    """And its implicit rewards of the same pairs."""
+    flags, run = flags_of(tiny_sdxl), tmp_path / "run"
+    cut = flags.index("--reward")
+    flags = [*flags[:cut], *flags[cut + 2 :], "--pairs", write_pairs(tmp_path), "--loss", loss]
+    flags += ["--batch-size", 4, "--beta", 500, "--warmup", 0, "--out", run]
+    assert call(diffusion_dpo.main, flags, capsys)[::2] == (0, "")
+    flags = [run, "--pairs", tmp_path / "pairs.jsonl", "--draws", 3, "--out", tmp_path / "score"]
+    code, out, errors = call(implicit_reward.main, flags, capsys)
+    assert (code, errors) == (0, "") and "4 pairs, 3 draws each" in out
+    record = json.loads((tmp_path / "score" / "implicit_reward.json").read_text())
+    assert record["beta"] == 500 and record["against"] == tiny_sdxl
+    assert all(x != 0 for x in record["differences"])
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
