@@ -17,7 +17,7 @@ import torch
 import evaluate
 import prdp
 import rewards
-from baselines import ddpo, diffusion_dpo, rwr
+from baselines import ddpo, diffusion_dpo, implicit_reward, rwr
 from conftest import ROOT, checkpoint, script, tiny_config
 from support.inputs import load_module
 
@@ -33,6 +33,7 @@ PROGRAMS = {
     "baselines/ddpo.py": ddpo,
     "baselines/rwr.py": rwr,
     "baselines/diffusion_dpo.py": diffusion_dpo,
+    "baselines/implicit_reward.py": implicit_reward,
 }
 COMMAND = r"(prdp|evaluate|baselines/\w+)\.py"
 
