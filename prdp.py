@@ -666,16 +666,16 @@ def run(
         report.SECONDS.clear()
         for epoch, metrics in enumerate(train(config, models, optimizer, prompts, start), start):
             rows.append(report.as_row(epoch, metrics))
+            samples = report.try_samples(config, rows[-1], draw_samples, models, prompts)
             run_folder.save_epoch(config, record, rows, learner, models.sd)
             report.show_epoch(config, rows, start, track)
-            if epoch % config.sample_every == 0 and epoch < config.epochs:
-                samples = draw_samples(config, models, models.policy, prompts)
-                report.save_samples(config, epoch, samples, track)
+            if samples and epoch < config.epochs:
+                report.show_samples(config, epoch, before, samples, track)
             report.SECONDS.clear()
 
         after = draw_samples(config, models, models.policy, prompts)
         models.sd.save(Path(config.out), record, config.epochs)
-        report.compare(config, before, after, track)
+        report.finish(config, before, after, track)
 
 
 def load_run(folder: str, device: torch.device, reward: Callable | None = None) -> Models:

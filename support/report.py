@@ -18,12 +18,12 @@ from support.distributed import gather, print0, processes, rank
 from support.run_folder import forgiving, writing
 
 SECONDS: dict[str, float] = {}  # each `phase` since this was last emptied
+NEARLY_ALL = 0.99  # of log-probs clipped; healthy runs of the toy stay below (docs/running.md)
 
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """A part of an epoch, whose time is counted, without that of phases in it; a long one is said
-    when it is over."""
+    """A part of an epoch: its time, without that of phases in it, is counted, a long one said."""
     started = time.perf_counter()
     counted = sum(SECONDS.values())
     yield
@@ -53,8 +53,8 @@ def introduce(config, sd, kernels: str, prompts: list[str]) -> None:
     print0(f"reward {reward}; to {config.out}")
     print0(f"{len(prompts)} prompts: {first}; ...")
     print0(f"{processes()} process(es); passes in {config.dtype}; log-probs: {kernels}")
-    print0(f"microbatch {config.microbatch}, offload {config.offload}")
-    print0(f"gradient checkpointing {config.gradient_checkpointing}")
+    checkpointing = f"gradient checkpointing {config.gradient_checkpointing}"
+    print0(f"microbatch {config.microbatch}, {checkpointing}, offload {config.offload}")
 
     context = sd.pipe.tokenizer.model_max_length
     tokens = sd.pipe.tokenizer(prompts[:1000]).input_ids
@@ -64,8 +64,7 @@ def introduce(config, sd, kernels: str, prompts: list[str]) -> None:
 
 
 def forecast(config, seconds: tuple[float, float], start: int) -> None:
-    """Print what a run will take, from an image's seconds of a pass through T steps, without
-    gradient and with."""
+    """Print what a run will take, from an image's seconds of a pass without gradient and with."""
     images = config.prompts_per_epoch * config.images_per_prompt / processes()
     passes, backward_passes = config.passes()
     image = passes * seconds[0] + backward_passes * seconds[1]
@@ -82,6 +81,8 @@ def epoch_metrics(
     the parts of a summed reward, means of what each update measured and of others."""
     for name in updates[0]:
         others[name] = torch.stack([update[name] for update in updates])
+    if "clip_fraction" in others:  # at the first update theta is theta_old
+        others["clip_fraction"] = others["clip_fraction"][1:]
     rewards = gather(rewards.flatten())
     count = len(rewards)
     std = deviation(rewards)
@@ -105,6 +106,7 @@ def as_row(epoch: int, metrics: dict[str, float]) -> dict:
     row["peak_gb"] = 0.0
     if torch.cuda.is_available():
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    row["sample_reward"] = math.nan
     for name, value in row.items():
         if not math.isfinite(value):
             row[name] = None
@@ -117,16 +119,18 @@ def show_epoch(config, rows: list[dict], start: int, track: Callable) -> None:
     line = "{:>5} {:>20}" + "  {:>13}" * len(config.columns) + "  {:>7}"
     if (row["epoch"] - start) % 20 == 0:
         print0(line.format("epoch", "reward_mean +- se", *config.columns, "seconds"))
-    cells = []
-    for name in ("reward_se", *config.columns):
-        value = row.get(name)
-        cells.append("-" if value is None else f"{value:.3g}")
+    values = [row.get(name) for name in ("reward_se", *config.columns)]
+    cells = ["-" if value is None else f"{value:.3g}" for value in values]
     mean = row["reward_mean"]
     mean = "-" if mean is None else f"{mean:.4f} +- {cells[0]}"
     seconds = sum(x for name, x in row.items() if name.startswith("seconds_"))
     print0(line.format(row["epoch"], mean, *cells[1:], f"{seconds:.1f}"))
     if row["reward_std"] == 0:
         print0("warning: every image has the same reward; there is nothing to learn from.")
+    if (row.get("clip_fraction") or 0) > NEARLY_ALL:
+        print0(
+            "warning: nearly all log-probs leave --clip-range; raise it or lower --learning-rate."
+        )
     numbers = {name: x for name, x in row.items() if x is not None}
     with forgiving(f"--log-to {config.log_to}: epoch {row['epoch']} was not sent"):
         track(row["epoch"], numbers)
@@ -135,8 +139,7 @@ def show_epoch(config, rows: list[dict], start: int, track: Callable) -> None:
 
 
 def open_tracker(config, record: dict, start: int) -> Callable:
-    """The function (epoch, numbers, picture or None) that sends to --log-to; UserError where that
-    cannot be opened."""
+    """The function (epoch, numbers, picture or None) that sends to --log-to; or UserError."""
     if rank() != 0 or config.log_to == "none":
         return lambda epoch, numbers, picture=None: None
     try:
@@ -224,8 +227,7 @@ def plot_rewards(path: Path, rows: list[dict]) -> None:
 
 
 def draw_images(path: Path, models: dict[str, Samples], shots: int = 2) -> None:
-    """At most `shots` images for each of the first 8 prompts: a column a prompt, a row a model and
-    seed, each image's reward below it."""
+    """`shots` images of each of 8 prompts, rewards below: a column a prompt, rows of each model."""
     from PIL import Image, ImageDraw, ImageFont
 
     if rank() != 0:
@@ -234,10 +236,8 @@ def draw_images(path: Path, models: dict[str, Samples], shots: int = 2) -> None:
     per_prompt = len(images) // len(prompts)
     shots = min(shots, per_prompt)
     rows = list(itertools.product(range(shots), models))
-    titles = []
-    for prompt in prompts[:8]:
-        title = textwrap.fill(prompt, 20, max_lines=4, placeholder=" ...")
-        titles.append(title)
+    brief = dict(max_lines=4, placeholder=" ...")
+    titles = [textwrap.fill(prompt, 20, **brief) for prompt in prompts[:8]]
 
     # Sizes in pixels: small pictures are shown larger.
     zoom = -(-128 // images.shape[-1])
@@ -284,18 +284,36 @@ def save_samples(config, epoch: int, samples: Samples, track: Callable) -> None:
         track(epoch, {}, path)
 
 
-def compare(config, before: Samples, after: Samples, track: Callable) -> None:
-    """Show a finished run's last samples, before_after.png, and how far the mean reward rose."""
-    save_samples(config, config.epochs, after, track)
+def try_samples(config, row: dict, draw: Callable, models, prompts: list[str]) -> Samples | None:
+    """Every --sample-every epochs the policy's fixed samples, their mean reward in `row`; None, and
+    a warning, where that fails."""
+    if row["epoch"] % config.sample_every:
+        return None
+    with forgiving("sample_reward"):
+        samples = draw(config, models, models.policy, prompts)
+        mean = samples.rewards.mean().item()
+        row["sample_reward"] = mean if math.isfinite(mean) else None
+        return samples
+
+
+def show_samples(config, epoch: int, before: Samples, samples: Samples, track: Callable) -> None:
+    """The picture, and how far the mean reward rose, with the error of the paired difference."""
+    save_samples(config, epoch, samples, track)
+    difference = samples.rewards - before.rewards
+    rise, error = mean_and_error(difference[None])
+    if math.isnan(rise):
+        return
+    means = f"{before.rewards.mean():.4f} -> {samples.rewards.mean():.4f}"
+    count = f"mean reward of {len(difference)} images on fixed prompts and seeds"
+    print0(f"{count}: {means}, {rise:+.4f} +- {error:.4f}")
+    if rise < -3 * error:
+        print0("warning: that is clearly below the pretrained model; lower --learning-rate.")
+
+
+def finish(config, before: Samples, after: Samples, track: Callable) -> None:
+    """Show a finished run's last samples, and before_after.png."""
+    show_samples(config, config.epochs, before, after, track)
     path = Path(config.out, "before_after.png")
     with forgiving(str(path)):
         draw_images(path, {"base": before, "finetuned": after})
-    if not after.rewards.isnan().all():
-        difference = after.rewards - before.rewards
-        rise, error = mean_and_error(difference[None])
-        was, now = before.rewards.mean(), after.rewards.mean()
-        means = f"{was:.4f} -> {now:.4f}"
-        count = f"mean reward of {len(difference)} images on fixed prompts and seeds"
-        print0(f"{count}: {means}, {rise:+.4f} +- {error:.4f}")
-        print0("(standard error of the paired difference)")
     print0(f"see {path}")

@@ -26,9 +26,74 @@ def test_first_screen_fits_80_columns(cli):
     assert lines[header].split() == names.split()
     assert any("to sample an image: an epoch takes about" in line for line in lines[:header])
     assert any(" prompts: a " in line for line in lines[:header])
-    table = lines[header : header + 3]
+    table = [line for line in lines[header:] if line.split()[0] in ("epoch", "1", "2")]
     assert {len(line) for line in table} == {len(table[0])} and len(table[0]) <= 80
-    assert lines[-3].startswith("mean reward of 4 images on fixed prompts and seeds: ")
+    rises = [n for n, line in enumerate(lines) if line.startswith("mean reward of 4 images on fix")]
+    first, last = (lines.index(row) for row in table[1:])
+    assert [header < first, first + 1, last + 1] == [True, *rises]
+
+
+def test_fixed_samples_are_scored_as_they_are_drawn(cli, tmp_path):
+    """sample_reward is the mean of `draw_samples` where --sample-every says, else null."""
+    assert cli("--sample-every", 2, "--epochs", 3)[0] == 0
+    rewards = [row["sample_reward"] for row in metrics_of(tmp_path / "run")]
+    assert rewards[0] is rewards[2] is None
+    assert cli("--sample-every", 2, "--epochs", 2, "--out", tmp_path / "two")[0] == 0
+    config = prdp.parse_args(["--resume", str(tmp_path / "two")])
+    models = prdp.load_run(tmp_path / "two", torch.device("cpu"))
+    prompts = prdp.load_prompts(*config.prompts)
+    drawn = prdp.draw_samples(config, models, models.policy, prompts)
+    assert rewards[1] == drawn.rewards.mean().item()
+
+
+def test_samples_that_cannot_be_drawn_cost_nothing(cli, tmp_path, monkeypatch):
+    """The third drawing fails, which is epoch 2's."""
+    draw, calls = prdp.draw_samples, []
+
+    def fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return draw(*arguments)
+
+    monkeypatch.setattr(prdp, "draw_samples", fails)
+    code, out, errors = cli("--sample-every", 1)
+    assert (code, errors, len(calls)) == (0, "", 4)
+    assert "warning: sample_reward: RuntimeError: out of memory" in out
+    one, two = (row["sample_reward"] for row in metrics_of(tmp_path / "run"))
+    assert one is not None and two is None
+    assert checkpoint(tmp_path / "run")["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [
+        (["--clip-range", 1e-12], ["nearly all log-probs leave"]),
+        (["--clip-range", "inf"], []),
+        (["--clip-range", 1e-12, "--updates-per-epoch", 1], []),  # nothing can be clipped
+        (["--clip-range", "inf", "--reward", "falls.py:f"], ["below the pretrained model"]),
+    ],
+)
+def test_runs_that_go_wrong_say_so(cli, tmp_path, monkeypatch, flags, warned):
+    """A reward of calls, not of images, falls without fail."""
+    falls = "import itertools\ncalls = itertools.count()\ndef f(i, p):\n"
+    falls += "    return [-next(calls) for _ in p]\n"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "falls.py").write_text(falls)
+    code, out, errors = cli(*flags)
+    assert (code, errors) == (0, "")
+    said = [line for line in out.splitlines() if line.startswith("warning")]
+    for sentence in ("nearly all log-probs leave", "below the pretrained model"):
+        assert any(sentence in line for line in said) == (sentence in warned)
+
+
+def test_clip_fraction_has_a_ceiling_of_1(cli, tmp_path):
+    """Of updates from the second on; null where there is none."""
+    for updates, expected in ((1, None), (2, 1), (3, 1)):
+        run = tmp_path / str(updates)
+        flags = ["--out", run, "--updates-per-epoch", updates, "--clip-range", 1e-12]
+        assert cli(*flags, "--epochs", 1)[0] == 0
+        assert metrics_of(run)[0]["clip_fraction"] == expected
 
 
 def test_parts_of_a_reward_are_logged(cli, tmp_path):
