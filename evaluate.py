@@ -97,7 +97,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         raise UserError("--samples-per-prompt and --max-prompts: must be at least 1.")
     given = {name: run[name] for name in SETTINGS if name in run}
     if torch.cuda.is_available():
-        given["dtype"] = "bf16"
+        given["dtype"] = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     given |= {name: value for name, value in vars(args).items() if name in FLAGS}
     # No epoch's images bound the microbatch here.
     config = prdp.Config(prompts_per_epoch=processes(), images_per_prompt=2**20, **given)

@@ -72,7 +72,6 @@ def guided_mean(
 
 def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor | float) -> Tensor:
     """log N(sample; mean, sigma^2 I) of Eqs. 2 and 4, a mean over latent dimensions: (M,) float64.
-
     sample, mean (M, ...), sigma (M,) or a number. float64, because at the last step a log-prob is
     about 2.5, where float32 numbers lie 2.4e-7 apart: a quarter of Table 4's smallest clip_range.
     """
@@ -94,10 +93,8 @@ class Schedule(NamedTuple):
 
 def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     """The coefficients of Eq. 2 (Ho et al. 2020, Eqs. 6, 7, 11); the chain of DDIM with eta = 1.
-
     From a diffusers scheduler's config; spacing and end as Stable Diffusion's. UserError for
-    another kind of schedule, and for sigma == 0, where log-probabilities do not exist.
-    """
+    another kind of schedule, and for sigma == 0, where log-probabilities do not exist."""
     config = noise_settings(scheduler_config)
     train_steps = config["num_train_timesteps"]
     power = {"scaled_linear": 2, "linear": 1}[config["beta_schedule"]]
@@ -213,10 +210,8 @@ def sample_trajectories(
     shape: tuple,  # (C, H, W)
 ) -> Trajectories:
     """Draw x_T, ..., x_0 by ancestral sampling (Eq. 1; Alg. 1, line 6), with each step's log-prob.
-
     Latents are rounded to float32 *before* they are scored: scoring what is stored, under the same
-    weights in the same batches, gives the same bits.
-    """
+    weights in the same batches, gives the same bits."""
     num_images = len(generators)
     num_steps = len(policy.schedule.timesteps)
     device = prompt_embeds.device
@@ -245,10 +240,8 @@ def sample_trajectories(
 @torch.no_grad()
 def score_trajectories(policy: Policy, trajectories: Trajectories, label: str = "score") -> Tensor:
     """log pi(x_{t-1} | x_t, c) of stored trajectories under a policy (Eqs. 2 to 4): (M, T) float64.
-
-    In the batches and order of `sample_trajectories`: another batch size alone can move log-probs
-    by more than the clip range, and unchanged weights must return their bits.
-    """
+    In the batches and order of `sample_trajectories`: others can move log-probs by more than the
+    clip range, and unchanged weights must return their bits."""
     log_probs = torch.empty_like(trajectories.log_probs)
     num_images, num_steps = log_probs.shape
     with policy.autocast(), phase(label):
@@ -282,10 +275,8 @@ def prdp_loss(
     kl_weight: float,  # beta of Table 4
 ) -> Tensor:
     """The PRDP loss of Eqs. 10 to 12, 14 and 17 to 21, as App. G computes it: a scalar.
-
     The B trajectories share a prompt; leading dimensions are prompts. Per prompt, the mean over
-    pairs whose rewards differ (each once; 0 if all rewards tie), then the mean over prompts.
-    """
+    pairs whose rewards differ (each once; 0 if all rewards tie), then the mean over prompts."""
     assert rewards.shape == log_probs.shape[:-1], rewards.shape
     log_ratio = log_probs - log_probs_ref  # Eq. 19
     log_ratio_old = log_probs_old - log_probs_ref
@@ -449,6 +440,7 @@ def train(
         else:
             log_probs_old = trajectories.log_probs
             log_probs_ref = score_trajectories(reference, trajectories, "reference")
+        check_epoch(config, policy, trajectories, log_probs_old, log_probs_ref, epoch)
         log_probs_old = log_probs_old.unflatten(0, by_prompt)
         log_probs_ref = log_probs_ref.unflatten(0, by_prompt)
         rewards = rewards.unflatten(0, by_prompt)
@@ -576,14 +568,13 @@ def prepare(config: Config, device: torch.device, reward: Reward, prompts: list[
     models = load_models(config, device, reward)
     report.introduce(config, models.sd, machine.load_kernels()[1], prompts)
     batch = check_on_policy(config, models, prompts[0])
-    seconds = machine.rehearse(config, models, batch, score_trajectories, backward_trajectories)
-    return config, models, seconds
+    passes = (score_trajectories, backward_trajectories)
+    return config, models, machine.rehearse(config, models, batch, prompts[0], *passes)
 
 
 def check_on_policy(config: Config, models: Models, prompt: str) -> Trajectories:
-    """Draw a microbatch from the policy and score it again: its log-probs must have the same bits,
-    for Eq. 20 compares two passes to within clip_range. The reference has the same weights yet; its
-    log-probs cancel in Eq. 20, so compiled by itself it may differ by the format's rounding."""
+    """Score a microbatch that the policy drew: its log-probs must have the same bits, for Eq. 20
+    compares two passes to within clip_range. Compiled, the reference may differ by a rounding."""
     policy, cudnn = models.policy, torch.backends.cudnn
     for deterministic in (cudnn.deterministic, True):
         cudnn.deterministic = deterministic
@@ -595,9 +586,8 @@ def check_on_policy(config: Config, models: Models, prompt: str) -> Trajectories
             break
     else:
         raise UserError(f"on-policy gap {gap:.1e}: the clip would act on noise; try --dtype fp32.")
-    gap = (score_trajectories(models.reference, batch) - batch.log_probs).abs().max().item()
-    if not gap <= machine.reference_tolerance(config, policy):
-        raise UserError(f"the reference is {gap:.1e} off the policy before any update.")
+    log_probs_ref = score_trajectories(models.reference, batch)
+    machine.check_reference(config, policy, batch.log_probs, log_probs_ref)
 
     # Triton's kernels against the formulas above: who edits one must edit both.
     x_t, x_prev = batch.latents[:, 0], batch.latents[:, 1]
@@ -607,6 +597,22 @@ def check_on_policy(config: Config, models: Models, prompt: str) -> Trajectories
         noise_pred = run_unet(policy, x_t, batch.prompt_embeds, steps)
     machine.check_kernels(noise_pred, guided_log_prob, guided_sample, x_t, x_prev, *gaussian)
     return batch
+
+
+@torch.no_grad()
+def check_epoch(
+    config: Config, policy: Policy, trajectories: Trajectories, old: Tensor, ref: Tensor, epoch: int
+) -> None:
+    """Before an epoch learns, from log-probs (M, T) of theta_old and the reference: a microbatch's
+    first step must return its bits, and in epoch 1 all must be the reference's."""
+    rows = torch.arange(len(old), device=old.device)[: policy.microbatch]
+    with policy.autocast():
+        again = step_log_prob(policy, trajectories, rows, torch.zeros_like(rows))
+    gap = (again - old[rows, 0]).abs().max().item()
+    if gap != 0:
+        raise UserError(f"epoch {epoch}: on-policy gap {gap:.1e}; in a new process: --resume.")
+    if epoch == 1:
+        machine.check_reference(config, policy, old, ref)
 
 
 def draw_samples(config: Config, models: Models, policy: Policy, prompts: list[str]) -> Samples:

@@ -339,7 +339,7 @@ def run(folder: Path, functions: list[tuple], flags: str) -> list[str]:
 
 
 def memory_table(options: argparse.Namespace, end: float) -> None:
-    cap, dtype = 23 * 2**30, options.dtypes[0]  # of a card's 24 GiB CUDA itself takes some
+    cap, dtype = 24.7e9, options.dtypes[0]  # of a card's 25.8 GB (24 GiB) CUDA takes some
     size = (options.microbatch or [2 if options.quick else 8])[0]
     room = 512 * (4 * (51 * 4 * 64 * 64 + 77 * 768) + 3 * 512 * 512)  # latents, embeds; pictures
     row = table(
@@ -365,7 +365,8 @@ def memory_table(options: argparse.Namespace, end: float) -> None:
         if CUDA:
             share = min(1.0, cap / torch.cuda.mem_get_info()[1])
             torch.cuda.set_per_process_memory_fraction(share)
-        for offload, rank in itertools.product(("on", "off"), (0, 8)):
+        rows = list(itertools.product(("on", "off"), (0, 8)))
+        for offload, rank in rows[: options.rows]:
             learns = f"LoRA of rank {rank}" if rank else "the full UNet"
             row(learns, dtype, size, offload, *attempt(cells, folder, rank, offload))
         if CUDA:
@@ -411,6 +412,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--loops", nargs="+", choices=LOOPS, help=f"{text} (default: all; on a CPU the first two)")
     text = "images a network pass, of epoch several (default: 16 in 16 bits, else 8; memory: 8)"
     add("--microbatch", type=int, nargs="+", help=text)
+    add("--rows", type=int, help="of memory: so many, the first the full UNet with offload on")
     add("--steps", type=int, help="that epoch times (default: 2; --quick: 1)")
     text = "in this order; peers and memory take the first (default: all; on a CPU bf16, fp32)"
     add("--dtypes", nargs="+", choices=DTYPES, help=text)

@@ -9,8 +9,6 @@ import textwrap
 import traceback
 from collections.abc import Iterable, Iterator
 
-import torch
-
 
 class UserError(Exception):
     """What the user or the machine gave cannot be used; the message names it and the remedy."""
@@ -18,6 +16,12 @@ class UserError(Exception):
 
 class CodeError(UserError):
     """A user's own code failed; its cause is what that code raised."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU has no memory left, in PyTorch's words, cuBLAS's or the driver's."""
+    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def flag(default, text: str = "", *choices: str, **options):
@@ -76,9 +80,11 @@ def command(name: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
         sentence = " ".join(str(error).split())
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if isinstance(error, RuntimeError) and not out_of_memory(error):
+            raise
+        if isinstance(error, (MemoryError, RuntimeError)) and error.__cause__ is None:
             where = "memory" if isinstance(error, MemoryError) else "GPU memory"
             smaller = "a smaller --microbatch, --gradient-checkpointing, --offload on"
             sentence = f"out of {where}: try {smaller} or --lora-rank 8."
@@ -101,7 +107,7 @@ def reading(what: str) -> Iterator[None]:
         kinds = (OSError, ValueError, EOFError, RuntimeError, ImportError)
         libraries = ("safetensors", "http", "huggingface_hub", "_pickle")
         foreign = isinstance(error, kinds) or type(error).__module__.startswith(libraries)
-        if isinstance(error, torch.OutOfMemoryError) or not foreign:
+        if out_of_memory(error) or not foreign:
             raise
         reason = getattr(error, "strerror", None) or str(error)
         reason = textwrap.shorten(reason, 300, placeholder=" ...").rstrip(".")

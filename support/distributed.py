@@ -26,7 +26,22 @@ def start_processes() -> torch.device:
             print(f"waiting for {others} other process(es) at {place}", flush=True)
         # NCCL's ten minutes are shorter than one process may lag behind another.
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
+    if cuda:
+        require_code_for_gpu()
     return torch.device("cuda" if cuda else "cpu")
+
+
+def require_code_for_gpu() -> None:
+    """UserError where this build of PyTorch has no kernels for the GPU."""
+    try:
+        torch.zeros(1, device="cuda")
+    except RuntimeError as error:
+        if "no kernel image" not in str(error):
+            raise
+        built = " ".join(torch.cuda.get_arch_list())
+        own = "sm_{}{}".format(*torch.cuda.get_device_capability())
+        remedy = "take its build for CUDA 12.6 (whl/cu126) for an older GPU, else a newer PyTorch"
+        raise UserError(f"this PyTorch is for {built}, not for {own}; {remedy}.") from error
 
 
 def end_processes() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from support.cli import CodeError, UserError, reading
+from support.cli import CodeError, UserError, out_of_memory, reading
 
 OURS = str(Path(__file__).resolve().parents[1])
 COLUMNS = ("prompt", "prompts", "caption", "text")  # of tables and records: the first that exists
@@ -205,9 +205,12 @@ def users_code(what: str) -> Iterator[None]:
     dtype, gradient = torch.get_default_dtype(), torch.is_grad_enabled()
     try:
         yield
-    except (KeyboardInterrupt, torch.OutOfMemoryError, MemoryError):
+    except (KeyboardInterrupt, MemoryError):
         raise
     except BaseException as error:
+        if out_of_memory(error):
+            remedy = "--offload on (of networks in FUNCTION.networks), or a smaller reward"
+            raise torch.OutOfMemoryError(f"{what}: out of memory; try {remedy}.") from error
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise CodeError(f"{what}: {told}.") from error
     finally:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from support import report
-from support.cli import UserError
+from support.cli import UserError, option, out_of_memory
 from support.distributed import gather_objects, print0, require_finite
 from support.inputs import load_module
 
@@ -48,14 +48,14 @@ def set_precision(dtype: str) -> torch.dtype | None:
     return FORMATS.get(dtype)
 
 
-def reference_tolerance(config, policy) -> float:
-    """How far log-probs of policy and reference may differ while their weights are the same: not at
-    all where both are one program, else as one rounding of noise_pred moves them."""
-    if not config.compile:
-        return 0.0
+def check_reference(config, policy, log_probs: Tensor, log_probs_ref: Tensor) -> None:
+    """UserError where log-probs of policy and reference, of the same weights yet, differ: at all
+    where both are one program, else by more than one rounding of noise_pred moves them."""
     gain = (policy.schedule.coef_noise / policy.schedule.sigma).abs().max().item()
-    shift = ROUNDING[config.dtype] * policy.guidance_scale * gain
-    return shift + shift**2
+    shift = ROUNDING[config.dtype] * policy.guidance_scale * gain * config.compile
+    gap = (log_probs_ref - log_probs).abs().max().item()
+    if not gap <= shift + shift**2:
+        raise UserError(f"the reference is {gap:.1e} off the policy before any update.")
 
 
 @functools.cache
@@ -110,12 +110,9 @@ def check_kernels(
 def scaled_backward(
     network: nn.Module, backward: Callable[[Tensor], None], grad: Tensor, latent_dim: float
 ) -> None:
-    """backward(grad), which adds to a network's gradients, so that they do not underflow in fp16.
-
-    grad is of means over latent_dim numbers. It is scaled by a power of two, to about 2**-6 for
-    each of them, and the gradients are scaled back, which is exact in any format that has room for
-    them. If they overflow, 1/256 of it is tried.
-    """
+    """backward(grad), which adds to a network's gradients, so that they do not underflow in fp16:
+    grad, of means over latent_dim numbers, is scaled by a power of two, to about 2**-6 for each of
+    them, or 1/256 of that if it overflows, and gradients are scaled back, which is exact."""
     require_finite("the loss's gradient", grad)
     if not grad.any():
         return
@@ -136,7 +133,8 @@ def scaled_backward(
 
 
 # Memory: images a microbatch, gradient checkpointing, offload; from the fastest to the smallest.
-PLANS = [(32, "off", "off"), (16, "off", "off"), (8, "off", "on")]
+PLAN = ("microbatch", "gradient_checkpointing", "offload")
+PLANS = [(32, "off", "off"), (16, "off", "off"), *((count, "off", "on") for count in (8, 4, 2))]
 PLANS += [(count, "on", "on") for count in (8, 4, 2, 1)]
 SPARE = 0.95  # of the free memory; the allocator cannot use all of it
 
@@ -145,15 +143,15 @@ def needed_gigabytes(config, weights: float) -> float:
     """The peak of a run whose UNet has `weights` GB in float32: counted by benchmarks/memory.py for
     SD v1.4 (3.44 GB) and HPSv2, and what a UNet keeps is taken in proportion to its weights."""
     half = config.dtype in FORMATS
-    # Gradients and Adam's moments; the reference. Adapters need neither.
-    learned = 0 if config.lora_rank else 3 * weights
-    reference = 0 if config.lora_rank else weights / (1 + half)
+    # Gradients, twice as much for Adam's moments; the reference. Adapters need neither.
+    gradients = 0 if config.lora_rank else weights
+    reference = 0 if config.lora_rank else weights / (1 + (half and not config.compile))
     an_image = {(True, "off"): 2.5, (True, "on"): 0.46, (False, "off"): 3.74, (False, "on"): 0.96}
     kept = config.microbatch * an_image[half, config.gradient_checkpointing] * weights / 3.44
     casts = weights / 2 if half else 0
     others = reference + 4.8 if config.offload == "off" else 0  # VAE, text encoder, HPSv2
-    # While HPSv2 works, 4 GB at the least; beside it all trajectories and pictures.
-    return weights + learned + max(kept + casts, 4.0) + others + 2.5
+    # HPSv2 takes 4 GB where there are no gradients; beside it all trajectories and pictures.
+    return weights + 2 * gradients + max(gradients + kept + casts, 4.0) + others + 2.5
 
 
 def plans(config, weights_gigabytes: Callable[[str], float]) -> list:
@@ -161,49 +159,59 @@ def plans(config, weights_gigabytes: Callable[[str], float]) -> list:
     UserError where nothing does. weights_gigabytes: model -> size of its UNet in float32."""
 
     def fill(plan: tuple):
-        chosen = zip(("microbatch", "gradient_checkpointing", "offload"), plan, strict=True)
+        chosen = zip(PLAN, plan, strict=True)
         return replace(config, **{n: x for n, x in chosen if getattr(config, n) in (0, "auto")})
 
     if not torch.cuda.is_available() or fill(PLANS[0]) == config:
         return [fill((8, "off", "off"))]
-    free = min(gather_objects(torch.cuda.mem_get_info()[0])) / 1e9
+    room = SPARE * min(gather_objects(torch.cuda.mem_get_info()[0])) / 1e9
     size, fitting = weights_gigabytes(config.model), []
     for filled in map(fill, PLANS):
-        if filled not in fitting and needed_gigabytes(filled, size) < SPARE * free:
+        if filled not in fitting and needed_gigabytes(filled, size) < room:
             fitting.append(filled)
-    if not fitting:
-        least = needed_gigabytes(fill(PLANS[-1]), size)
-        remedy = "name --microbatch, --gradient-checkpointing and --offload to try it all the same"
-        if not config.lora_rank:
-            remedy = "train adapters: --lora-rank 8 --learning-rate 1e-4"
-        raise UserError(f"{free:.3g} GB of free GPU memory, and this takes {least:.3g}; {remedy}.")
-    return fitting
+    if fitting:
+        return fitting
+
+    smallest = dict(zip(PLAN, PLANS[-1], strict=True))
+    given = [option(n) for n, x in smallest.items() if getattr(config, n) not in (0, "auto", x)]
+    remedy = "name --microbatch, --gradient-checkpointing and --offload to try it all the same"
+    if needed_gigabytes(replace(config, **smallest), size) < room:
+        remedy = f"leave out {' and '.join(given)}"
+    elif not config.lora_rank:
+        remedy = "train adapters: --lora-rank 8 --learning-rate 1e-4"
+    least = needed_gigabytes(fill(PLANS[-1]), size)
+    share = f"{SPARE:.0%} of what is free are {room:.2f}"
+    raise UserError(f"takes {least:.2f} GB of GPU memory, and {share}; {remedy}.")
 
 
 def first_that_fits(configs: list, attempt: Callable, *arguments):
-    """attempt(config, *arguments) with the first config that no process runs out of GPU memory
-    with."""
+    """attempt(config, *arguments) with the first config that fits the GPUs of all processes."""
     for config in configs:
         result = None  # and its memory, where another process had none
         gc.collect()
         torch.cuda.empty_cache()
         try:
             result = attempt(config, *arguments)
-        except torch.OutOfMemoryError:
-            if config is configs[-1]:
+        except Exception as error:
+            if config is configs[-1] or not out_of_memory(error):
                 raise
         if not any(gather_objects(result is None)):
             return result
         print0("out of GPU memory; trying the next smaller settings")
 
 
-def rehearse(config, models, batch, score: Callable, backward: Callable) -> tuple[float, float]:
-    """Score the first step of a microbatch of trajectories, and learn from it, while as much memory
-    is held as Adam's moments and an epoch's trajectories will take: what does not fit fails here.
-    Returns the seconds an image of such passes through all T steps."""
-    sd, num_steps = models.sd, config.ddpm_steps
-    held = [torch.empty(config.images_held(), num_steps + 1, *sd.latent_shape, device=sd.device)]
+def rehearse(
+    config, models, batch, prompt: str, score: Callable, backward: Callable
+) -> tuple[float, float]:
+    """Decode and judge a microbatch of trajectories, score their first step and learn from it, with
+    as much memory held as Adam's moments and an epoch's trajectories and pictures will take: what
+    does not fit fails here. Returns the seconds an image of such passes through all T steps."""
+    sd, num_steps, count = models.sd, config.ddpm_steps, config.images_held()
+    held = [torch.empty(count, num_steps + 1, *sd.latent_shape, device=sd.device)]
     held += [torch.empty_like(p) for p in sd.unet.parameters() if p.requires_grad for _ in "mv"]
+    pictures = sd.decode(batch.latents[:, -1], models.policy.microbatch)
+    held.append(pictures.new_empty(2 * count, *pictures.shape[1:]))  # and copies for a scorer
+    models.reward.score(pictures, [prompt] * len(pictures))
     step = batch._replace(latents=batch.latents[:, :2], log_probs=batch.log_probs[:, :1])
     seconds = []
     for _ in range(3):  # the first compiles

@@ -1,11 +1,14 @@
 """The benchmarks' commands, with --quick."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -66,3 +69,57 @@ def test_ctrl_c_leaves_no_temporary_files(tmp_path):
     out, errors = process.communicate(timeout=60)
     assert process.returncode == 130, out + errors
     assert not list(tmp_path.glob("tmp*"))  # PyTorch's own cache may be there
+
+
+def planned(*flags: str) -> dict[str, list[str]]:
+    """What plan.py prints, by card: microbatch, checkpointing, offload; GB; hours; days."""
+    process = start("plan.py", *flags)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    rows = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("|")]
+    return {card: cells for card, *cells in rows}
+
+
+def test_a_card_is_planned_where_there_is_none():
+    """An H200 as its rate was measured: 25,600 image-steps of 1.606 TFLOP, 11 passes without
+    gradient and 8 of 10 with, each of 3.07; and a card by its size, with any flags."""
+    rows = planned()
+    plan, _, hours, days = rows["H200"]
+    assert plan == "32, off, off" and rows["T4"][0].startswith("none: takes ")
+    expected = 25_600 * 1.606 * (11 + 8 * 3.07) / 226 / 3600
+    assert float(hours) == pytest.approx(expected, rel=0.05)
+    assert float(days) == pytest.approx(100 * expected / 24, rel=0.05)
+    plan, gigabytes, *_ = planned("--gb", "12", "--lora-rank", "8")["any of 12 GB"]
+    assert plan == "8, on, on" and float(gigabytes) < 12
+
+
+PYTHON = """#!/bin/sh
+echo "$@"
+case "$*" in
+  '-m pytest'*) exit 3;;
+  *kernel_speed*) exec sleep 60;;
+esac
+"""
+
+
+@pytest.mark.parametrize("quick", [(), ("--quick",)])
+def test_gpu_day_writes_each_step_whatever_becomes_of_others(tmp_path, quick):
+    """With a Python that says its arguments: one step fails, another takes too long."""
+    python = tmp_path / "python"
+    python.write_text(PYTHON.replace("60", "60" if quick else "0"))
+    python.chmod(0o755)
+    script = (FOLDER / "gpu_day.sh").read_text().replace("step kernels 60", "step kernels 5")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "gpu_day.sh").write_text(script)
+    environment = os.environ | {"PYTHON": str(python)}
+    for part in "12":
+        command = ["bash", tmp_path / "benchmarks" / "gpu_day.sh", part, tmp_path / "out", *quick]
+        subprocess.run(command, env=environment, check=True, timeout=60, capture_output=True)
+    codes = dict(re.findall(r"(\w+): exit code (\d+)", (tmp_path / "out/steps.txt").read_text()))
+    assert codes.pop("tests") == "3" and codes.pop("kernels") == ("124" if quick else "0")
+    codes.pop("machine")
+    ours = {"toy", "toy_compiled", "peers_eager", "tf32", "noise", "compiled"}
+    assert codes == dict.fromkeys(ours, "0")
+    printed = (tmp_path / "out" / "compiled.txt").read_text()
+    assert "--only epoch --dtypes fp16 --loops compiled" in printed
+    assert ("--quick" in printed) == bool(quick)

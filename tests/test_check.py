@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import prdp
-from conftest import PROMPTS, ROOT, tiny_config
+from conftest import PROMPTS, ROOT, draw, tiny_config
 from prdp import Policy, score_trajectories
 from support import machine
 from support.inputs import load_module
@@ -68,6 +68,61 @@ def test_check_leaves_cudnn_as_it_was_or_says_so(tiny_sd, models, monkeypatch, c
     rounding[True] = 1e-5
     with pytest.raises(prdp.UserError, match=r"on-policy gap 1.0e-05: the clip would act on noise"):
         prdp.check_on_policy(config, loaded, PROMPTS[0])
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 2}, {"offline": True}])
+def test_noise_that_comes_later_is_found_before_the_next_epoch_learns(
+    tiny_sd, models, monkeypatch, changes
+):
+    """As of a GPU that chooses another algorithm for the rest of the process."""
+    changes = {**changes, "ddpm_steps": 3, "updates_per_epoch": 2, "epochs": 3}
+    config, loaded = tiny_config(tiny_sd, **changes), models(**changes)
+    learned = [p for p in loaded.sd.unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, config.learning_rate)
+    epochs = prdp.train(config, loaded, optimizer, PROMPTS, 1)
+    next(epochs)
+    before, score = [p.clone() for p in learned], prdp.step_log_prob
+    next(epochs)
+    assert not all(torch.equal(p, q) for p, q in zip(learned, before, strict=True))
+    before = [p.clone() for p in learned]
+    monkeypatch.setattr(prdp, "step_log_prob", lambda *x: score(*x) + 1e-5 * torch.rand(()))
+    with pytest.raises(prdp.UserError, match=r"epoch 3: on-policy gap \d\.\de-0\d; .* --resume"):
+        next(epochs)
+    assert all(torch.equal(p, q) for p, q in zip(learned, before, strict=True))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("offline", [False, True])
+def test_the_reference_is_the_policy_in_epoch_1(tiny_sd, models, compile, offline):
+    """Bit for bit where both are one program, else to its rounding; else nothing is learned."""
+    changes = {"ddpm_steps": 3, "updates_per_epoch": 1, "compile": compile, "offline": offline}
+    config, loaded = tiny_config(tiny_sd, **changes), models(ddpm_steps=3)
+    learned = list(loaded.sd.unet.parameters())
+    before = [p.clone() for p in learned]
+    bias = loaded.reference.unet.conv_out.bias
+    refused = pytest.raises(prdp.UserError, match=r"the reference is \d.* off the policy")
+    for shift, passes in ((0.0, True), (1e-7, compile), (1e-1, False)):
+        with torch.no_grad():
+            bias += shift
+        optimizer = torch.optim.AdamW(learned, 0.0 if passes else 1.0, weight_decay=0.0)
+        with contextlib.nullcontext() if passes else refused:
+            next(prdp.train(config, loaded, optimizer, PROMPTS, 1))
+        assert all(torch.equal(p, q) for p, q in zip(learned, before, strict=True))
+    next(prdp.train(config, loaded, optimizer, PROMPTS, 2))  # by then they are others
+    assert not all(torch.equal(p, q) for p, q in zip(learned, before, strict=True))
+
+
+@pytest.mark.parametrize(("preset", "most"), [("small", 0.001), ("toy", 0.01)])
+def test_a_look_at_the_gap_costs_nothing(tiny_sd, models, monkeypatch, preset, most):
+    """By network passes, of which it takes one of an epoch's; a microbatch of 16 on a GPU."""
+    loaded, calls, run_unet = models(ddpm_steps=3), [], prdp.run_unet
+    drawn = draw(loaded)
+    monkeypatch.setattr(prdp, "run_unet", lambda *x: [calls.append(x), run_unet(*x)][1])
+    config = prdp.Config(**{"microbatch": 16, **prdp.PRESETS[preset]})
+    prdp.check_epoch(config, loaded.policy, drawn, drawn.log_probs, drawn.log_probs, 2)
+    without, learned = config.passes()
+    microbatches = math.ceil(config.images_held() / config.microbatch)
+    assert len(calls) / (microbatches * config.ddpm_steps * (without + learned)) < most * 1.5
 
 
 @pytest.fixture

@@ -185,6 +185,11 @@ def test_a_mistake_of_ours_keeps_its_traceback(main, place, flags, tiny_sd, tmp_
     ("error", "sentence"),
     [
         (torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory: try a smaller --micro"),
+        (
+            RuntimeError("CUDA error: out of memory\nCompile with"),
+            "out of GPU memory: try a smaller",
+        ),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), "out of GPU memory: try a s"),
         (MemoryError(), "out of memory: try a smaller --microbatch"),
     ],
 )
@@ -194,6 +199,22 @@ def test_what_the_machine_cannot_do_is_a_sentence(cli, monkeypatch, error, sente
 
     monkeypatch.setattr(prdp, "backward_trajectories", fail)
     assert only_sentence(cli("--epochs", 1)).startswith(f"prdp.py: {sentence}")
+
+
+def test_a_reward_without_room_ends_the_run_before_its_first_epoch(cli, tmp_path):
+    """It may have scored one picture alone; beside what training holds it is tried on a microbatch,
+    and no smaller one of those would help."""
+    file = tmp_path / "judge.py"
+    file.write_text(
+        "def judge(images, prompts):\n"
+        "    if len(images) > 1:\n"
+        "        raise RuntimeError('CUDA error: out of memory')\n"
+        "    return [0.5]\n"
+    )
+    sentence = only_sentence(cli("--reward", f"{file}:judge"))
+    assert sentence.startswith("prdp.py: reward judge failed: out of memory; try --offload on (")
+    assert "smaller reward" in sentence and "--microbatch" not in sentence
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 # ---- Help ----------------------------------------------------------------------------------------

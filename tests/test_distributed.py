@@ -105,5 +105,6 @@ def test_a_process_that_is_shown_one_gpu_takes_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(distributed, "require_code_for_gpu", lambda: None)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **options: None)
     assert distributed.start_processes() == torch.device("cuda") and taken == [0]

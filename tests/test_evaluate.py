@@ -430,13 +430,17 @@ def test_it_says_what_it_does(evaluation, finished):
 
 
 @pytest.mark.parametrize(
-    ("flags", "dtype", "compiles"),
-    [([], "bf16", False), (["--dtype", "fp32", "--compile"], "fp32", True)],
+    ("flags", "native", "dtype", "compiles"),
+    [
+        ([], True, "bf16", False),
+        ([], False, "fp16", False),
+        (["--dtype", "fp32", "--compile"], True, "fp32", True),
+    ],
 )
 def test_on_a_gpu_it_computes_in_bf16_unless_asked(
-    evaluation, finished, monkeypatch, flags, dtype, compiles
+    evaluation, finished, monkeypatch, flags, native, dtype, compiles
 ):
-    """The run itself was in fp32."""
+    """The run itself was in fp32. A card that only emulates bf16, as a T4, gets fp16."""
     seen = []
 
     def load_models(config, *rest, **options):
@@ -445,6 +449,8 @@ def test_on_a_gpu_it_computes_in_bf16_unless_asked(
 
     monkeypatch.setattr(prdp, "load_models", load_models)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated=True: emulated or native)
+    monkeypatch.setattr(evaluate, "start_processes", lambda: torch.device("cpu"))
     assert only_sentence(evaluation(finished, *flags)) == "evaluate.py: seen"
     assert (seen[0].dtype, seen[0].compile) == (dtype, compiles)
 

@@ -4,6 +4,7 @@ GPU; and the counter of peaks."""
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -20,6 +21,7 @@ from conftest import CPU, ROOT, draw, gradient_of, metrics_of, tiny_config
 from stable_diffusion import StableDiffusion
 from support import machine
 from support.cli import UserError
+from support.distributed import start_processes
 
 SD14 = 3.44  # GB of its UNet
 
@@ -173,16 +175,21 @@ def planned(weights: float = SD14, **settings) -> list[tuple]:
 @pytest.mark.parametrize(
     ("card", "settings", "plan"),
     [
-        ("24 GB", {}, (8, "on", "on")),
+        ("20 GB", {}, (4, "on", "on")),
+        ("22 GB", {}, (8, "on", "on")),
+        ("24 GB", {}, (2, "off", "on")),
+        ("32 GB", {}, (4, "off", "on")),
         ("40 GB", {}, (8, "off", "on")),
         ("48 GB", {}, (8, "off", "on")),
         ("80 GB", {}, (16, "off", "off")),
         ("141 GB", {}, (32, "off", "off")),
-        ("24 GB", {"dtype": "tf32"}, (4, "on", "on")),
+        ("22 GB", {"dtype": "tf32"}, (4, "on", "on")),
         ("80 GB", {"dtype": "tf32"}, (8, "off", "on")),
-        ("16 GB", {"lora_rank": 8}, (8, "on", "on")),
+        ("12 GB", {"lora_rank": 8}, (8, "on", "on")),
+        ("16 GB", {"lora_rank": 8}, (2, "off", "on")),
+        ("24 GB", {"lora_rank": 8}, (4, "off", "on")),
         ("80 GB", {"microbatch": 8}, (8, "off", "off")),
-        ("40 GB", {"offload": "off"}, (8, "on", "off")),
+        ("40 GB", {"offload": "off"}, (4, "off", "off")),
     ],
 )
 def test_the_plan_of_each_card(monkeypatch, card, settings, plan):
@@ -192,11 +199,18 @@ def test_the_plan_of_each_card(monkeypatch, card, settings, plan):
 
 
 def test_later_plans_need_less(monkeypatch):
-    """So that after the one that runs out of memory the next has a chance."""
+    """So that after the one that runs out of memory the next has a chance (in 16 bit)."""
     on_a_gpu(monkeypatch, 141)
     filled = machine.plans(prdp.Config(dtype="fp16"), lambda model: SD14)
     sizes = [machine.needed_gigabytes(config, SD14) for config in filled]
     assert len(sizes) == len(machine.PLANS) and sizes == sorted(sizes, reverse=True)
+
+
+def test_a_compiled_reference_stays_in_float32():
+    """The other form is a copy in autocast's format, of half the size."""
+    config = prdp.Config(dtype="fp16", microbatch=8, gradient_checkpointing="off", offload="off")
+    sizes = [machine.needed_gigabytes(replace(config, compile=x), SD14) for x in (False, True)]
+    assert sizes[1] - sizes[0] == pytest.approx(SD14 / 2)
 
 
 def test_plans_of_small_cards_of_given_flags_and_of_a_cpu(monkeypatch):
@@ -204,11 +218,78 @@ def test_plans_of_small_cards_of_given_flags_and_of_a_cpu(monkeypatch):
     assert planned() == [(8, "off", "off")]
     assert planned(microbatch=3, offload="on") == [(3, "off", "on")]
     on_a_gpu(monkeypatch, 16)
-    with pytest.raises(UserError, match=r"16 GB of free .* --lora-rank 8 --learning-rate 1e-4"):
+    with pytest.raises(UserError, match=r"; train adapters: --lora-rank 8 --learning-rate 1e-4"):
         planned()
     assert planned(weights=0.004, microbatch=64)[0] == (64, "off", "off")
     given = {"microbatch": 32, "gradient_checkpointing": "off", "offload": "off"}
     assert planned(**given) == [(32, "off", "off")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "free", "remedy"),
+    [
+        ({"microbatch": 64}, 25, "leave out --microbatch"),
+        ({"offload": "off"}, 25, "leave out --offload"),
+        ({"microbatch": 64, "offload": "off"}, 25, "leave out --microbatch and --offload"),
+        ({"microbatch": 64, "lora_rank": 8}, 25, "leave out --microbatch"),
+        ({"microbatch": 64}, 16, "train adapters: --lora-rank 8 --learning-rate 1e-4"),
+        ({"microbatch": 1}, 16, "train adapters: --lora-rank 8 --learning-rate 1e-4"),
+        ({"lora_rank": 8}, 6, "name --microbatch, --gradient-checkpointing and --offload to try"),
+        ({}, 18.44 / 0.95, "train adapters"),  # more is free, but not 95% of it
+    ],
+)
+def test_what_does_not_fit_says_what_it_compared_and_which_flag_is_the_cause(
+    monkeypatch, settings, free, remedy
+):
+    on_a_gpu(monkeypatch, free)
+    with pytest.raises(UserError) as found:
+        planned(**settings)
+    takes, share, room, advice = re.fullmatch(
+        r"takes (.*) GB of GPU memory, and (\d+)% of what is free are (.*?); (.*)\.",
+        str(found.value),
+    ).groups()
+    assert float(takes) >= float(room) == pytest.approx(int(share) / 100 * free, abs=0.005)
+    assert advice.startswith(remedy) and advice.count("--") == remedy.count("--")
+
+
+WORDS = ["CUDA out of memory. Tried to allocate 2 GiB", "CUDA error: out of memory\nCompile with",
+         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_whoever_says_that_memory_ran_out_the_next_plan_is_tried(capsys, words):
+    """PyTorch's allocator, the driver, cuBLAS; another error of theirs ends the run."""
+
+    def attempt(config: int, error: Exception) -> int:
+        if config < 3:
+            raise error
+        return config
+
+    kind = torch.OutOfMemoryError if "Tried" in words else RuntimeError
+    assert machine.first_that_fits([1, 2, 3, 4], attempt, kind(words)) == 3
+    assert capsys.readouterr().out.count("trying the next smaller settings") == 2
+    for configs, error in (([1, 2], kind(words)), ([1, 3], RuntimeError("CUDA error: unknown"))):
+        with pytest.raises(RuntimeError, match=str(error)[:20]):
+            machine.first_that_fits(configs, attempt, error)
+
+
+def test_a_gpu_that_this_pytorch_has_no_code_for(monkeypatch):
+    """A V100, say, is told which build to take, before anything is loaded."""
+
+    def launch(*shape, device: str) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    for name, found in (
+        ("is_available", True),
+        ("get_arch_list", ["sm_75", "sm_80"]),
+        ("get_device_capability", (7, 0)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda found=found: found)
+    monkeypatch.setattr(torch, "zeros", launch)
+    with pytest.raises(UserError, match=r"for sm_75 sm_80, not for sm_70; .* CUDA 12\.6 \(whl/cu1"):
+        start_processes()
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: None)
+    assert start_processes().type == "cuda"
 
 
 @pytest.mark.parametrize("fails", ["load_models", "backward_trajectories"])
@@ -240,8 +321,8 @@ def test_a_run_out_of_memory_begins_with_the_next_plan(
 
 
 def test_the_rehearsal_holds_what_a_run_will(tiny_sd, monkeypatch):
-    """While the gradient is taken, room for Adam's two moments and an epoch's trajectories; and it
-    leaves weights and gradients as they were."""
+    """While pictures are judged and a gradient is taken, room for Adam's two moments and an epoch's
+    trajectories; and it leaves weights and gradients as they were."""
     config = tiny_config(tiny_sd, images_per_prompt=4)
     models = prdp.load_models(config, CPU)
     batch = prdp.check_on_policy(config, models, "a cat")
@@ -256,11 +337,18 @@ def test_the_rehearsal_holds_what_a_run_will(tiny_sd, monkeypatch):
         counted.append(sum(x.nbytes for x in made))
         prdp.backward_trajectories(*arguments)
 
+    def judge(images: Tensor, prompts: list[str]) -> Tensor:
+        counted.append(sum(x.nbytes for x in made))
+        assert len(images) == len(batch.latents) and set(prompts) == {"a cat"}
+        return torch.zeros(len(images))
+
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, partial(noted, getattr(torch, name)))
-    passes = machine.rehearse(config, models, batch, prdp.score_trajectories, backward)
+    models = models._replace(reward=prdp.load_reward(judge, "cpu"))
+    passes = machine.rehearse(config, models, batch, "a cat", prdp.score_trajectories, backward)
     latents = 3 * 4 * (config.ddpm_steps + 1) * batch.latents[0, 0].numel()
-    assert counted[0] >= 4 * (2 * sum(p.numel() for p in before) + latents)
+    assert len(counted) == 4  # judged once, and three passes
+    assert min(counted) >= 4 * (2 * sum(p.numel() for p in before) + latents)
     assert all(x > 0 for x in passes)
     assert all(torch.equal(p, q) for p, q in zip(models.sd.unet.parameters(), before, strict=True))
     assert all(p.grad is None for p in models.sd.unet.parameters())

@@ -184,11 +184,19 @@ def test_function_that_misbehaves():
         assert sentence in refusal(judge(networks))
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 def test_what_is_not_the_functions_fault_passes(error):
     """prdp.py has sentences for these."""
     with pytest.raises(error):
         score_three(judge(side_effect=error))
+
+
+def test_a_function_that_runs_out_of_gpu_memory_is_named():
+    """It stays that kind of error, so that a run tries smaller settings."""
+    sentence = r"reward f failed: out of memory; try --offload on \(of networks in FUNCTION\."
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("out of memory")):
+        with pytest.raises(torch.OutOfMemoryError, match=sentence):
+            score_three(judge(side_effect=error))
 
 
 NEAR = np.array([1.0, 1.0 + 1e-9, 1.0 + 2e-9])  # one number for float32
