@@ -31,8 +31,8 @@ CARDS = {
     "RTX 4090": (25.3, 49),
     "RTX 5090": (33.7, 70),
     "L40S": (47.8, 62),
-    "A100 40": (42.4, 75),
-    "A100 80": (85.0, 86),
+    "A100 40GB": (42.4, 75),
+    "A100 80GB": (85.0, 86),
     "H100": (85.0, 205),
     "H200": (150.2, 226),
 }
@@ -99,7 +99,11 @@ def cards(gb: float | None) -> Iterator[tuple[str, float, float]]:
     if gb is None and torch.cuda.is_available():
         name, free = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0] / 1e9
         words = {word.removesuffix("GB") for word in re.split(r"\W+", name)}
-        rates = [rate for card, (_, rate) in CARDS.items() if words >= set(card.split())]
+        rates = [
+            rate
+            for card, (_, rate) in CARDS.items()
+            if words >= set(card.removesuffix("GB").split())
+        ]
         yield name, free, rates[0] if rates else 0.0
         return
     for name, (free, rate) in CARDS.items():

@@ -1,5 +1,6 @@
 """The benchmarks' commands, with --quick."""
 
+import functools
 import os
 import re
 import signal
@@ -71,6 +72,7 @@ def test_ctrl_c_leaves_no_temporary_files(tmp_path):
     assert not list(tmp_path.glob("tmp*"))  # PyTorch's own cache may be there
 
 
+@functools.cache
 def planned(*flags: str) -> dict[str, list[str]]:
     """What plan.py prints, by card: microbatch, checkpointing, offload; GB; hours; days."""
     process = start("plan.py", *flags)
@@ -91,6 +93,19 @@ def test_a_card_is_planned_where_there_is_none():
     assert float(days) == pytest.approx(100 * expected / 24, rel=0.05)
     plan, gigabytes, *_ = planned("--gb", "12", "--lora-rank", "8")["any of 12 GB"]
     assert plan == "8, on, on" and float(gigabytes) < 12
+
+
+def test_the_table_of_cards_is_what_it_prints():
+    page = (FOLDER.parent / "docs" / "running.md").read_text()
+    lines = page.split("| card |")[1].split("\n\n")[0].splitlines()[2:]
+    full, adapters = planned(), planned("--lora-rank", "8")
+    for line in lines:
+        card, *cells, _ = [cell.strip() for cell in line.strip("| ").split("|")]
+        plan, *others = full.pop(card)
+        assert cells[:3] == ([plan, *others[1:]] if others else ["none", "", ""])
+        plan, _, *times = adapters.pop(card)
+        assert cells[3:] == [plan, *times]
+    assert full.keys() == adapters.keys() == {"card", "---"}
 
 
 PYTHON = """#!/bin/sh
