@@ -73,8 +73,7 @@ def guided_mean(
 def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor | float) -> Tensor:
     """log N(sample; mean, sigma^2 I) of Eqs. 2 and 4, a mean over latent dimensions: (M,) float64.
     sample, mean (M, ...), sigma (M,) or a number. float64, because at the last step a log-prob is
-    about 2.5, where float32 numbers lie 2.4e-7 apart: a quarter of Table 4's smallest clip_range.
-    """
+    about 2.5, where float32 numbers lie 2.4e-7 apart: a quarter of a clip_range of Table 4."""
     sigma = torch.as_tensor(sigma, dtype=torch.float64, device=sample.device)
     assert sample.shape == mean.shape, (sample.shape, mean.shape)
     assert sigma.shape in ((), sample.shape[:1]), sigma.shape
@@ -108,11 +107,9 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     if stride * num_steps < 0.8 * train_steps or timesteps[0] >= train_steps:
         raise UserError(f"--ddpm-steps {num_steps}: do not fit the model's {train_steps}; 50 do.")
     prev_timestep = timesteps - stride
-
     alpha_bar = alphas_cumprod[timesteps]  # of x_t
     alpha_bar_prev = alphas_cumprod[prev_timestep.clamp(min=0)]  # of x_{t-1}
     alpha = alpha_bar / alpha_bar_prev
-
     sigma = ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)).sqrt()
     if not (sigma > 0).all():
         raise UserError("--model: its schedule has a step of sigma = 0.")
@@ -307,15 +304,13 @@ def backward_trajectories(
     grad_log_probs: Tensor,  # (M, T): dloss/dlog_probs
 ) -> None:
     """Add the loss's gradient to each parameter's `.grad` (Alg. 1, line 11).
-
     The loss squares a mean over T and pairs B images, so plain backpropagation would hold the
     graphs of all B*T network passes at once. But it sees the network only through the small matrix
     log_probs: by the chain rule its gradient is the sum of grad_log_probs[m, step] *
     dlog_probs[m, step]/dtheta, and each microbatch of entries can be run again on its own. This is
     exact: the value of such a pass never enters the loss, so its rounding clips nothing. Entries of
     gradient 0 (clipped, where the clipped error wins Eq. 18 in every pair; ties) are skipped, and
-    the rest packed. `scaled` below is grad_log_probs times a power of two, for fp16.
-    """
+    the rest packed. `scaled` below is grad_log_probs times a power of two, for fp16."""
     assert grad_log_probs.shape == trajectories.log_probs.shape
     entries = grad_log_probs.nonzero()  # (image, step)
     # On a GPU, or compiled, a new batch size takes seconds: entries of 0 fill it up.
@@ -599,18 +594,17 @@ def check_on_policy(config: Config, models: Models, prompt: str) -> Trajectories
     return batch
 
 
-@torch.no_grad()
 def check_epoch(
     config: Config, policy: Policy, trajectories: Trajectories, old: Tensor, ref: Tensor, epoch: int
 ) -> None:
     """Before an epoch learns, from log-probs (M, T) of theta_old and the reference: a microbatch's
     first step must return its bits, and in epoch 1 all must be the reference's."""
-    rows = torch.arange(len(old), device=old.device)[: policy.microbatch]
-    with policy.autocast():
-        again = step_log_prob(policy, trajectories, rows, torch.zeros_like(rows))
-    gap = (again - old[rows, 0]).abs().max().item()
+    m = policy.microbatch
+    latents, log_probs = trajectories.latents[:m, :2], old[:m, :1]
+    first = Trajectories(latents, log_probs, trajectories.prompt_embeds[:m])
+    gap = (score_trajectories(policy, first) - log_probs).abs().max().item()
     if gap != 0:
-        raise UserError(f"epoch {epoch}: on-policy gap {gap:.1e}; in a new process: --resume.")
+        raise UserError(f"epoch {epoch}: on-policy gap {gap:.1e}; try --resume.")
     if epoch == 1:
         machine.check_reference(config, policy, old, ref)
 

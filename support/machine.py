@@ -134,7 +134,8 @@ def scaled_backward(
 
 # Memory: images a microbatch, gradient checkpointing, offload; from the fastest to the smallest.
 PLAN = ("microbatch", "gradient_checkpointing", "offload")
-PLANS = [(32, "off", "off"), (16, "off", "off"), *((count, "off", "on") for count in (8, 4, 2))]
+PLANS = [(32, "off", "off"), (16, "off", "off")]
+PLANS += [(count, "off", "on") for count in (8, 4, 2)]
 PLANS += [(count, "on", "on") for count in (8, 4, 2, 1)]
 SPARE = 0.95  # of the free memory; the allocator cannot use all of it
 
@@ -173,7 +174,10 @@ def plans(config, weights_gigabytes: Callable[[str], float]) -> list:
         return fitting
 
     smallest = dict(zip(PLAN, PLANS[-1], strict=True))
-    given = [option(n) for n, x in smallest.items() if getattr(config, n) not in (0, "auto", x)]
+    given = []
+    for name, value in smallest.items():
+        if getattr(config, name) not in (0, "auto", value):
+            given.append(option(name))
     remedy = "name --microbatch, --gradient-checkpointing and --offload to try it all the same"
     if needed_gigabytes(replace(config, **smallest), size) < room:
         remedy = f"leave out {' and '.join(given)}"
@@ -200,9 +204,7 @@ def first_that_fits(configs: list, attempt: Callable, *arguments):
         print0("out of GPU memory; trying the next smaller settings")
 
 
-def rehearse(
-    config, models, batch, prompt: str, score: Callable, backward: Callable
-) -> tuple[float, float]:
+def rehearse(config, models, batch, prompt: str, score, backward) -> tuple[float, float]:
     """Decode and judge a microbatch of trajectories, score their first step and learn from it, with
     as much memory held as Adam's moments and an epoch's trajectories and pictures will take: what
     does not fit fails here. Returns the seconds an image of such passes through all T steps."""

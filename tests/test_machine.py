@@ -235,7 +235,11 @@ def test_plans_of_small_cards_of_given_flags_and_of_a_cpu(monkeypatch):
         ({"microbatch": 64}, 16, "train adapters: --lora-rank 8 --learning-rate 1e-4"),
         ({"microbatch": 1}, 16, "train adapters: --lora-rank 8 --learning-rate 1e-4"),
         ({"lora_rank": 8}, 6, "name --microbatch, --gradient-checkpointing and --offload to try"),
-        ({}, 18.44 / 0.95, "train adapters"),  # more is free, but not 95% of it
+        (
+            {},
+            18.44 / 0.95,
+            "train adapters: --lora-rank 8 --learning-rate 1e-4",
+        ),  # more is free, but not 95% of it
     ],
 )
 def test_what_does_not_fit_says_what_it_compared_and_which_flag_is_the_cause(
