@@ -680,9 +680,12 @@ def run(
 
 def load_run(folder: str, device: torch.device, reward: Callable | None = None) -> Models:
     """A run's policy as its last checkpoint has it, and the reference that it began from."""
-    models = load_models(parse_args(["--resume", str(folder)]), device, reward)
-    saved = run_folder.read_state(Path(folder))
-    models.sd.unet.load_state_dict(saved["unet"], strict=False)  # a LoRA run saves adapters alone
+    config = parse_args(["--resume", str(folder)])
+    models = load_models(config, device, reward)
+    saved = run_folder.read_state(Path(config.out))
+    now = {"model_digest": run_folder.model_digest(models.sd)}
+    run_folder.require_same(saved["record"], now, str(folder))
+    models.sd.unet.load_state_dict(saved.get("unet", {}), strict=False)  # of LoRA adapters alone
     return models
 
 

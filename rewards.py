@@ -115,7 +115,7 @@ def parse_reward(words: str | tuple | list) -> list[tuple]:
     FUNCTION, NAME-2 where that is taken."""
     words = [words] if isinstance(words, str) else words
     if not isinstance(words, (tuple, list)) or not all(isinstance(word, str) for word in words):
-        raise UserError(f"--reward: must be words or one function, not {words!r}.")
+        raise UserError(f"--reward: must be words; a function is an argument of run ({words!r}).")
     known = f"choose from {', '.join(LOADERS)}, FILE.py:FUNCTION; several are words of their own"
     components = []
     for word in words:
@@ -165,13 +165,12 @@ def load_reward(reward: str | tuple | list | Scorer, device: torch.device | str)
         label = getattr(reward, "__name__", type(reward).__name__)
         return Reward({label: (1.0, reward)}, device=device)
 
-    components, files = {}, set()
+    components, files = {}, {}
     for label, weight, source, detail in parse_reward(reward):
         if source in LOADERS:
             scorer = LOADERS[source](detail)
         else:
-            scorer = load_function(source, detail)
-            files.add(source)
+            scorer = load_function(source, detail, files)
         components[label] = (weight, scorer)
     if not components:
         raise UserError("--reward: names no reward.")

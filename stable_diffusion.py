@@ -60,7 +60,9 @@ def noise_settings(scheduler_config: dict) -> dict:
             raise UserError(
                 f"the model's scheduler has {name} {config.get(name)!r}: not supported."
             )
-    start, end = config["beta_start"], config["beta_end"]
+    start, end, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
+    if type(count) is not int or count < 1:
+        raise UserError(f"the model's scheduler has num_train_timesteps {count!r}.")
     if not (isinstance(start, float) and isinstance(end, float) and 0 < start <= end < 1):
         raise UserError(f"the model's scheduler has beta_start {start}, beta_end {end}.")
     return {name: config[name] for name in DEFAULTS}
@@ -294,7 +296,7 @@ class StableDiffusion:
             self.unet.unload_lora()
         model, rewards = record["model"], " ".join(record["reward_terms"]) or "of no one's own"
         base = "" if os.path.isabs(model) else f"base_model: {json.dumps(model)}\n"
-        named = {"name": os.path.basename(model), "base": base, "rewards": rewards}
+        named = {"epoch": epoch, "name": os.path.basename(model), "base": base, "rewards": rewards}
         with writing(run / "pipeline") as folder:
             self.pipe.save_pretrained(folder)
             for file in folder.rglob("*.safetensors"):  # else for its owner alone
@@ -306,7 +308,7 @@ class StableDiffusion:
             shared = {name: x for name, x in record.items() if name not in PATHS}
             settings = json.dumps({"epoch": epoch, **shared}, indent=1)
             (folder / "prdp.json").write_text(settings, encoding="utf-8")
-            card = CARD.format(epoch=epoch, **named, **record)
+            card = CARD.format(**record | named)
             (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
 

@@ -294,6 +294,7 @@ def test_schedule_is_the_posterior_of_the_forward_process():
         ({"trained_betas": [0.1] * 1000}, "trained_betas"),
         ({"num_train_timesteps": 80}, "ddpm-steps 50"),
         ({"num_train_timesteps": 40}, "ddpm-steps 50"),
+        ({"num_train_timesteps": 1e3}, "num_train_timesteps 1000.0"),
     ],
 )
 def test_schedule_refuses(change, says):

@@ -63,8 +63,8 @@ class Parser(argparse.ArgumentParser):
                 default = " ".join(default)
             if default not in (False, ""):
                 options["help"] += f" (default: {default})".replace("%", "%%")
-            if default is False:
-                options = {"action": "store_true", "help": options["help"]}
+            if type(default) is bool:
+                options = {"action": argparse.BooleanOptionalAction, "help": options["help"]}
             if field.metadata["help"]:
                 group.add_argument(option(field.name), default=argparse.SUPPRESS, **options)
 
@@ -73,6 +73,7 @@ class Parser(argparse.ArgumentParser):
 def command(name: str) -> Iterator[None]:
     """Run a command: a foreseen error ends it with one sentence and exit code 2, Ctrl-C with 130. A
     mistake of ours keeps its traceback, and so does one in a user's own code."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which matplotlib may not know here
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has no such method
             stream.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks

@@ -36,9 +36,9 @@ def read_prompts(path: str) -> list[str]:
     if kind not in (".txt", "", ".csv", ".tsv", ".json", ".jsonl"):
         raise UserError(f"{what}: must be .txt, .csv, .tsv, .json or .jsonl.")
     with reading(what):
-        mark = Path(file).read_bytes()[:2]
-        wide = mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        text = Path(file).read_text(encoding="utf-16" if wide else "utf-8-sig")
+        data = Path(file).read_bytes()  # once: of a pipe there is no second time
+        wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        text = io.StringIO(data.decode("utf-16" if wide else "utf-8-sig"), None).read()
     records, lines = [], text.split("\n")
     if kind == ".json":
         with reading(f"{what}: if it has an object a line, name it .jsonl"):
@@ -173,7 +173,7 @@ def load_module(name: str, file: str):
 USERS_FOLDER: list[str] = []  # on sys.path: where the last file of a user's was
 
 
-def load_function(file: str, function: str) -> Callable:
+def load_function(file: str, function: str, loaded: dict) -> Callable:
     """`function` of a Python file, which can import the modules beside it."""
     folder, name = os.path.split(file.removesuffix(".py"))
     if folder not in USERS_FOLDER:
@@ -192,7 +192,7 @@ def load_function(file: str, function: str) -> Callable:
         name = f"reward_file {file}"
     what = f"--reward {file}:{function}"
     with users_code(f"{what}: cannot be imported"):
-        module = load_module(name, file)
+        module = loaded[file] = loaded.get(file) or load_module(name, file)
     if not callable(getattr(module, function, None)):
         raise UserError(f"{what}: the file has no function {function!r}.")
     return getattr(module, function)
@@ -203,6 +203,7 @@ def users_code(what: str) -> Iterator[None]:
     """Run a user's code: what it raises is a CodeError, SystemExit too, but for running out of
     memory; grad mode and default dtype are as before afterwards."""
     dtype, gradient = torch.get_default_dtype(), torch.is_grad_enabled()
+    device = torch.get_default_device()
     try:
         yield
     except (KeyboardInterrupt, MemoryError):
@@ -214,5 +215,7 @@ def users_code(what: str) -> Iterator[None]:
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise CodeError(f"{what}: {told}.") from error
     finally:
+        if torch.get_default_device() != device:
+            torch.set_default_device(None)
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(gradient)

@@ -41,6 +41,7 @@ def set_precision(dtype: str) -> torch.dtype | None:
     """Let this process round as --dtype says, whichever of PyTorch's switches was used before; what
     autocast is to use, None for float32."""
     backends = torch.backends
+    backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = dtype != "fp32"
     for part in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
         part.fp32_precision = "ieee" if dtype == "fp32" else "tf32"
     for part in (backends.mkldnn.matmul, backends.mkldnn.conv):

@@ -48,7 +48,7 @@ def introduce(config, sd, kernels: str, prompts: list[str]) -> None:
     """Print what is about to run."""
     millions = sum(p.numel() for p in sd.unet.parameters() if p.requires_grad) / 1e6
     reward = " ".join(config.reward) or "of the caller, or none"
-    first = "; ".join(prompts[:3])
+    first = "; ".join(repr(prompt[:80]) for prompt in prompts[:3])
     print0(f"{config.program}: {millions:.3g} M parameters of {config.model} learn")
     print0(f"reward {reward}; to {config.out}")
     print0(f"{len(prompts)} prompts: {first}; ...")
@@ -209,7 +209,6 @@ def plot_rewards(path: Path, rows: list[dict]) -> None:
     rows = [row for row in rows if row["reward_mean"] is not None]
     if rank() != 0 or not rows:
         return
-    os.environ.pop("MPLBACKEND", None)  # a notebook's, which matplotlib may not know here
     from matplotlib.figure import Figure
 
     epochs = [row["epoch"] for row in rows]

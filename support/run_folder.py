@@ -43,6 +43,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         return
     if folder.is_file():
         raise UserError(f"{folder}: is a file; choose a folder.")
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
     try:
@@ -56,7 +57,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             (folder / ".lock").unlink()
-            folder.rmdir()  # a start that was refused leaves nothing
+            if made:  # a start that was refused leaves nothing
+                folder.rmdir()
         lock.release()
 
 
@@ -127,6 +129,10 @@ def weights_digest(networks: Iterable[nn.Module]) -> str:
     return digest(w[:: max(1, len(w) // 64)].float().cpu().numpy().tobytes() for w in weights)
 
 
+def model_digest(sd) -> str:
+    return weights_digest([sd.unet, sd.vae, sd.text_encoders])
+
+
 def digests(reward, prompts: list[str]) -> dict:
     """What a result depends on beside settings and model: prompts as read, and a reward's terms,
     Python files and weights."""
@@ -175,7 +181,7 @@ def restore(config, saved: dict, learner: Learner, models, prompts: list[str]) -
         "program": config.program,
         **settings,
         **digests(reward, prompts),
-        "model_digest": weights_digest([sd.unet, sd.vae, sd.text_encoders]),
+        "model_digest": model_digest(sd),
     }
     record = json.loads(json.dumps(record))
     then = dict(saved.get("record", record))
@@ -187,7 +193,8 @@ def restore(config, saved: dict, learner: Learner, models, prompts: list[str]) -
     record["reward_digests"] = [*then.get("reward_digests", [files])]
     if record["reward_digests"][-1] != files:
         record["reward_digests"].append(files)
-        print0(f"warning: {', '.join(reward.files)}: changed since the run began.")
+        changed = ", ".join(reward.files) or "the reward"
+        print0(f"warning: {changed}: changed since the run began.")
     if not saved["epoch"]:
         return record
 

@@ -120,6 +120,12 @@ def test_settings_from_python_are_checked():
     for wrong, sentence in (({"epochs": "2"}, "--epochs '2'"), ({"seed": None}, "--seed None")):
         with pytest.raises(UserError, match=f"{sentence}: must be a number"):
             resolve(prdp.Config(**wrong))
+    words = {"dtype": "float16", "gradient_checkpointing": True, "offline": "no", "log_to": None}
+    for name, wrong in words.items():
+        with pytest.raises(UserError, match=rf"{name.replace('_', '-')} {wrong!r}: choose from "):
+            resolve(prdp.Config(**{name: wrong}))
+    with pytest.raises(UserError, match="--advantage 'grpo': choose from "):
+        resolve(ddpo.Config(advantage="grpo"))
     with pytest.raises(TypeError, match="preset"):  # presets are dictionaries
         prdp.Config(preset="toy")
     assert resolve(prdp.Config(**{**prdp.PRESETS["toy"], "epochs": 2})).epochs == 2
@@ -232,6 +238,20 @@ def test_help_survives_a_per_cent_sign_in_a_path(tmp_path):
     parser.add_fields(dataclasses.fields(Settings), {"prompts": ("/a%d/b.txt", "/c.txt")})
     text = parser.format_help()
     assert "(default: /a%d/b.txt /c.txt)" in text and "(default: /50 % of/%(prog)s)" in text
+
+
+def test_a_flag_that_is_on_can_be_switched_off():
+    @dataclasses.dataclass
+    class Settings:
+        ema: bool = flag(True, "average weights")
+        slow: bool = flag(False, "do not")
+
+    parser = Parser(description="x")
+    parser.add_fields(dataclasses.fields(Settings))
+    assert vars(parser.parse_args([])) == {}
+    assert vars(parser.parse_args(["--no-ema", "--slow"])) == {"ema": False, "slow": True}
+    with pytest.raises(UserError, match="unrecognized arguments: False"):
+        parser.parse_args(["--ema", "False"])
 
 
 HELP = """

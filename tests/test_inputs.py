@@ -139,6 +139,15 @@ def test_what_is_no_prompt_file(tmp_path, name, data, sentence):
     assert sentence in str(error.value)
 
 
+def test_prompts_of_a_pipe():
+    """As `--prompts <(head file)` gives them; it can be read once."""
+    reader, writer = os.pipe()
+    os.write(writer, b"a cat\r\na dog\n")
+    os.close(writer)
+    assert load_prompts(f"/dev/fd/{reader}") == ["a cat", "a dog"]
+    os.close(reader)
+
+
 def test_prompts_from_python():
     """One string is one prompt; whatever holds strings in an order is a list of them."""
     assert as_prompts("a red circle") == ["a red circle"]
@@ -278,9 +287,13 @@ RESTLESS = """
 import os, torch
 torch.set_grad_enabled(False)
 torch.set_default_dtype(torch.float64)
+torch.set_default_device("meta")
 
 def f(images, prompts):
     assert not torch.is_grad_enabled()
+    torch.set_default_device("meta")
+    with torch.backends.cudnn.flags(enabled=False):  # reads TF32's older switches
+        pass
     os.chdir("/")
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float64)
@@ -290,8 +303,8 @@ def f(images, prompts):
 
 
 def test_what_a_reward_does_to_the_process_changes_no_run(cli, tmp_path, monkeypatch):
-    """Gradient mode and default dtype are put back, when it is imported too; paths are absolute,
-    and noise has generators of its own."""
+    """Gradient mode, default dtype and device are put back, when it is imported too; paths are
+    absolute, and noise has generators of its own."""
     (tmp_path / "calm.py").write_text(CALM)
     (tmp_path / "restless.py").write_text(RESTLESS)
     found = []
@@ -302,10 +315,18 @@ def test_what_a_reward_does_to_the_process_changes_no_run(cli, tmp_path, monkeyp
         found.append(metrics_of(tmp_path / name))
     assert found[0] == found[1] and len(found[0]) == 2
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    assert torch.get_default_device() == torch.device("cpu")
 
 
 def test_a_file_imports_the_modules_beside_it(tmp_path):
-    """Of each folder its own, one after another in a process; a file that changed is read anew."""
+    """Of each folder its own, one after another in a process; a file that changed is read anew, but
+    once for two of its functions, which share what it holds."""
+    (tmp_path / "two.py").write_text(
+        "seen = []\ndef a(images, prompts):\n    seen.append(1)\n    return [0.0] * len(prompts)\n"
+        "def b(images, prompts):\n    return [float(len(seen))] * len(prompts)\n"
+    )
+    both = rewards.load_reward([f"{tmp_path}/two.py:a", f"{tmp_path}/two.py:b"], "cpu")
+    assert both(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ["x"]).item() == 1
     images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     for folder, value in (("a", 1.0), ("b", 20.0), ("a", 1.0)):
         (tmp_path / folder).mkdir(exist_ok=True)

@@ -70,6 +70,18 @@ def test_numbers_inside_are_those_of_a_program_of_its_own(outside):
     assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("dtype", ["tf32", "fp16", "fp32"])
+def test_switches_of_tf32_can_be_read_whichever_was_used(dtype):
+    """PyTorch refuses to read the older ones where only the newer were set."""
+    for before in ("ieee", "tf32"):
+        torch.backends.cuda.matmul.fp32_precision = before
+        machine.set_precision(dtype)
+        allowed = dtype != "fp32"
+        assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == allowed
+        assert torch.get_float32_matmul_precision() == ("high" if allowed else "highest")
+        assert (torch.backends.cuda.matmul.fp32_precision == "tf32") == allowed
+
+
 # ---- Kernels -------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 with nothing lost."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -23,7 +24,7 @@ import prdp
 from conftest import PROMPTS, ROOT, assert_same_run, checkpoint, contents, edit_json, metrics_of
 from conftest import only_sentence, script, small_run, start, tiny_config
 from support import report, run_folder
-from support.cli import UserError
+from support.cli import UserError, flag
 
 BRIGHT = "def f(images, prompts):\n    return images.double().mean((1, 2, 3))\n"
 
@@ -141,9 +142,17 @@ def test_resume_after_ctrl_c(cli, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return sample(*arguments)
 
+    def interrupted_at_once(*arguments):
+        raise KeyboardInterrupt
+
+    load = prdp.load_models
     monkeypatch.setattr(prdp, "sample_trajectories", interrupted)
     code, out, errors = cli("--out", run)
     assert (code, errors) == (130, "") and "--resume" not in out and not run.exists()
+    run.mkdir()  # by hand, perhaps with modes of its own, perhaps where a shell stands
+    monkeypatch.setattr(prdp, "load_models", interrupted_at_once)
+    assert cli("--out", run)[0] == 130 and run.is_dir() and not any(run.iterdir())
+    monkeypatch.setattr(prdp, "load_models", load)
     code, out, errors = cli("--out", run)
     assert (code, errors) == (130, "") and f"python prdp.py --resume '{run}'" in out
     assert cli("--resume", run)[0] == 0
@@ -191,7 +200,7 @@ def test_as_a_library(tiny_sd, tmp_path, cli):
         prdp.run(more, reward=brightness, prompts=PROMPTS[:2])
     with pytest.raises(UserError, match=r"reward_terms is \['<lambda>=1'\], and was \['brightness"):
         prdp.run(more, reward=lambda images, prompts: [0.0] * len(prompts), prompts=PROMPTS)
-    with pytest.raises(UserError, match="must be words or one function, not <built-in function"):
+    with pytest.raises(UserError, match="must be words; a function is an argument of run"):
         prdp.run(replace(config, reward=len))
     prdp.run(more, reward=brightness, prompts=PROMPTS)
     assert "the reward brightness=1;" in Path(config.out, "pipeline", "README.md").read_text()
@@ -202,6 +211,34 @@ def test_as_a_library(tiny_sd, tmp_path, cli):
     assert code == 0, errors
 
 
+def test_a_setting_of_ones_own_costs_no_model(tiny_sd, tmp_path):
+    """Of whatever name: the card has such names of its own."""
+
+    @dataclasses.dataclass
+    class Config(prdp.Config):
+        name: str = flag("mine", "my own")
+        base: str = flag("mine", "my own")
+        epoch: int = flag(7, "my own")
+
+    settings = vars(tiny_config(tiny_sd, epochs=1, updates_per_epoch=1, out=str(tmp_path / "run")))
+    prdp.run(Config(**settings))
+    card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    assert "finetuned by prdp.py" in card and "To epoch 1," in card
+
+
+def test_what_a_run_began_from_is_what_it_is_loaded_beside(run, world, cli, tmp_path):
+    """A folder whose weights are others by now is refused; `~` is a home, a text a device."""
+    device = torch.device("cpu")
+    models = prdp.load_run(os.path.relpath(run), device)
+    assert models.policy.unet is not models.reference.unet
+    unet = next((world / "sd" / "unet").glob("*.safetensors"))
+    weights = load_file(unet)
+    save_file({name: x + 1 for name, x in weights.items()}, unet)
+    with pytest.raises(UserError, match="the model changed since it began"):
+        prdp.load_run(str(run), device)
+    save_file(weights, unet)
+
+
 def test_a_run_that_is_moved_away_stops(cli, tmp_path):
     """It does not begin another folder of the old name; from the new one it goes on."""
     run, moved = tmp_path / "run", tmp_path / "moved"
@@ -209,7 +246,7 @@ def test_a_run_that_is_moved_away_stops(cli, tmp_path):
         "import os\ncalls = []\n"
         "def f(images, prompts):\n"
         "    calls.append(1)\n"
-        f"    if len(calls) == 4 and os.path.exists({str(run)!r}):\n"  # in epoch 2
+        f"    if len(calls) == 5 and os.path.exists({str(run)!r}):\n"  # in epoch 2
         f"        os.rename({str(run)!r}, {str(moved)!r})\n"
         "    return images.double().mean((1, 2, 3))\n"
     )
@@ -325,7 +362,7 @@ def test_folder_is_used_again_only_after_a_start_that_failed(run, cli, tiny_sd, 
     for name in ("log.txt", ".DS_Store", ".lock"):
         (tmp_path / "run" / name).touch()
     failing = tmp_path / "failing.py"
-    text = "calls = []\ndef f(images, prompts):\n    calls.append(1)\n    assert len(calls) != 3\n"
+    text = "calls = []\ndef f(images, prompts):\n    calls.append(1)\n    assert len(calls) != 4\n"
     failing.write_text(text + "    return [float(i) for i in range(len(images))]\n")
     code, _, errors = cli("--reward", f"{failing}:f")
     assert code == 2 and "reward f failed: AssertionError" in errors
@@ -353,7 +390,7 @@ def test_a_reward_that_failed_is_mended_and_gone_on_with(cli, tmp_path):
     text += (
         "    return [float('nan') if len(calls) == BAD else float(i) for i in range(len(images))]"
     )
-    bad, mended = text.replace("BAD", "4"), text.replace("BAD", "None")
+    bad, mended = text.replace("BAD", "5"), text.replace("BAD", "None")
     mine.write_text(bad)
     helper.write_text("scale = 1\n")
     said = only_sentence(cli("--reward", f"{mine}:f"))
