@@ -404,10 +404,11 @@ def test_offload_on_a_gpu(cli, tmp_path):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_weights_are_cast_anew_after_an_update(models, dtype):
     """Inside of another autocast, as of a notebook or of `own_state`, PyTorch would keep the casts
-    of the weights before it."""
+    of the weights before it, and those that checkpointing makes in a backward pass."""
     expected = []
-    for outer in (contextlib.nullcontext(), torch.autocast("cpu")):
-        loaded = models(dtype=dtype)
+    outers = (contextlib.nullcontext(), torch.autocast("cpu"))
+    for outer, checkpointing in itertools.product(outers, ("off", "on")):
+        loaded = models(dtype=dtype, gradient_checkpointing=checkpointing)
         with outer, machine.own_state():
             trajectories = draw(loaded)
             prdp.backward_trajectories(
