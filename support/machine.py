@@ -143,17 +143,19 @@ SPARE = 0.95  # of the free memory; the allocator cannot use all of it
 
 def needed_gigabytes(config, weights: float) -> float:
     """The peak of a run whose UNet has `weights` GB in float32: counted by benchmarks/memory.py for
-    SD v1.4 (3.44 GB) and HPSv2, and what a UNet keeps is taken in proportion to its weights."""
+    SD v1.4 (3.44 GB) and SDXL (10.3) with HPSv2, and scaled by a power of weights for others."""
     half = config.dtype in FORMATS
     # Gradients, twice as much for Adam's moments; the reference. Adapters need neither.
     gradients = 0 if config.lora_rank else weights
     reference = 0 if config.lora_rank else weights / (1 + (half and not config.compile))
     an_image = {(True, "off"): 2.5, (True, "on"): 0.46, (False, "off"): 3.74, (False, "on"): 0.96}
-    kept = config.microbatch * an_image[half, config.gradient_checkpointing] * weights / 3.44
+    scale = (weights / 3.44) ** (1.8 if config.gradient_checkpointing == "off" else 1.0)
+    kept = config.microbatch * an_image[half, config.gradient_checkpointing] * scale
     casts = weights / 2 if half else 0
+    held = 0.73 * weights  # trajectories and pictures
     others = reference + 4.8 if config.offload == "off" else 0  # VAE, text encoder, HPSv2
-    # HPSv2 takes 4 GB where there are no gradients; beside it all trajectories and pictures.
-    return weights + 2 * gradients + max(gradients + kept + casts, 4.0) + others + 2.5
+    # HPSv2 takes 4 GB where there are no gradients.
+    return weights + 2 * gradients + max(gradients + kept + casts, 4.0) + others + held
 
 
 def plans(config, weights_gigabytes: Callable[[str], float]) -> list:

@@ -23,7 +23,7 @@ from support import machine
 from support.cli import UserError
 from support.distributed import start_processes
 
-SD14 = 3.44  # GB of its UNet
+SD14, SDXL = 3.44, 10.27  # GB of their UNets
 
 # ---- State ---------------------------------------------------------------------------------------
 
@@ -202,6 +202,8 @@ def planned(weights: float = SD14, **settings) -> list[tuple]:
         ("24 GB", {"lora_rank": 8}, (4, "off", "on")),
         ("80 GB", {"microbatch": 8}, (8, "off", "off")),
         ("40 GB", {"offload": "off"}, (4, "off", "off")),
+        ("80 GB", {"weights": SDXL}, (8, "on", "on")),
+        ("40 GB", {"weights": SDXL, "lora_rank": 8}, (8, "on", "on")),
     ],
 )
 def test_the_plan_of_each_card(monkeypatch, card, settings, plan):
