@@ -1,6 +1,7 @@
 """SDXL behind the same policy; diffusers' pipeline and passes of its bare UNet are the oracle."""
 
 import copy
+import itertools
 import json
 import math
 import shutil
@@ -207,8 +208,9 @@ def test_an_update_of_diffusion_dpo_is_their_codes(models, tiny_sdxl, tmp_path):
 
 
 @pytest.mark.parametrize("loss", ["dpo", "sft"])
-def test_people_teach_it_by_a_command(tiny_sdxl, tmp_path, capsys, loss):
-    """And its implicit rewards of the same pairs."""
+def test_people_teach_it_by_a_command(models, tiny_sdxl, tmp_path, capsys, loss):
+    """And its implicit rewards of the same pairs, which a double loop gives too: through the bare
+    UNets of the saved pipeline and of the base."""
     flags, run = flags_of(tiny_sdxl), tmp_path / "run"
     cut = flags.index("--reward")
     flags = [*flags[:cut], *flags[cut + 2 :], "--pairs", write_pairs(tmp_path), "--loss", loss]
@@ -219,7 +221,29 @@ def test_people_teach_it_by_a_command(tiny_sdxl, tmp_path, capsys, loss):
     assert (code, errors) == (0, "") and "4 pairs, 3 draws each" in out
     record = json.loads((tmp_path / "score" / "implicit_reward.json").read_text())
     assert record["beta"] == 500 and record["against"] == tiny_sdxl
-    assert all(x != 0 for x in record["differences"])
+
+    pipes, inside = (pipeline(run / "pipeline"), pipeline(tiny_sdxl)), []
+    people, sd = People(str(tmp_path / "pairs.jsonl")), models().sd
+    for n, pair in enumerate(people.records):
+        (x_0,), _ = people.load(sd, 0, 0, torch.tensor([n]), mirror=False)
+        (generator,) = prdp.image_generators(0, 0, [n], 1)
+        for t in torch.randint(1000, (3,), generator=generator):
+            noise, errors = torch.randn(4, 8, 8, generator=generator), []
+            for pipe, picture in itertools.product(pipes, x_0):
+                with torch.no_grad():
+                    text, _, pooled, _ = pipe.encode_prompt(pair["prompt"])
+                    added = {
+                        "text_embeds": pooled,
+                        "time_ids": torch.tensor([[16, 16, 0, 0, 16, 16]]),
+                    }
+                    x_t = pipe.scheduler.add_noise(picture[None], noise, t[None])
+                    out = pipe.unet(x_t, t, text, added_cond_kwargs=added).sample
+                errors.append((out.double() - noise).square().mean().item())
+            won, lost, won_ref, lost_ref = errors
+            inside.append(-500 / 2 * (won - won_ref - (lost - lost_ref)))
+    found, expected = record["differences"], np.mean(np.reshape(inside, (4, 3)), axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+    assert np.abs(found).min() > 1e-2
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
