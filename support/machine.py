@@ -149,7 +149,8 @@ def needed_gigabytes(config, weights: float) -> float:
     gradients = 0 if config.lora_rank else weights
     reference = 0 if config.lora_rank else weights / (1 + (half and not config.compile))
     an_image = {(True, "off"): 2.5, (True, "on"): 0.46, (False, "off"): 3.74, (False, "on"): 0.96}
-    scale = (weights / 3.44) ** (1.8 if config.gradient_checkpointing == "off" else 1.0)
+    power = 1.8 if config.gradient_checkpointing == "off" else 1.0
+    scale = (weights / 3.44) ** power
     kept = config.microbatch * an_image[half, config.gradient_checkpointing] * scale
     casts = weights / 2 if half else 0
     held = 0.73 * weights  # trajectories and pictures

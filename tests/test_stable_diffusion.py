@@ -362,7 +362,7 @@ def test_offload_networks_are_back_wherever_they_run(cli, tmp_path, monkeypatch,
         models = load(*arguments)
         models.sd.idle = idle
         models.reward.to(idle)
-        for network in (models.sd.vae, models.sd.pipe.text_encoder, models.reference.unet):
+        for network in (models.sd.vae, models.sd.text_encoders, models.reference.unet):
             if hasattr(network, "to"):  # adapters have no reference of their own
                 network.to(idle)
         learned.append(len(away))
