@@ -18,8 +18,7 @@ Units: Eq. 3 sums over T steps, Eq. 4 over D = C*H*W latent dimensions. App. G's
 over T, and log_probs are means over D here: nats per latent dimension. Table 4 is read in these
 units, where the beta of Eq. 5 is kl_weight / (T*D) and the epsilon of Eq. 20 clip_range * D.
 
-Departures from the paper, and choices where it is silent or disagrees with itself (docs/paper.md
-has the reasons, and 8 and 9, on what the settings mean):
+Departures from the paper, and choices where it is silent (docs/paper.md: reasons, and 8 and 9):
  1. The mean over T (App. G), where Eqs. 3 and 21 sum: theirs at beta is T**2 times this at beta*T.
  2. log_prob is a mean over latent dimensions, as in DDPO's code, whose clip range is 1e-4.
  3. The mean is over pairs whose rewards differ (App. G; Alg. 1, line 10: all); 0 if none do.
@@ -49,7 +48,6 @@ from support.cli import UserError, flag
 from support.distributed import average_gradients, draw_noise, gather, image_generators
 from support.distributed import print0, processes, require_finite, shard, start_processes
 from support.inputs import as_prompts, load_prompts
-from support.machine import kernels_for, scaled_backward
 from support.report import Samples, epoch_metrics, phase
 from support.settings import ROOT, model_path, parse_settings, prompt_paths, resolve
 from support.settings import run_command
@@ -72,6 +70,7 @@ def guided_mean(
 
 def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor | float) -> Tensor:
     """log N(sample; mean, sigma^2 I) of Eqs. 2 and 4, a mean over latent dimensions: (M,) float64.
+
     sample, mean (M, ...), sigma (M,) or a number. float64, because at the last step a log-prob is
     about 2.5, where float32 numbers lie 2.4e-7 apart: a quarter of a clip_range of Table 4."""
     sigma = torch.as_tensor(sigma, dtype=torch.float64, device=sample.device)
@@ -92,6 +91,7 @@ class Schedule(NamedTuple):
 
 def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     """The coefficients of Eq. 2 (Ho et al. 2020, Eqs. 6, 7, 11); the chain of DDIM with eta = 1.
+
     From a diffusers scheduler's config; spacing and end as Stable Diffusion's. UserError for
     another kind of schedule, and for sigma == 0, where log-probabilities do not exist."""
     config = noise_settings(scheduler_config)
@@ -107,9 +107,11 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     if stride * num_steps < 0.8 * train_steps or timesteps[0] >= train_steps:
         raise UserError(f"--ddpm-steps {num_steps}: do not fit the model's {train_steps}; 50 do.")
     prev_timestep = timesteps - stride
+
     alpha_bar = alphas_cumprod[timesteps]  # of x_t
     alpha_bar_prev = alphas_cumprod[prev_timestep.clamp(min=0)]  # of x_{t-1}
     alpha = alpha_bar / alpha_bar_prev
+
     sigma = ((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha)).sqrt()
     if not (sigma > 0).all():
         raise UserError("--model: its schedule has a step of sigma = 0.")
@@ -162,7 +164,7 @@ def guided_log_prob(
     guidance_scale: float,
 ) -> Tensor:
     """log pi(x_{t-1} | x_t, c) of Eqs. 2 and 4: (M,) float64, nats per latent dimension."""
-    if kernels := kernels_for(noise_pred):  # on a GPU: the two lines below in one pass
+    if kernels := machine.kernels_for(noise_pred):  # on a GPU: the two lines below in one pass
         return kernels.guided_log_prob(
             noise_pred, x_t, x_prev, coef_sample, coef_noise, sigma, guidance_scale
         )
@@ -182,7 +184,7 @@ def guided_sample(
 ) -> tuple[Tensor, Tensor]:
     """x_{t-1} ~ N(mean, sigma^2 I) of Eq. 2, rounded to float32, and the log-prob of the rounded,
     bit for bit what `guided_log_prob` returns for it."""
-    if kernels := kernels_for(noise_pred):  # on a GPU: the three lines below in one pass
+    if kernels := machine.kernels_for(noise_pred):  # on a GPU: the three lines below in one pass
         return kernels.guided_sample(
             noise_pred, x_t, noise, coef_sample, coef_noise, sigma, guidance_scale
         )
@@ -207,6 +209,7 @@ def sample_trajectories(
     shape: tuple,  # (C, H, W)
 ) -> Trajectories:
     """Draw x_T, ..., x_0 by ancestral sampling (Eq. 1; Alg. 1, line 6), with each step's log-prob.
+
     Latents are rounded to float32 *before* they are scored: scoring what is stored, under the same
     weights in the same batches, gives the same bits."""
     num_images = len(generators)
@@ -237,6 +240,7 @@ def sample_trajectories(
 @torch.no_grad()
 def score_trajectories(policy: Policy, trajectories: Trajectories, label: str = "score") -> Tensor:
     """log pi(x_{t-1} | x_t, c) of stored trajectories under a policy (Eqs. 2 to 4): (M, T) float64.
+
     In the batches and order of `sample_trajectories`: others can move log-probs by more than the
     clip range, and unchanged weights must return their bits."""
     log_probs = torch.empty_like(trajectories.log_probs)
@@ -272,6 +276,7 @@ def prdp_loss(
     kl_weight: float,  # beta of Table 4
 ) -> Tensor:
     """The PRDP loss of Eqs. 10 to 12, 14 and 17 to 21, as App. G computes it: a scalar.
+
     The B trajectories share a prompt; leading dimensions are prompts. Per prompt, the mean over
     pairs whose rewards differ (each once; 0 if all rewards tie), then the mean over prompts."""
     assert rewards.shape == log_probs.shape[:-1], rewards.shape
@@ -304,13 +309,13 @@ def backward_trajectories(
     grad_log_probs: Tensor,  # (M, T): dloss/dlog_probs
 ) -> None:
     """Add the loss's gradient to each parameter's `.grad` (Alg. 1, line 11).
+
     The loss squares a mean over T and pairs B images, so plain backpropagation would hold the
-    graphs of all B*T network passes at once. But it sees the network only through the small matrix
-    log_probs: by the chain rule its gradient is the sum of grad_log_probs[m, step] *
-    dlog_probs[m, step]/dtheta, and each microbatch of entries can be run again on its own. This is
-    exact: the value of such a pass never enters the loss, so its rounding clips nothing. Entries of
-    gradient 0 (clipped, where the clipped error wins Eq. 18 in every pair; ties) are skipped, and
-    the rest packed. `scaled` below is grad_log_probs times a power of two, for fp16."""
+    graphs of all B*T network passes at once. But it sees the network only through log_probs: by the
+    chain rule its gradient is the sum of grad_log_probs[m, step] * dlog_probs[m, step]/dtheta, and
+    each microbatch of entries is run again on its own. This is exact: the value of such a pass
+    never enters the loss. Entries of gradient 0 (clipped, where the clipped error wins Eq. 18 in
+    every pair; ties) are skipped. `scaled` is grad_log_probs times a power of two, for fp16."""
     assert grad_log_probs.shape == trajectories.log_probs.shape
     entries = grad_log_probs.nonzero()  # (image, step)
     # On a GPU, or compiled, a new batch size takes seconds: entries of 0 fill it up.
@@ -328,7 +333,7 @@ def backward_trajectories(
 
     latent_dim = trajectories.latents[0, 0].numel()  # D
     with phase("update"):
-        scaled_backward(policy.unet, backward, grad_log_probs, latent_dim)
+        machine.scaled_backward(policy.unet, backward, grad_log_probs, latent_dim)
 
 
 # ---- 5. Settings: Table 4 ------------------------------------------------------------------------
@@ -526,8 +531,7 @@ def sample_prompts(
 
 
 def score_images(models: Models, x_0: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, dict]:
-    """Images of x_0 (M, C, H, W), M / len(prompts) a prompt, their rewards (M,), and by name what
-    these are the weighted sum of (Alg. 1, line 8)."""
+    """Images of x_0 (M, C, H, W), M / len(prompts) a prompt, rewards (M,), their parts (line 8)."""
     repeated = [prompt for prompt in prompts for _ in range(len(x_0) // len(prompts))]
     with phase("reward"):
         images = models.sd.decode(x_0, models.policy.microbatch)
@@ -583,14 +587,8 @@ def check_on_policy(config: Config, models: Models, prompt: str) -> Trajectories
         raise UserError(f"on-policy gap {gap:.1e}: the clip would act on noise; try --dtype fp32.")
     log_probs_ref = score_trajectories(models.reference, batch)
     machine.check_reference(config, policy, batch.log_probs, log_probs_ref)
-
     # Triton's kernels against the formulas above: who edits one must edit both.
-    x_t, x_prev = batch.latents[:, 0], batch.latents[:, 1]
-    steps = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
-    gaussian = (*policy.coefficients(steps), policy.guidance_scale)
-    with torch.no_grad(), policy.autocast():
-        noise_pred = run_unet(policy, x_t, batch.prompt_embeds, steps)
-    machine.check_kernels(noise_pred, guided_log_prob, guided_sample, x_t, x_prev, *gaussian)
+    machine.check_kernels(policy, batch, run_unet, guided_log_prob, guided_sample)
     return batch
 
 
@@ -683,8 +681,7 @@ def load_run(folder: str, device: torch.device, reward: Callable | None = None) 
     config = parse_args(["--resume", str(folder)])
     models = load_models(config, device, reward)
     saved = run_folder.read_state(Path(config.out))
-    now = {"model_digest": run_folder.model_digest(models.sd)}
-    run_folder.require_same(saved["record"], now, str(folder))
+    run_folder.require_same_model(saved["record"], models.sd, folder)
     models.sd.unet.load_state_dict(saved.get("unet", {}), strict=False)  # of LoRA adapters alone
     return models
 

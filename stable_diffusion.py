@@ -56,10 +56,9 @@ def noise_settings(scheduler_config: dict) -> dict:
     """The noise schedule of a diffusers scheduler's config; UserError for another kind."""
     config = {**DEFAULTS, **scheduler_config}
     for name, values in SUPPORTED.items():
-        if config.get(name) not in values:
-            raise UserError(
-                f"the model's scheduler has {name} {config.get(name)!r}: not supported."
-            )
+        found = config.get(name)
+        if found not in values:
+            raise UserError(f"the model's scheduler has {name} {found!r}: not supported.")
     start, end, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
     if type(count) is not int or count < 1:
         raise UserError(f"the model's scheduler has num_train_timesteps {count!r}.")
@@ -123,8 +122,7 @@ def latent_shape(unet: dict) -> tuple[int, int, int]:
 
 
 def grey_picture(model: str) -> Tensor:
-    """A grey picture with some noise of the size that a model draws, (1, 3, H, W) uint8, to try a
-    reward on."""
+    """Grey noise of the size that a model draws, (1, 3, H, W) uint8, to try a reward on."""
     _, configs = read_configs(model)
     zoom = 2 ** (len(configs["vae"].get("block_out_channels", [64])) - 1)
     _, height, width = latent_shape(configs["unet"])

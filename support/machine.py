@@ -86,11 +86,14 @@ def kernels_for(noise_pred: Tensor):
     return load_kernels()[0]
 
 
-def check_kernels(
-    noise_pred: Tensor, log_prob: Callable, sample: Callable, x_t: Tensor, x_prev: Tensor, *gaussian
-) -> None:
-    """UserError where prdp.py's guided_log_prob and guided_sample (x_prev serves as its noise)
-    disagree with the kernels: they take the plain form where noise_pred is float64."""
+def check_kernels(policy, batch, run_unet: Callable, log_prob: Callable, sample: Callable) -> None:
+    """UserError where prdp.py's guided_log_prob and guided_sample (x_{t-1} serves as its noise)
+    disagree with the kernels at a batch's first step: they take the plain form of float64."""
+    x_t, x_prev = batch.latents[:, 0], batch.latents[:, 1]
+    steps = torch.zeros(len(x_t), dtype=torch.long, device=x_t.device)
+    gaussian = (*policy.coefficients(steps), policy.guidance_scale)
+    with torch.no_grad(), policy.autocast():
+        noise_pred = run_unet(policy, x_t, batch.prompt_embeds, steps)
     if kernels_for(noise_pred) is None:
         return
     results = []
@@ -98,12 +101,15 @@ def check_kernels(
         value = log_prob(output.requires_grad_(), x_t, x_prev, *gaussian)
         # Times D, so that half precision has room for it.
         (gradient,) = torch.autograd.grad(value.sum() * output[0].numel(), output)
-        results.append((value, gradient, *sample(output, x_t, x_prev, *gaussian)))
+        drawn, log_prob_of_drawn = sample(output, x_t, x_prev, *gaussian)
+        results.append((value, gradient, drawn, log_prob_of_drawn))
     formats = (torch.float64, noise_pred.dtype, torch.float32, torch.float64)
     for kernel, plain, kind in zip(*results, formats, strict=True):
         rounding = max(torch.finfo(kind).eps, 1e-12)
-        if not torch.allclose(kernel.double(), plain.double(), rtol=rounding, atol=rounding):
-            error = (kernel.double() - plain.double()).abs().max()
+        kernel = kernel.double()
+        plain = plain.double()
+        if not torch.allclose(kernel, plain, rtol=rounding, atol=rounding):
+            error = (kernel - plain).abs().max()
             places = "guided_mean and what calls it in prdp.py, and kernels/log_prob.py"
             raise UserError(f"{places}, must say the same, and differ by {error:.1e}.")
 
@@ -148,7 +154,12 @@ def needed_gigabytes(config, weights: float) -> float:
     # Gradients, twice as much for Adam's moments; the reference. Adapters need neither.
     gradients = 0 if config.lora_rank else weights
     reference = 0 if config.lora_rank else weights / (1 + (half and not config.compile))
-    an_image = {(True, "off"): 2.5, (True, "on"): 0.46, (False, "off"): 3.74, (False, "on"): 0.96}
+    an_image = {
+        (True, "off"): 2.5,
+        (True, "on"): 0.46,
+        (False, "off"): 3.74,
+        (False, "on"): 0.96,
+    }
     power = 1.8 if config.gradient_checkpointing == "off" else 1.0
     scale = (weights / 3.44) ** power
     kept = config.microbatch * an_image[half, config.gradient_checkpointing] * scale

@@ -129,10 +129,6 @@ def weights_digest(networks: Iterable[nn.Module]) -> str:
     return digest(w[:: max(1, len(w) // 64)].float().cpu().numpy().tobytes() for w in weights)
 
 
-def model_digest(sd) -> str:
-    return weights_digest([sd.unet, sd.vae, sd.text_encoders])
-
-
 def digests(reward, prompts: list[str]) -> dict:
     """What a result depends on beside settings and model: prompts as read, and a reward's terms,
     Python files and weights."""
@@ -153,6 +149,11 @@ def require_same(then: dict, now: dict, what: str) -> None:
                 part = name.removesuffix("_digest").replace("_", " ")
                 change = f"the {part} changed since it began"
             raise UserError(f"{what}: {change}; restore that, or choose a new --out.")
+
+
+def require_same_model(record: dict, sd, what: str) -> None:
+    now = {"model_digest": weights_digest([sd.unet, sd.vae, sd.text_encoders])}
+    require_same(record, now, what)
 
 
 def open_run(config) -> dict:
@@ -181,7 +182,7 @@ def restore(config, saved: dict, learner: Learner, models, prompts: list[str]) -
         "program": config.program,
         **settings,
         **digests(reward, prompts),
-        "model_digest": model_digest(sd),
+        "model_digest": weights_digest([sd.unet, sd.vae, sd.text_encoders]),
     }
     record = json.loads(json.dumps(record))
     then = dict(saved.get("record", record))

@@ -38,9 +38,12 @@ def resolve(config, reward: object = None, prompts: object = None):
     acting = {}
     for field in dataclasses.fields(config):
         name, value = option(field.name), getattr(config, field.name)
-        choices = field.metadata.get("choices") or (type(field.default) is bool and (False, True))
+        choices = field.metadata.get("choices")
+        if type(field.default) is bool:
+            choices = (False, True)
         if choices and value not in choices:
-            raise UserError(f"{name} {value!r}: choose from {', '.join(map(str, choices))}.")
+            known = ", ".join(map(str, choices))
+            raise UserError(f"{name} {value!r}: choose from {known}.")
         if type(field.default) in (int, float):
             if not isinstance(value, numbers.Real):
                 raise UserError(f"{name} {value!r}: must be a number.")
