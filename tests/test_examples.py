@@ -1,10 +1,13 @@
-"""examples/: rewards as a user would write them; test_docs.py runs the lifted loss."""
+"""examples/: rewards as a user would write them, a flow; test_docs.py runs the lifted loss."""
 
 import base64
+import contextlib
 import io
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -200,3 +203,78 @@ def test_scores_by_hand_of_pictures_of_any_mode(tmp_path, capsys):
     header, row = capsys.readouterr().out.splitlines()
     assert header.split() == ["compressibility", "sum", "picture"]
     assert row.split() == [rows[1][1], rows[1][1], files[0]]
+
+
+# ---- A flow --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory) -> ModuleType:
+    """examples/flow_matching.py after a shorter run, and what it printed."""
+    code = (ROOT / "examples" / "flow_matching.py").read_text()
+    assert len(code.splitlines()) <= 120 and "range(3000)" in code and "range(31)" in code
+    code = code.replace("range(3000)", "range(1000)").replace("range(31)", "range(11)")
+    file = tmp_path_factory.mktemp("flow") / "flow_matching.py"
+    file.write_text(code)
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        module = load_module("flow_matching", str(file))
+    module.printed = out.getvalue().splitlines()
+    return module
+
+
+def test_a_flow_is_finetuned(flow):
+    """Of the chain that learns and of the ODE that is used, the reward rises by far more than its
+    error, at a KL of some nats."""
+    rise = (flow.after.mean() - flow.before.mean()).item()
+    error = (flow.after.var() + flow.before.var()).sqrt().item() / flow.before.numel() ** 0.5
+    assert rise > 5 * error
+    first, last, ode = flow.printed
+    rewards = [float(re.search(r"reward (\S+),", line)[1]) for line in (first, last)]
+    assert rewards[1] > rewards[0] + 5 * error and "KL 0.00 nats" in first
+    assert 0.1 < float(re.search(r"KL (\S+) nats", last)[1]) < 10
+    assert ode.endswith(f"{flow.before.mean():.3f} -> {flow.after.mean():.3f}")
+
+
+def test_a_flows_log_probs_are_of_what_is_stored(flow):
+    """torch's Gaussian, of float32 latents; in mixed steps as step by step, to float32 rounding."""
+    latents, log_probs = flow.sample(flow.network)
+    assert latents.dtype == torch.float32 and torch.equal(
+        flow.score(flow.network, latents), log_probs
+    )
+    entries = torch.cat(flow.STEPS)
+    mean, std = flow.gaussian(flow.network, latents, entries)
+    images, steps = entries.unbind(1)
+    normal = torch.distributions.Normal(mean, std.expand_as(mean))
+    expected = normal.log_prob(latents[images, steps + 1].double()).mean(1)
+    got = log_probs.flatten(0, 1)[images, steps]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.7, 1.5])
+def test_a_flows_sde_has_the_odes_marginals(flow, monkeypatch, noise):
+    """Data N(m, S): the velocity is affine, so each step takes a Gaussian to a Gaussian, and its
+    moments are exact: half way in 2,000 steps those of the path, at the end the data's."""
+    monkeypatch.setattr(flow, "NOISE", noise)
+    m = torch.tensor([1.0, -2.0]).double()
+    S = torch.tensor([[0.5, 0.3], [0.3, 0.4]]).double()
+    eye = torch.eye(2).double()
+
+    def path(t: float):
+        return (1 - t) * m, (1 - t) ** 2 * S + t**2 * eye
+
+    times = torch.linspace(1, 0, 2001).double()
+    mean, covariance = path(1.0)
+    x = torch.cat([torch.zeros(1, 2).double(), eye])  # an affine map by its values at these
+    for k in range(2000):
+        t, t_next = times[k].expand(3), times[k + 1].expand(3)
+        centre, spread = path(times[k].item())
+        gain = (times[k] * eye - (1 - times[k]) * S) @ spread.inverse()  # E[noise - x_0 | x_t]
+        after, std = flow.sde_step((x - centre) @ gain.T - m, x, t, t_next)
+        step = (after[1:] - after[0]).T
+        mean = step @ mean + after[0]
+        covariance = step @ covariance @ step.T + std[0] ** 2 * eye
+        if k in (999, 1999):
+            expected = path(times[k + 1].item())
+            torch.testing.assert_close(mean, expected[0], rtol=0, atol=1e-9)
+            torch.testing.assert_close(covariance, expected[1], rtol=0, atol=4e-3)
