@@ -2,15 +2,15 @@
 
     python evaluate.py runs/toy --prompts prompts/shapes.txt --samples-per-prompt 8
     python evaluate.py MODEL OTHER --against BASE --reward hpsv2=1 aesthetic=0 --max-prompts 500
+    python evaluate.py runs/toy --sampler policy dpm++ --ddpm-steps 20 --guidance-scale 7.5
 
 A model is a run, a folder of its epochs/, a pipeline's folder or a hub id. What is not given is the
-first run's, or Table 4's. For each prompt file, reward and model: mean, standard error over
-prompts, paired difference to the base, share of wins. A stopped evaluation goes on if repeated.
+first run's, or Table 4's. For each sampler, prompt file, reward and model: mean, standard error
+over prompts, paired difference, share of wins. A stopped evaluation goes on if repeated.
 """
 
 import argparse
-import time
-from collections.abc import Iterator
+import itertools
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -30,28 +30,30 @@ from support.settings import absolute, model_path, resolve
 
 SETTINGS = ("reward", "prompts", "seed", "ddpm_steps", "guidance_scale", "dtype", "microbatch")
 FLAGS = (*SETTINGS, "offload", "compile")  # fields of prdp.Config
-Prompts = list[tuple[int, str]]  # each with its place in its file, which its noise depends on
+SAMPLERS = {  # of diffusers, over the model's own noise schedule
+    "policy": "",  # the chain that was trained
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+}
 
 
 def find_model(name: str) -> tuple[str, dict]:
     """The folder or hub id of a model, and the settings of the run that made it, if one did."""
     folder = Path(absolute(name))
-    run = folder
-    if folder.parent.name == "epochs":
-        run = folder.parent.parent
+    run = folder.parent.parent if folder.parent.name == "epochs" else folder
     if (folder / "model_index.json").is_file() or not (run / "config.json").is_file():
         return model_path(name), {}
 
     record = run_folder.read_json(run / "config.json", f"{name}: config.json")
     done = len(run_folder.read_metrics(run)) or 1
     pipeline = folder / "pipeline"
-    card = pipeline / "prdp.json"
-    epoch = done
-    if card.is_file():
-        epoch = run_folder.read_json(card, str(card))["epoch"]
-    if run != folder and not pipeline.is_dir():
+    epoch = 0
+    if pipeline.is_dir():
+        epoch = run_folder.read_json(pipeline / "prdp.json", f"{pipeline}: prdp.json")["epoch"]
+    elif run != folder:
         raise UserError(f"{folder}: has no pipeline/; docs/running.md makes one of its lora/.")
-    if run == folder and (epoch < done or not pipeline.is_dir()):
+    if run == folder and epoch < done:
         remedy = f"python {record.get('program')} --resume {run} --epochs {done} makes it"
         raise UserError(f"{run}: has no pipeline/ of epoch {done}; when it has ended, {remedy}.")
     return str(pipeline), {**record, "out": run / "evaluation" / f"{epoch:04d}"}
@@ -60,9 +62,7 @@ def find_model(name: str) -> tuple[str, dict]:
 def labels_of(paths: list[str]) -> list[str]:
     """What tells paths apart: their last parts, or where two are the same the whole."""
     names = [Path(path).resolve().name for path in paths]
-    if len(set(names)) < len(names):
-        return paths
-    return names
+    return names if len(set(names)) == len(names) else paths
 
 
 class Plan(NamedTuple):
@@ -71,28 +71,26 @@ class Plan(NamedTuple):
     config: prdp.Config
     folders: dict[str, str]  # label -> a model
     base: str | None  # the label of the one that others are compared to
+    sampler: str
     samples: int  # images a prompt
-    prompts: dict[str, Prompts]  # by file
-    texts: list[str]  # all prompts
+    prompts: dict[str, dict[str, int]]  # by file; each its place there, which decides its noise
     out: Path
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
+def make_plan(args: argparse.Namespace, sampler: str) -> Plan:
     """The arguments, with what is not given from the first run; UserError for what cannot run."""
     models = [find_model(name) for name in args.models]
     run = next((settings for _, settings in models if settings), {})
-    base = run.get("model")
+    base, name = run.get("model"), "base"
+    labels = labels_of(args.models)
     if args.against:
-        base, _ = find_model(args.against)
-    folders = {}
-    for label, (folder, _) in zip(labels_of(args.models), models, strict=True):
-        folders[label] = folder
+        base = find_model(args.against)[0]
+        name, *labels = labels_of([args.against, *args.models])
+    folders = dict(zip(labels, [folder for folder, _ in models], strict=True))
     if base not in (None, *folders.values()):
-        label = "base"
-        while label in folders:
-            label = "pretrained " + label
-        folders = {label: base, **folders}
-
+        if name in folders:
+            name = "pretrained base"
+        folders = {name: base, **folders}
     if min(args.samples_per_prompt, args.max_prompts) < 1:
         raise UserError("--samples-per-prompt and --max-prompts: must be at least 1.")
     given = {name: run[name] for name in SETTINGS if name in run}
@@ -100,110 +98,114 @@ def make_plan(args: argparse.Namespace) -> Plan:
         given["dtype"] = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     given |= {name: value for name, value in vars(args).items() if name in FLAGS}
     # No epoch's images bound the microbatch here.
-    config = prdp.Config(prompts_per_epoch=processes(), images_per_prompt=2**20, **given)
-    config = resolve(config)
+    config = resolve(prdp.Config(prompts_per_epoch=processes(), images_per_prompt=2**20, **given))
     if not config.prompts or not config.reward:
         raise UserError("the run began without files or reward: give --prompts and --reward.")
-
     prompts = {}
-    texts = []
     for file in config.prompts:
         every = prdp.load_prompts(file)
         generator = torch.Generator().manual_seed(config.seed)
         order = torch.randperm(len(every), generator=generator)
         numbers = sorted(order[: args.max_prompts].tolist())
-        prompts[file] = [(n, every[n]) for n in numbers]
-        texts += [every[n] for n in numbers]
+        prompts[file] = {every[n]: n for n in numbers}
     out = Path(absolute(args.out or run.get("out", "evaluation")))
     label = next((label for label in folders if folders[label] == base), None)
-    return Plan(config, folders, label, args.samples_per_prompt, prompts, texts, out)
+    return Plan(config, folders, label, sampler, args.samples_per_prompt, prompts, out)
 
 
-def draw(seed: int, models: prdp.Models, chosen: Prompts, images: int) -> tuple[Tensor, dict]:
-    """`images` pictures of each of some prompts (P*S, 3, H, W), and their rewards, each (P, S)."""
-    places = [place for place, _ in chosen]
-    prompts = [prompt for _, prompt in chosen]
-    generators = prdp.image_generators(seed, 0, places, images)
-    trajectories = prdp.sample_prompts(models, models.policy, prompts, generators)
-    x_0 = trajectories.latents[:, -1]
-    pictures, total, scores = prdp.score_images(models, x_0, prompts)
+def draw(
+    plan: Plan, models: prdp.Models, prompts: dict[str, int], images: int
+) -> tuple[Tensor, dict]:
+    """`images` pictures of each of some prompts (P*S, 3, H, W), and by prompt their rewards: S
+    numbers of each name. x_T is the same for all models and samplers."""
+    config, sd = plan.config, models.sd
+    size = models.policy.microbatch
+    generators = prdp.image_generators(config.seed, 0, [*prompts.values()], images)
+    if plan.sampler == "policy":
+        x_0 = prdp.sample_prompts(models, models.policy, [*prompts], generators).latents[:, -1]
+    else:
+        import diffusers
+
+        pipe = sd.pipe
+        kind = getattr(diffusers, SAMPLERS[plan.sampler])
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+        pipe.set_progress_bar_config(disable=True)
+        texts = [prompt for prompt in prompts for _ in range(images)]
+        parts = []
+        with sd.autocast(sd.vae), sd.at_work(sd.text_encoders):
+            for first in range(0, len(texts), size):
+                drawn = pipe(
+                    texts[first : first + size],
+                    generator=generators[first : first + size],
+                    num_inference_steps=config.ddpm_steps,
+                    guidance_scale=config.guidance_scale,
+                    output_type="latent",
+                )
+                parts.append(drawn.images.float())
+        x_0 = torch.cat(parts)
+        if not x_0.isfinite().all():
+            raise UserError(f"--sampler {plan.sampler}: cannot serve this model's noise schedule.")
+    pictures, total, scores = prdp.score_images(models, x_0, [*prompts])
     if len(scores) > 1:
-        name = "weighted sum" if "sum" in scores else "sum"
-        scores[name] = total
-    rewards = {name: x.cpu().view(-1, images) for name, x in scores.items()}
+        scores["weighted sum" if "sum" in scores else "sum"] = total
+    rewards = {prompt: {} for prompt in prompts}
+    for name, x in scores.items():
+        for prompt, row in zip(prompts, x.view(-1, images).tolist(), strict=True):
+            rewards[prompt][name] = row
     return pictures.cpu(), rewards
 
 
-def measure(plan: Plan, models: prdp.Models, missing: Prompts) -> Iterator[dict]:
-    """Draw and score, a chunk a process at a time; yields prompt -> {reward: its S numbers}."""
-    size = max(1, models.policy.microbatch // plan.samples)
-    # Of the same prompts whatever the number of processes.
-    chunks = [missing[first : first + size] for first in range(0, len(missing), size)]
-    started = time.perf_counter()
-    for first in range(0, len(chunks), processes()):
-        drawn = {}
-        for chunk in chunks[first:][rank() : rank() + 1]:  # this process's, if any
-            _, scores = draw(plan.config.seed, models, chunk, plan.samples)
-            for row, (_, prompt) in enumerate(chunk):
-                drawn[prompt] = {name: x[row].tolist() for name, x in scores.items()}
-        for part in gather_objects(drawn):
-            drawn |= part
-        yield drawn
-        if first == 0:
-            seconds = time.perf_counter() - started
-            whole = seconds * len(chunks) / processes()
-            print0(f"  takes about {report.duration(whole)}")
-
-
-def measure_model(
+def measure(
     plan: Plan, label: str, reward: Reward, record: dict, device: torch.device
 ) -> report.Samples:
-    """Add a model's rewards to `record`, which is saved as they come; returns a few pictures."""
+    """Add a model's rewards to `record`, which is saved as they come; a few of its pictures."""
     config = replace(plan.config, model=plan.folders[label])
     models = prdp.load_models(config, device, reward, learns=False)
     networks = [models.sd.unet, models.sd.vae, models.sd.text_encoders]
     inputs = {"model_digest": run_folder.weights_digest(networks)}
-    begun = time.strftime("%Y-%m-%d %H:%M")
-    before = record["inputs"].setdefault(label, {**inputs, "begun": begun})
+    before = record["inputs"].setdefault(label, inputs)
     run_folder.require_same(before, inputs, f"--out {plan.out}: {label}")
 
     for file, chosen in plan.prompts.items():
-        of_file = record["rewards"].setdefault(file, {})
+        of_file = record["rewards"].setdefault(plan.sampler, {}).setdefault(file, {})
         rewards = of_file.setdefault(label, {})
-        missing = [pair for pair in chosen if pair[1] not in rewards]
-        print0(f"{label}: {len(chosen)} prompts of {Path(file).name}, {plan.samples} images each")
-        if len(missing) < len(chosen):
-            kept = len(chosen) - len(missing)
-            print0(f"  {kept} kept from {before['begun']}; another --out scores them anew")
-        for drawn in measure(plan, models, missing):
-            rewards |= drawn
+        missing = [pair for pair in chosen.items() if pair[0] not in rewards]
+        count = f"{len(missing)} of {len(chosen)} prompts of {Path(file).name}"
+        print0(f"{label}: {count} to draw, {plan.samples} images each")
+        # A chunk a process at a time, of the same prompts whatever the number of processes.
+        size = max(1, models.policy.microbatch // plan.samples)
+        chunks = [dict(missing[first : first + size]) for first in range(0, len(missing), size)]
+        for first in range(0, len(chunks), processes()):
+            drawn = {}
+            for chunk in chunks[first:][rank() : rank() + 1]:  # this process's, if any
+                _, drawn = draw(plan, models, chunk, plan.samples)
+            for part in gather_objects(drawn):
+                rewards |= part
             run_folder.write_json(plan.out / "evaluation.json", record)
 
-    stride = -(-len(chosen) // 8)
-    few = chosen[::stride]  # of the last file
-    images, scores = draw(config.seed, models, few, 2)
-    *_, total = scores.values()
-    prompts = [prompt for _, prompt in few]
-    return report.Samples(prompts, images, total.flatten())
+    few = dict([*chosen.items()][:: -(-len(chosen) // 8)])  # of the last file
+    images, scores = draw(plan, models, few, 2)
+    totals = [[*by_name.values()][-1] for by_name in scores.values()]
+    return report.Samples([*few], images, torch.tensor(totals).flatten())
 
 
 def summary(x: Tensor, form: str) -> tuple:
     """Mean and standard error of rewards (P, S), None for a single image, and both as text."""
     mean, error = report.mean_and_error(x)
-    text = format(mean, form)
     if x.numel() == 1:
-        return mean, None, text
-    return mean, error, f"{text} +- {error:.2g}"
+        return mean, None, format(mean, form)
+    return mean, error, f"{mean:{form}} +- {error:.2g}"
 
 
 def tabulate(plan: Plan, rewards: dict) -> list[dict]:
     """Print a table for each file and reward, of at most 80 columns; returns their rows."""
     table = []
     for shown, file in zip(labels_of([*plan.prompts]), plan.prompts, strict=True):
-        prompts = [prompt for _, prompt in plan.prompts[file]]
+        prompts = [*plan.prompts[file]]
         of_file = rewards[file]
         for name in of_file[next(iter(plan.folders))][prompts[0]]:
-            print0(f"\n{shown[-30:]}, {name}: {len(prompts)} prompts x {plan.samples} images")
+            size = f"{len(prompts)} x {plan.samples} images"
+            print0(f"\n{shown:.20}, {name}, sampler {plan.sampler}: {size}")
             scores = {}  # label -> (P, S)
             for label in plan.folders:
                 scores[label] = torch.tensor([of_file[label][p][name] for p in prompts])
@@ -222,23 +224,24 @@ def tabulate(plan: Plan, rewards: dict) -> list[dict]:
 
 
 @own_state()
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(args: argparse.Namespace, sampler: str) -> None:
     """Draw, score and compare, going on where an evaluation with this --out was stopped."""
     device = start_processes()
-    plan = make_plan(args)
+    plan = make_plan(args, sampler)
 
     # A reward that fails or changed, or a model that is none, ends here.
     reward = load_reward(plan.config.reward, "cpu")
     for folder in plan.folders.values():
         picture = grey_picture(folder)
-    reward.score(picture, plan.texts[:1])
+    texts = [*itertools.chain(*plan.prompts.values())]
+    reward.score(picture, texts[:1])
     settings = {name: getattr(plan.config, name) for name in SETTINGS}
     settings |= {
         "samples_per_prompt": plan.samples,
         "max_prompts": args.max_prompts,
-        **run_folder.digests(reward, plan.texts),
+        **run_folder.digests(reward, texts),
     }
-    record = {"settings": settings, "inputs": {}, "rewards": {}}
+    record = {"settings": settings, "inputs": {}, "rewards": {}, "table": {}}
     path = plan.out / "evaluation.json"
     with run_folder.only_writer(plan.out):
         if path.is_file():
@@ -246,12 +249,11 @@ def evaluate(args: argparse.Namespace) -> None:
             if not record.keys() <= before.keys():
                 raise UserError(f"{path}: is no evaluation's; choose another --out.")
             run_folder.require_same(before["settings"], settings, f"--out {plan.out}")
-            record = before | {"settings": settings}
-
+            record = before
         samples = {}
         for label in plan.folders:
-            samples[label] = measure_model(plan, label, reward, record, device)
-        record["table"] = tabulate(plan, record["rewards"])
+            samples[label] = measure(plan, label, reward, record, device)
+        record["table"][plan.sampler] = tabulate(plan, record["rewards"][plan.sampler])
         run_folder.write_json(path, record)
         page = path.with_suffix(".png")
         report.draw_images(page, samples)
@@ -262,14 +264,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="run, folder or hub id")
     parser.add_argument("--against", metavar="BASE", help="default: what the first run began from")
+    parser.add_argument("--sampler", nargs="+", choices=SAMPLERS, default=["policy"])
     parser.add_argument("--samples-per-prompt", type=int, default=64, metavar="S")
-    parser.add_argument(
-        "--max-prompts", type=int, default=1_000_000, metavar="N", help="a file, drawn by --seed"
-    )
+    parser.add_argument("--max-prompts", type=int, default=10**6, metavar="N", help="of a file")
     parser.add_argument("--out", help="default: evaluation/EPOCH in the first run, or evaluation/")
     parser.add_fields(field for field in fields(prdp.Config) if field.name in FLAGS)
     with command("evaluate.py"):
-        evaluate(parser.parse_args(argv))
+        args = parser.parse_args(argv)
+        for sampler in args.sampler:
+            evaluate(args, sampler)
         end_processes()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from diffusers import StableDiffusionPipeline
 
 import evaluate
@@ -62,7 +63,7 @@ def test_scores_are_of_the_pipelines_own_pictures(evaluation, finished, tiny_sd,
     code, _, errors = evaluation(finished, "--samples-per-prompt", 4)
     assert (code, errors) == (0, "")
     assert (tmp_path / "out" / "evaluation.png").stat().st_size > 10_000
-    (of_file,) = record_in(tmp_path / "out")["rewards"].values()
+    (of_file,) = record_in(tmp_path / "out")["rewards"]["policy"].values()
     assert list(of_file) == ["base", "run"]
     for label, folder in (("base", tiny_sd), ("run", finished / "pipeline")):
         pipe = StableDiffusionPipeline.from_pretrained(finished / "pipeline")  # for its scheduler
@@ -89,9 +90,9 @@ def test_table_is_numpys(evaluation, finished, tmp_path):
     assert (code, errors) == (0, "")
     record = record_in(tmp_path / "out")
     labels, names = ("base", "run", "other"), ("incompressibility", "compressibility", "sum")
-    rows = {(row["prompts"], row["reward"], row["model"]): row for row in record["table"]}
-    assert len(rows) == len(record["table"]) == 2 * len(names) * len(labels)
-    for file, of_file in record["rewards"].items():
+    rows = {(row["prompts"], row["reward"], row["model"]): row for row in record["table"]["policy"]}
+    assert len(rows) == len(record["table"]["policy"]) == 2 * len(names) * len(labels)
+    for file, of_file in record["rewards"]["policy"].items():
         for name in names:
             x = {m: np.array([by[name] for by in of_file[m].values()]) for m in labels}
             assert np.abs(x["run"] - x["base"]).max() > 0
@@ -121,11 +122,11 @@ def test_model_alone_and_against_itself(evaluation, tiny_sd, tmp_path):
     """No run is needed. Against itself the difference is nothing, and half the pairs are won."""
     flags = [tiny_sd, "--reward", "compressibility", "--ddpm-steps", 3, "--guidance-scale", 1]
     assert evaluation(*flags, "--out", tmp_path / "alone")[0] == 0
-    (alone,) = record_in(tmp_path / "alone")["table"]
+    (alone,) = record_in(tmp_path / "alone")["table"]["policy"]
     assert "difference" not in alone
     copy = shutil.copytree(tiny_sd, tmp_path / "copy")
     assert evaluation(*flags, "--against", copy)[0] == 0
-    base, row = record_in(tmp_path / "out")["table"]
+    base, row = record_in(tmp_path / "out")["table"]["policy"]
     assert row["model"] == alone["model"]
     assert row["mean"] == base["mean"] == alone["mean"]
     assert (row["difference"], row["difference_error"], row["win_rate"]) == (0, 0, 0.5)
@@ -154,7 +155,7 @@ def test_goes_on_where_it_was_stopped(evaluation, finished, tmp_path, monkeypatc
     assert sum(calls) <= in_one_go + 3  # the two interrupted ones, and pictures to show
     whole, parts = (record_in(tmp_path / name) for name in ("out", "parts"))
     assert whole["rewards"] == parts["rewards"]
-    assert whole["table"] == parts["table"]
+    assert whole["table"]["policy"] == parts["table"]["policy"]
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2), (2, 3)])
@@ -167,13 +168,13 @@ def test_goes_on_with_another_microbatch(
     six = ["--prompts", tmp_path / "six.txt"]
     draw, drawn = evaluate.draw, []
 
-    def counted(seed, models, chosen, images):
+    def counted(plan, models, chosen, images):
         if drawn.count("stop"):
             raise KeyboardInterrupt
-        drawn.extend(prompt for _, prompt in chosen)
+        drawn.extend(chosen)
         if len(drawn) > 1:
             drawn.append("stop")
-        return draw(seed, models, chosen, images)
+        return draw(plan, models, chosen, images)
 
     monkeypatch.setattr(evaluate, "draw", counted)
     assert evaluation(finished, *six, "--microbatch", before)[0] == 130
@@ -182,9 +183,9 @@ def test_goes_on_with_another_microbatch(
     monkeypatch.setattr(evaluate, "draw", lambda *x: drawn.extend(x[2]) or draw(*x))
     code, out, errors = evaluation(finished, *six, "--microbatch", after)
     assert (code, errors) == (0, "")
-    assert f"  {len(kept)} kept from 20" in out and "another --out scores them anew" in out
-    assert [prompt for _, prompt in drawn[: 6 - len(kept)]] == names[len(kept) :]
-    for by_prompt in next(iter(record_in(tmp_path / "out")["rewards"].values())).values():
+    assert f"{6 - len(kept)} of 6 prompts of six.txt to draw" in out
+    assert drawn[: 6 - len(kept)] == names[len(kept) :]
+    for by_prompt in next(iter(record_in(tmp_path / "out")["rewards"]["policy"].values())).values():
         assert sorted(by_prompt) == sorted(names)
 
 
@@ -204,12 +205,12 @@ def test_two_processes_equal_one(evaluation, finished, tmp_path):
 def test_max_prompts(evaluation, finished, tmp_path):
     """Drawn by the seed; the images of a prompt are those of an evaluation of all."""
     assert evaluation(finished)[0] == 0
-    (everything,) = record_in(tmp_path / "out")["rewards"].values()
+    (everything,) = record_in(tmp_path / "out")["rewards"]["policy"].values()
     chosen = set()
     for seed in range(3, 9):
         flags = ["--max-prompts", 2, "--seed", seed, "--out", tmp_path / str(seed)]
         assert evaluation(finished, *flags)[0] == 0
-        (some,) = record_in(tmp_path / str(seed))["rewards"].values()
+        (some,) = record_in(tmp_path / str(seed))["rewards"]["policy"].values()
         assert len(some["run"]) == 2
         chosen.add(tuple(some["run"]))
         if seed == 3:  # the run's own, as above
@@ -318,8 +319,6 @@ def test_a_pipeline_of_an_earlier_epoch_is_refused(evaluation, finished, tmp_pat
     edit_json(run / "pipeline" / "prdp.json", epoch=1)
     said = only_sentence(evaluation(run))
     assert f"{run}: has no pipeline/ of epoch 2; when it has ended, python prdp.py" in said
-    (run / "pipeline" / "prdp.json").unlink()  # an older commit's
-    assert evaluation(run)[0] == 0
 
 
 def test_epochs_that_a_run_kept(evaluation, finished, tmp_path):
@@ -328,11 +327,11 @@ def test_epochs_that_a_run_kept(evaluation, finished, tmp_path):
     epochs = [run / "epochs" / name for name in ("0001", "0002")]
     code, _, errors = evaluation(epochs, "--reward", "incompressibility")
     assert (code, errors) == (0, "")
-    base, first, last = record_in(tmp_path / "out")["table"]
+    base, first, last = record_in(tmp_path / "out")["table"]["policy"]
     assert [row["model"] for row in (base, first, last)] == ["base", "0001", "0002"]
     assert base["mean"] != first["mean"] != last["mean"]
     assert evaluation(run, "--out", tmp_path / "other")[0] == 0
-    whole = record_in(tmp_path / "other")["table"]
+    whole = record_in(tmp_path / "other")["table"]["policy"]
     assert [row["mean"] for row in whole] == [base["mean"], last["mean"]]
 
     shutil.move(epochs[0] / "pipeline", epochs[0] / "lora")
@@ -373,7 +372,7 @@ def test_single_image_has_no_error(evaluation, finished, tmp_path):
     code, out, errors = evaluation(finished, "--samples-per-prompt", 1, "--max-prompts", 1)
     assert (code, errors) == (0, "")
     assert "+-" not in out and "nan" not in out
-    base, row = record_in(tmp_path / "out")["table"]
+    base, row = record_in(tmp_path / "out")["table"]["policy"]
     assert base["standard_error"] is row["standard_error"] is row["difference_error"] is None
     assert row["difference"] == pytest.approx(row["mean"] - base["mean"], abs=1e-5)
 
@@ -413,20 +412,21 @@ def test_every_model_that_is_named_is_in_the_table(
     for name in names:
         shutil.copytree(finished, tmp_path / name)
     assert evaluation(names)[0] == 0
-    table = record_in(tmp_path / "out")["table"]
+    table = record_in(tmp_path / "out")["table"]["policy"]
     assert [row["model"] for row in table] == labels
     assert ["difference" in row for row in table] == [False] + [True] * len(names)
     code, _, errors = evaluation(names, "--against", finished, "--out", "other")
     assert code == 0, errors
-    (first, *_) = record_in(tmp_path / "other")["table"]
+    (first, *_) = record_in(tmp_path / "other")["table"]["policy"]
     assert first["mean"] == table[1]["mean"]
 
 
 def test_it_says_what_it_does(evaluation, finished):
-    """A plan and a forecast, a line for each model and file."""
+    """A line for each model and file, and what is kept is not drawn."""
     _, out, _ = evaluation(finished)
-    assert "base: 3 prompts of p.txt, 2 images each\n  takes about " in out
-    assert "run: 3 prompts of p.txt, 2 images each\n  takes about " in out
+    assert "base: 3 of 3 prompts of p.txt to draw, 2 images each\n" in out
+    assert "run: 3 of 3 prompts of p.txt to draw, 2 images each\n" in out
+    assert evaluation(finished)[1].count(": 0 of 3 prompts of p.txt to draw") == 2
 
 
 @pytest.mark.parametrize(
@@ -461,4 +461,93 @@ def test_prompt_files_of_one_name_are_told_apart(evaluation, finished, tmp_path)
         file.parent.mkdir()
         file.write_text(f"a red circle {file.parent.name}\na ring\n")
     assert evaluation(finished, "--prompts", *files)[0] == 0
-    assert {row["prompts"] for row in record_in(tmp_path / "out")["table"]} == {*map(str, files)}
+    assert {row["prompts"] for row in record_in(tmp_path / "out")["table"]["policy"]} == {
+        *map(str, files)
+    }
+
+
+# ---- Other samplers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("ddim", 50), ("dpm++", 10), ("euler", 10)])
+def test_samplers_are_diffusers_own(evaluation, finished, monkeypatch, sampler, steps):
+    """A user's `pipe(prompt)` of the same x_T and batch, to a grey level; with ddim that is the
+    pipeline as it comes, with its own defaults."""
+    drawn, draw = {}, evaluate.draw
+
+    def kept(plan, models, chosen, images):
+        pictures, rewards = draw(plan, models, chosen, images)
+        drawn[tuple(chosen)] = pictures  # of the last model
+        return pictures, rewards
+
+    monkeypatch.setattr(evaluate, "draw", kept)
+    flags = [
+        "--sampler",
+        sampler,
+        "--ddpm-steps",
+        steps,
+        "--guidance-scale",
+        7.5,
+        "--microbatch",
+        2,
+    ]
+    assert evaluation(finished, *flags, "--max-prompts", 1)[::2] == (0, "")
+    pipe = StableDiffusionPipeline.from_pretrained(finished / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    if sampler == "dpm++":
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    if sampler == "euler":
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    ((prompt,), pictures), *_ = drawn.items()
+    place = prdp.load_prompts(finished.parent / "p.txt").index(prompt)
+    generators = prdp.image_generators(3, 0, [place], 2)
+    x_T = torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
+    own = {} if sampler == "ddim" else {"num_inference_steps": steps}
+    expected = pipe([prompt] * 2, latents=x_T, output_type="np", **own).images
+    pictures = pictures.permute(0, 2, 3, 1).numpy().astype(int)
+    assert np.abs(pictures - np.round(expected * 255)).max() <= 1
+
+
+def test_results_by_sampler(evaluation, finished, tmp_path, monkeypatch):
+    """In one file, to which another sampler's are added; what is there is not drawn again."""
+    assert evaluation(finished, "--sampler", "policy", "euler")[::2] == (0, "")
+    before = record_in(tmp_path / "out")
+    code, out, errors = evaluation(finished, "--sampler", "ddim", "euler")
+    assert (code, errors) == (0, "")
+    assert out.count(": 0 of 3 prompts of p.txt to draw") == 2  # euler's, of base and run
+    assert "p.txt, incompressibility, sampler ddim: 3 x 2 images" in out
+    record = record_in(tmp_path / "out")
+    assert set(record["table"]) == set(record["rewards"]) == {"policy", "ddim", "euler"}
+    for name in ("policy", "euler"):
+        assert record["rewards"][name] == before["rewards"][name]
+        assert record["table"][name] == before["table"][name]
+    means = [row["mean"] for rows in record["table"].values() for row in rows]
+    assert len(set(means)) == len(means) == 6
+
+
+def test_a_schedule_that_a_sampler_cannot_serve(evaluation, tiny_sd, tmp_path):
+    """In diffusers' float32 the alpha-bar of this one ends at 0."""
+    model = shutil.copytree(tiny_sd, tmp_path / "sd")
+    edit_json(model / "scheduler" / "scheduler_config.json", beta_end=0.99)
+    flags = [model, "--reward", "incompressibility", "--ddpm-steps", 10]
+    for sampler in ("ddim", "dpm++", "euler"):
+        said = only_sentence(evaluation(*flags, "--sampler", sampler))
+        assert (
+            said == f"evaluate.py: --sampler {sampler}: cannot serve this model's noise schedule."
+        )
+    assert "invalid choice: 'heun'" in only_sentence(evaluation(*flags, "--sampler", "heun"))
+
+
+def test_two_finetuned_models(evaluation, finished, tmp_path):
+    """--against RUN: its label is its own, and lines are no longer for it."""
+    other = shutil.copytree(finished, tmp_path / "another_run_of_many_more_letters")
+    shutil.copytree(
+        finished / "epochs" / "0001" / "pipeline", other / "pipeline", dirs_exist_ok=True
+    )
+    edit_json(other / "pipeline" / "prdp.json", epoch=2)
+    code, out, errors = evaluation(finished, "--against", other, "--sampler", "dpm++")
+    assert (code, errors) == (0, "")
+    first, second = record_in(tmp_path / "out")["table"]["dpm++"]
+    assert (first["model"], second["model"]) == (other.name, "run")
+    assert "difference" not in first and second["difference"] != 0 and "base" not in out
+    assert max(map(len, out.split("\n\n", 1)[1].split("see ")[0].splitlines())) <= 80
