@@ -257,13 +257,12 @@ def cosine_scorer(model: nn.Module, tokenizer, preprocess: Callable, clean: Call
     return score
 
 
-def load_pickscore(path: str) -> Scorer:
-    """PickScore (Kirstain et al. 2023), about 0.2. `path`: a CLIPModel's folder with tokenizer."""
+def load_clip(what: str, weights: str, path: str) -> Scorer:
+    """PickScore (Kirstain et al. 2023), about 0.2, and CLIP. `path`: a folder with tokenizer."""
     from transformers import CLIPModel
 
-    folder = path or "yuvalkirstain/PickScore_v1"
-    what = f"--reward pickscore: {folder}"
-    model = load_network(what, CLIPModel, folder)
+    what = f"{what}: {path or weights}"
+    model = load_network(what, CLIPModel, path or weights)
     tokenizer = load_tokenizer(what, path or TOKENIZER, model.config.text_config.vocab_size)
     return cosine_scorer(model, tokenizer, preprocess_clip, clean=str)
 
@@ -359,7 +358,8 @@ def load_aesthetic(path: str) -> Scorer:
 LOADERS = {  # NAME -> scorer of the weights in a path
     "hpsv2": lambda path: load_hpsv2("--reward hpsv2", "HPS_v2_compressed.pt", path),
     "hpsv2.1": lambda path: load_hpsv2("--reward hpsv2.1", "HPS_v2.1_compressed.pt", path),
-    "pickscore": load_pickscore,
+    "pickscore": lambda path: load_clip("--reward pickscore", "yuvalkirstain/PickScore_v1", path),
+    "clip": lambda path: load_clip("--reward clip", TOKENIZER, path),
     "aesthetic": load_aesthetic,
     "compressibility": lambda path: lambda images, prompts: -jpeg_kilobytes(images),
     "incompressibility": lambda path: lambda images, prompts: jpeg_kilobytes(images),

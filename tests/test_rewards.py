@@ -458,7 +458,8 @@ def test_hpsv2_is_open_clips_cosine(open_clip, tmp_path, monkeypatch):
     assert f"--reward hpsv2: the tokenizer of {rewards.TOKENIZER}" in refusal(f"hpsv2:{path}")
 
 
-def test_pickscore_is_the_models_own_cosine(tmp_path):
+@pytest.mark.parametrize("name", ["pickscore", "clip"])
+def test_pickscore_and_clip_are_the_models_own_cosine(name, tmp_path):
     """In float32 from a folder in half precision, whatever the batch; of a long prompt too. A
     tokenizer of another model is refused."""
     tokenizer = CLIPTokenizer.from_pretrained(TOY_PICKSCORE)
@@ -467,7 +468,7 @@ def test_pickscore_is_the_models_own_cosine(tmp_path):
     model.save_pretrained(tmp_path)
     images, prompts = noise_images(5, 3, 40, 30), ["", "red " * 100, *PROMPTS]
     ids = tokenizer(prompts, padding=True, truncation=True, max_length=16, return_tensors="pt")
-    reward = rewards.load_reward(f"pickscore:{tmp_path}", "cpu")
+    reward = rewards.load_reward(f"{name}:{tmp_path}", "cpu")
     scores = reward(images, prompts)
     with torch.no_grad():
         pixels = rewards.preprocess_clip(images, 32)
@@ -479,7 +480,20 @@ def test_pickscore_is_the_models_own_cosine(tmp_path):
 
     tokenizer.add_tokens("sks")
     tokenizer.save_pretrained(tmp_path)
-    assert "tokens, and its text encoder 122" in refusal(f"pickscore:{tmp_path}")
+    said = refusal(f"{name}:{tmp_path}")
+    assert said.startswith(f"--reward {name}: {tmp_path}: its tokenizer has 123 tokens")
+
+
+def test_official_clips(monkeypatch):
+    """Both take the tokenizer of OpenCLIP's ViT-H/14, whose weights `clip` has too."""
+    asked = []
+    model = CLIPModel.from_pretrained(TOY_PICKSCORE)
+    monkeypatch.setattr(rewards, "load_network", lambda *x: asked.append(x[0::2]) or model)
+    monkeypatch.setattr(rewards, "load_tokenizer", lambda *x: asked.append(x[:2]))
+    rewards.load_reward(["pickscore", "clip"], "cpu")
+    pick, vit = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    words = f"--reward pickscore: {pick}", f"--reward clip: {vit}"
+    assert asked == [(words[0], pick), (words[0], vit), (words[1], vit), (words[1], vit)]
 
 
 def test_aesthetic_head_is_one_affine_map(tmp_path, monkeypatch):
