@@ -1,14 +1,20 @@
-"""Prompt alignment by a vision-language model (DDPO, Black et al. 2024, Sec. 2.2 and App. D.3).
+"""Prompt alignment by a vision-language model, in two ways.
 
+    VLM=Qwen/Qwen2.5-VL-3B-Instruct python prdp.py --reward examples/vlm_reward.py:yes
     python prdp.py --reward examples/vlm_reward.py:alignment --prompts prompts/animal_activities.txt
 
-LLaVA answers "what is happening in this image?"; the reward is BERTScore's recall of the prompt in
-the answer. From the hub: llava-hf/llava-1.5-7b-hf (14 GB) and roberta-large. Not run here with
-either: tests make small ones. bert-score 0.3.13 does not work with transformers 5, so its recall is
-computed here, as it does for English: layer 17, without idf and rescaling.
+`yes` asks any of transformers' image-text-to-text models whether the picture shows the prompt; the
+reward is the probability that the answer begins with Yes, as VQAScore's (Lin et al. 2024).
+
+`alignment` is DDPO's (Black et al. 2024, Sec. 2.2 and App. D.3): LLaVA answers "what is happening
+in this image?"; the reward is BERTScore's recall of the prompt in the answer. From the hub:
+llava-hf/llava-1.5-7b-hf (14 GB) and roberta-large. bert-score 0.3.13 does not work with
+transformers 5, so its recall is computed here, as it does for English: layer 17, without idf and
+rescaling. Not run here with any of these models: tests make small ones.
 """
 
 import functools
+import os
 
 import torch
 from PIL import Image
@@ -16,6 +22,39 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 QUESTION = "USER: <image>\nwhat is happening in this image? ASSISTANT:"
+HALF = torch.float16 if torch.cuda.is_available() else torch.float32
+
+
+class Yes:
+    """(uint8 images (M, 3, H, W), M prompts) -> probabilities (M,), one picture at a time."""
+
+    def __init__(self, vlm: str) -> None:
+        self.vlm = vlm
+
+    @functools.cached_property
+    def networks(self) -> list[nn.Module]:
+        """Loaded when a run asks for them; --offload moves them."""
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        self.processor = AutoProcessor.from_pretrained(self.vlm)
+        return [AutoModelForImageTextToText.from_pretrained(self.vlm, dtype=HALF).eval()]
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return torch.stack([self.ask(*pair) for pair in zip(images, prompts, strict=True)])
+
+    def ask(self, image: Tensor, prompt: str) -> Tensor:
+        """The probability that the answer begins with a yes."""
+        (model,) = self.networks
+        picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+        question = f'Does this picture show "{prompt}"? Please answer yes or no.'
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        inputs = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True,
+            return_dict=True, return_tensors="pt",
+        ).to(model.device, model.dtype)  # fmt: skip
+        probability = model(**inputs).logits[0, -1].float().softmax(-1)
+        answers = self.processor.tokenizer(["Yes", "yes"], add_special_tokens=False).input_ids
+        return probability[[*{ids[0] for ids in answers}]].sum()
 
 
 class Alignment:
@@ -35,8 +74,7 @@ class Alignment:
         vlm, encoder = self.names
         self.processor = AutoProcessor.from_pretrained(vlm)
         self.tokenizer = AutoTokenizer.from_pretrained(encoder)
-        half = torch.float16 if torch.cuda.is_available() else torch.float32
-        llava = LlavaForConditionalGeneration.from_pretrained(vlm, dtype=half)
+        llava = LlavaForConditionalGeneration.from_pretrained(vlm, dtype=HALF)
         return [llava.eval(), AutoModel.from_pretrained(encoder).eval()]
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -75,3 +113,4 @@ class Alignment:
 
 
 alignment = Alignment()
+yes = Yes(os.environ.get("VLM", "Qwen/Qwen2.5-VL-3B-Instruct"))

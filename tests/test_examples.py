@@ -19,7 +19,11 @@ from rewards import load_reward
 from support.inputs import load_module
 
 WORDS = ["USER", ":", "ASSISTANT", "what", "is", "happening", "in", "this", "image", "?"]
-WORDS += ["a", "an", "cat", "dog", "riding", "washing", "bike"]
+WORDS += ["a", "an", "cat", "dog", "riding", "washing", "bike", "Yes", "yes", "no", "or"]
+TEMPLATE = (  # of a conversation with pictures, as such models bring it
+    "USER: {% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}<image>"
+    "{% else %} {{ part['text'] }}{% endif %}{% endfor %} ASSISTANT:"
+)
 
 
 def save_tokenizer(folder, special: list[str]) -> int:
@@ -71,6 +75,7 @@ def alignment(tmp_path_factory):
     LlavaProcessor(
         CLIPImageProcessorPil(**square), AutoTokenizer.from_pretrained(vlm), patch_size=16,
         vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
     ).save_pretrained(vlm)  # fmt: skip
     count = save_tokenizer(encoder, [])
     BertModel(BertConfig(**sizes, **layers, vocab_size=count)).save_pretrained(encoder)
@@ -89,6 +94,29 @@ def test_vlm_describes_each_picture(alignment):
     assert scores.shape == (3,) and (scores <= 1).all() and rewards.networks == alignment.networks
     expected = alignment.recall(said, ["a cat riding a bike", "a dog washing a cat", "a dog"])
     torch.testing.assert_close(scores, expected)
+
+
+def test_vlm_says_yes(alignment):
+    """Any image-text-to-text model: the probability of a yes, of each picture and prompt."""
+    (vlm, _) = alignment.names
+    module = load_module("vlm_reward", str(ROOT / "examples" / "vlm_reward.py"))
+    judge = module.Yes(vlm)
+    images = torch.randint(256, (3, 3, 40, 32), dtype=torch.uint8)
+    prompts = ["a cat riding a bike", "a dog washing a cat", "a dog"]
+    scores = load_reward(judge, CPU)(images, prompts)
+    assert len(set(scores.tolist())) == 3 and ((scores > 0) & (scores < 1)).all()
+    (model,) = judge.networks
+    vocabulary = judge.processor.tokenizer.get_vocab()
+    for image, prompt, score in zip(images, prompts, scores, strict=True):
+        text = (
+            f'USER: <image> Does this picture show "{prompt}"? Please answer yes or no. ASSISTANT:'
+        )
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        inputs = judge.processor(images=[picture], text=[text], return_tensors="pt")
+        with torch.no_grad():
+            odds = model(**inputs).logits[0, -1].double().exp()
+        expected = (odds[vocabulary["Yes"]] + odds[vocabulary["yes"]]) / odds.sum()
+        assert score.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_recall_is_a_loop_over_word_pieces(alignment):

@@ -105,6 +105,33 @@ def test_parts_of_a_reward_are_logged(cli, tmp_path):
     assert row["reward_mean"] == pytest.approx(2 * kilobytes)
 
 
+def test_a_judge_of_weight_0(cli, tmp_path, monkeypatch):
+    """It is scored and has a curve of its own, and the run is that without it."""
+    from matplotlib.axes import Axes
+
+    curves, plot = {}, Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda axes, *x, **k: curves.update({axes: x}) or plot(axes, *x, **k)
+    )
+    flags = ["--reward", "incompressibility", "compressibility=0"]
+    assert cli(*flags)[0] == 0
+    assert cli("--out", tmp_path / "without")[0] == 0
+    rows = metrics_of(tmp_path / "run")
+    without = metrics_of(tmp_path / "without")
+    judge = [row.pop("reward_mean/compressibility") for row in rows]
+    assert rows == without and min(judge) < max(judge) < 0
+    assert (
+        checkpoint(tmp_path / "run")["unet"].keys()
+        == checkpoint(tmp_path / "without")["unet"].keys()
+    )
+    names = ["reward_mean", "reward_mean/incompressibility", "reward_mean/compressibility"]
+    *_, total, part, judged, _, alone = curves.items()
+    for (axes, (epochs, _)), name in zip((total, part, judged), names, strict=True):
+        assert axes.get_ylabel() == name and list(epochs) == [1, 2]
+    assert judged[1][1] == pytest.approx(judge)
+    assert alone[0].get_ylabel() == "reward_mean" and len(alone[0].figure.axes) == 1
+
+
 def test_what_tells_nothing_is_warned_of(cli, tmp_path):
     """Equal rewards, and prompts that are cut."""
     (tmp_path / "r.py").write_text("def constant(i, p):\n    return [1.0] * len(p)\n")
