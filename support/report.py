@@ -205,7 +205,7 @@ def deviation(x: Tensor) -> float:
 
 
 def plot_rewards(path: Path, rows: list[dict]) -> None:
-    """reward.png: the mean of each epoch's rewards; of a sum also of each part, on its own scale."""
+    """reward.png: the mean of each epoch's rewards; of a sum also that of each part by itself."""
     rows = [row for row in rows if row["reward_mean"] is not None]
     if rank() != 0 or not rows:
         return
