@@ -13,12 +13,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 import evaluate
 import prdp
 import rewards
+import stable_diffusion
 from baselines import ddpo, diffusion_dpo, implicit_reward, rwr
-from conftest import ROOT, checkpoint, script, tiny_config
+from conftest import ROOT, SD14_SCHEDULER, checkpoint, script, tiny_config
 from support.inputs import load_module
 
 SHAPES = str(ROOT / "prompts" / "shapes.txt")
@@ -302,3 +304,54 @@ def test_steps_by_epoch(hacked):
 
     hacked(4, before)
     assert seen[0] == 3 and seen[-1] == 6
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_another_eta(hacked, prediction_type):
+    """diffusers' DDIM with that eta."""
+    module, _ = hacked(5)
+    config = {**SD14_SCHEDULER, "prediction_type": prediction_type}
+    ours = module.ddpm_schedule(config, 10)
+    del config["skip_prk_steps"]
+    theirs = DDIMScheduler(**config, clip_sample=False, timestep_spacing="leading")
+    theirs.set_timesteps(10)
+    x, out = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64)
+    for k, t in enumerate(theirs.timesteps):
+        zero, one = (
+            theirs.step(out, t, x, eta=0.5, variance_noise=torch.full_like(x, noise)).prev_sample
+            for noise in (0.0, 1.0)
+        )
+        mean = ours.coef_sample[k] * x + ours.coef_noise[k] * out
+        torch.testing.assert_close(mean, zero, rtol=0, atol=2e-5)
+        assert ours.sigma[k].item() == pytest.approx((one - zero).mean().item(), rel=1e-4)
+    assert "eta=1.0" in stable_diffusion.CARD and RUNNING.count("eta=1.0") == 1
+
+
+def test_only_the_attention_layers(hacked, tiny_sd):
+    _, run = hacked(6)
+    load = StableDiffusionPipeline.from_pretrained
+    before, after = (dict(load(x).unet.named_parameters()) for x in (tiny_sd, run / "pipeline"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if ".attn" in name} == set(checkpoint(run)["unet"])
+
+
+def test_pairs_weighted_by_their_gap(hacked):
+    """As a loop over pairs; what a prompt without any gap adds is 0."""
+    module, _ = hacked(7)
+    ratios, rewards = torch.rand(4, 3).double(), torch.tensor([0.1, 0.2, 2.0, 0.2])
+    total, weights = 0.0, 0.0
+    for a in range(4):
+        for b in range(4):
+            gap = max(rewards[a].item() - rewards[b].item(), 0)
+            error = (ratios[a].mean() - ratios[b].mean()).item() - gap
+            total, weights = total + gap * error**2, weights + gap
+    zero = torch.zeros_like(ratios)
+    loss = module.prdp_loss(ratios, zero, zero, rewards, math.inf, 1.0)
+    assert loss.item() == pytest.approx(total / weights)
+    assert module.prdp_loss(ratios, zero, zero, torch.ones(4), math.inf, 1.0) == 0
+
+
+def test_tests_that_fail_by_design_are_there():
+    tests = (ROOT / "test_prdp.py").read_text() + Path(__file__).read_text()
+    named = re.findall(r"`(test_\w+)`", HACKING)
+    assert len(named) == 11 and all(f"def {name}(" in tests for name in named)
