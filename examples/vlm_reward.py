@@ -46,7 +46,7 @@ class Yes:
         """The probability that the answer begins with a yes."""
         (model,) = self.networks
         picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-        question = f'Does this picture show "{prompt}"? Please answer yes or no.'
+        question = f'Does this figure show "{prompt}"? Please answer yes or no.'
         content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True,

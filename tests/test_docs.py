@@ -1,6 +1,9 @@
 """What README and docs show is there and runs: links, commands, tables, Python, fields."""
 
 import ast
+import dataclasses
+import io
+import itertools
 import json
 import math
 import re
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
 
 import evaluate
 import prdp
@@ -196,6 +200,68 @@ def test_python_runs(tmp_path, monkeypatch, capsys):
     assert not torch.equal(names["log_probs_ref"], names["drawn"].log_probs)
     assert "of the caller" in capsys.readouterr().out
     assert (tmp_path / "runs" / "from_python" / "pipeline").is_dir()
+
+
+TRL = RUNNING.split("## From TRL")[1].split("\n## ")[0]
+OF_TRL = """num_epochs save_freq num_checkpoint_limit mixed_precision allow_tf32 resume_from log_with
+    seed sample_num_steps sample_eta sample_guidance_scale sample_batch_size train_use_8bit_adam
+    sample_num_batches_per_epoch train_batch_size train_learning_rate train_adam_beta1 use_lora
+    train_clip_range train_adam_weight_decay train_gradient_accumulation_steps train_max_grad_norm train_adv_clip_max
+    train_num_inner_epochs train_cfg train_timestep_fraction per_prompt_stat_tracking"""
+
+
+def test_names_of_other_trainers():
+    """Theirs are DDPOConfig's, or ddpo-pytorch's own; ours are flags."""
+    rows = [row.split("|")[1:3] for row in TRL.split("\n") if row.startswith("| `")]
+    theirs = {name for row in rows for name in re.findall(r"`([\w.]+)`", row[0]) if name[0] != "_"}
+    assert theirs - set(OF_TRL.split()) == {"pretrained.model", "prompt_fn", "reward_fn"}
+    ours = {name.replace("-", "_") for row in rows for name in re.findall(r"`--([\w-]+)", row[1])}
+    assert ours <= {field.name for field in dataclasses.fields(ddpo.Config)} and len(ours) >= 18
+
+
+def test_an_epoch_of_other_trainers():
+    """The example's images and updates, counted as their loops do; and the unit of log-probs."""
+    assert "8 images a batch, 4 batches, updates of 4 images accumulated twice" in TRL
+    images = [f"{batch}.{n}" for batch in range(4) for n in range(8)]
+    updates, accumulated = [], []
+    for i in range(len(images) // 4):
+        accumulated += images[4 * i : 4 * i + 4]
+        if (i + 1) % 2 == 0:
+            updates.append(accumulated)
+            accumulated = []
+    as_ddpo, as_prdp = (
+        arguments_of(f"{program}.py", shlex.split(flags))
+        for program, flags in re.findall(r"python ([\w/]+)\.py (.*)", TRL)
+    )
+    parts = ddpo.minibatches(as_ddpo, 1)
+    assert [len(part) for part in parts] == [len(update) for update in updates] == [8] * 4
+    assert sorted(itertools.chain(*parts)) == [*range(32)]
+    assert as_prdp.prompts_per_epoch * as_prdp.images_per_prompt == len(images)
+
+    x, mean = torch.randn(2, 3, 4, 8, 8)
+    exponent = -((x - mean) ** 2) / (2 * 0.1**2)
+    theirs = exponent - math.log(0.1) - math.log(math.sqrt(2 * math.pi))
+    theirs = theirs.mean(dim=tuple(range(1, theirs.ndim)))
+    torch.testing.assert_close(prdp.gaussian_log_prob(x, mean, 0.1).float(), theirs)
+
+
+def test_a_reward_of_other_trainers():
+    (code,) = blocks(TRL, "python")
+
+    def theirs(images, prompts, metadata):
+        assert images.dtype == torch.float32 and isinstance(prompts, tuple) and metadata[0] == {}
+        sizes = []
+        for image in (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1):
+            Image.fromarray(image.numpy()).save(buffer := io.BytesIO(), "JPEG", quality=95)
+            sizes.append(buffer.tell() / 1000)
+        return np.array(sizes), {}
+
+    names = {"theirs": theirs}
+    exec(code, names)
+    images, prompts = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8), ["a", "b", "c"]
+    scores = rewards.load_reward(names["reward"], "cpu")(images, prompts)
+    ours = rewards.load_reward("incompressibility", "cpu")(images, prompts)
+    torch.testing.assert_close(scores.float(), ours)
 
 
 def test_the_lifted_loss_reaches_its_optimum():

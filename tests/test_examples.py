@@ -109,7 +109,7 @@ def test_vlm_says_yes(alignment):
     vocabulary = judge.processor.tokenizer.get_vocab()
     for image, prompt, score in zip(images, prompts, scores, strict=True):
         text = (
-            f'USER: <image> Does this picture show "{prompt}"? Please answer yes or no. ASSISTANT:'
+            f'USER: <image> Does this figure show "{prompt}"? Please answer yes or no. ASSISTANT:'
         )
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         inputs = judge.processor(images=[picture], text=[text], return_tensors="pt")
