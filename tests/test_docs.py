@@ -203,11 +203,14 @@ def test_python_runs(tmp_path, monkeypatch, capsys):
 
 
 TRL = RUNNING.split("## From TRL")[1].split("\n## ")[0]
-OF_TRL = """num_epochs save_freq num_checkpoint_limit mixed_precision allow_tf32 resume_from log_with
-    seed sample_num_steps sample_eta sample_guidance_scale sample_batch_size train_use_8bit_adam
-    sample_num_batches_per_epoch train_batch_size train_learning_rate train_adam_beta1 use_lora
-    train_clip_range train_adam_weight_decay train_gradient_accumulation_steps train_max_grad_norm train_adv_clip_max
-    train_num_inner_epochs train_cfg train_timestep_fraction per_prompt_stat_tracking"""
+OF_TRL = """
+    num_epochs save_freq num_checkpoint_limit mixed_precision allow_tf32 resume_from log_with
+    seed sample_num_steps sample_eta sample_guidance_scale sample_batch_size
+    train_use_8bit_adam sample_num_batches_per_epoch train_batch_size train_learning_rate
+    train_adam_beta1 use_lora train_clip_range train_adam_weight_decay
+    train_gradient_accumulation_steps train_max_grad_norm train_adv_clip_max
+    train_num_inner_epochs train_cfg train_timestep_fraction per_prompt_stat_tracking
+"""
 
 
 def test_names_of_other_trainers():
