@@ -123,7 +123,7 @@ def show_epoch(config, rows: list[dict], start: int, track: Callable) -> None:
     cells = ["-" if value is None else f"{value:.3g}" for value in values]
     mean = row["reward_mean"]
     mean = "-" if mean is None else f"{mean:.4f} +- {cells[0]}"
-    seconds = sum(SECONDS.values())
+    seconds = sum(x for name, x in row.items() if name.startswith("seconds_"))
     print0(line.format(row["epoch"], mean, *cells[1:], f"{seconds:.1f}"))
     if row["reward_std"] == 0:
         print0("warning: every image has the same reward; there is nothing to learn from.")
@@ -205,24 +205,26 @@ def deviation(x: Tensor) -> float:
 
 
 def plot_rewards(path: Path, rows: list[dict]) -> None:
-    """reward.png: the mean of each epoch's rewards; of a sum also that of each part by itself."""
+    """reward.png: mean and deviation of each epoch's rewards; of a sum each part's mean."""
     rows = [row for row in rows if row["reward_mean"] is not None]
-    if rank() != 0 or not rows:
+    if rank() or not rows:
         return
     from matplotlib.figure import Figure
 
-    epochs = [row["epoch"] for row in rows]
+    numbers = [[row["epoch"], row["reward_mean"], row["reward_std"] or 0.0] for row in rows]
+    epochs, mean, std = torch.tensor(numbers).T
     names = [name for name in rows[-1] if name.startswith("reward_mean")]
     if len(names) == 2:  # its only part
         names.pop()
-    figure = Figure(figsize=(6, 1 + 3 * len(names)), layout="constrained")
-    figure.suptitle("training images of each epoch")
-    plots = figure.subplots(len(names), squeeze=False)[:, 0]
-    for axes, name in zip(plots, names, strict=True):
-        axes.plot(epochs, [row[name] for row in rows], marker=".")
+    figure = Figure(figsize=(6, 4 * len(names)), layout="constrained")
+    figure.suptitle("training images of each epoch: mean, standard deviation")
+    figure.subplots(len(names))
+    for axes, name in zip(figure.axes, names, strict=True):
+        axes.plot(epochs, [row[name] for row in rows], ".-")
         axes.set(xlabel="epoch", ylabel=name)
+    figure.axes[0].fill_between(epochs, mean - std, mean + std, alpha=0.15)
     with writing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+        figure.savefig(temporary, format="png")
 
 
 def draw_images(path: Path, models: dict[str, Samples], shots: int = 2) -> None:
