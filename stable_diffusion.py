@@ -45,7 +45,7 @@ library_name: diffusers
 {base}---
 # {name}, finetuned by {program}
 
-To epoch {epoch}, for the reward {rewards}; all settings are in prdp.json.
+To epoch {epoch}, for the reward {rewards}; settings: prdp.json. Use the sampler it learned by:
 
     pipe = diffusers.DiffusionPipeline.from_pretrained(THIS_FOLDER)
     pipe(PROMPT, num_inference_steps={ddpm_steps}, guidance_scale={guidance_scale}, eta=1.0)

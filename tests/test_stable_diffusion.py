@@ -168,6 +168,7 @@ def test_saved_pipeline_says_what_it_is_and_has_the_policys_scheduler(cli, tiny_
     assert sigma.item() == pytest.approx(prdp.ddpm_schedule(config, 50).sigma[-1].item(), rel=1e-4)
     card = (pipeline / "README.md").read_text()
     assert "finetuned by prdp.py" in card and "for the reward incompressibility" in card
+    assert "Use the sampler it learned by:" in card and "eta=1.0" in card
     settings = (pipeline / "prdp.json").read_text()
     assert json.loads(settings)["epoch"] == 1 and str(tmp_path) not in settings
     assert len({file.stat().st_mode for file in pipeline.rglob("*.*")}) == 1
