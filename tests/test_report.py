@@ -126,7 +126,7 @@ def test_a_judge_of_weight_0(cli, tmp_path, monkeypatch):
     )
     names = ["reward_mean", "reward_mean/incompressibility", "reward_mean/compressibility"]
     *_, total, part, judged, _, alone = curves.items()
-    for (axes, (epochs, _)), name in zip((total, part, judged), names, strict=True):
+    for (axes, (epochs, *_)), name in zip((total, part, judged), names, strict=True):
         assert axes.get_ylabel() == name and list(epochs) == [1, 2]
     assert judged[1][1] == pytest.approx(judge)
     assert alone[0].get_ylabel() == "reward_mean" and len(alone[0].figure.axes) == 1
