@@ -154,15 +154,10 @@ def needed_gigabytes(config, weights: float) -> float:
     # Gradients, twice as much for Adam's moments; the reference. Adapters need neither.
     gradients = 0 if config.lora_rank else weights
     reference = 0 if config.lora_rank else weights / (1 + (half and not config.compile))
-    an_image = {
-        (True, "off"): 2.5,
-        (True, "on"): 0.46,
-        (False, "off"): 3.74,
-        (False, "on"): 0.96,
-    }
+    an_image = {"off": (3.74, 2.5), "on": (0.96, 0.46)}[config.gradient_checkpointing]
     power = 1.8 if config.gradient_checkpointing == "off" else 1.0
     scale = (weights / 3.44) ** power
-    kept = config.microbatch * an_image[half, config.gradient_checkpointing] * scale
+    kept = config.microbatch * an_image[half] * scale
     casts = weights / 2 if half else 0
     held = 0.73 * weights  # trajectories and pictures
     others = reference + 4.8 if config.offload == "off" else 0  # VAE, text encoder, HPSv2
