@@ -2,7 +2,6 @@
 
     python evaluate.py runs/toy --prompts prompts/shapes.txt --samples-per-prompt 8
     python evaluate.py MODEL OTHER --against BASE --reward hpsv2=1 aesthetic=0 --max-prompts 500
-    python evaluate.py runs/toy --sampler policy dpm++ --ddpm-steps 20 --guidance-scale 7.5
 
 A model is a run, a folder of its epochs/, a pipeline's folder or a hub id. What is not given is the
 first run's, or Table 4's. For each sampler, prompt file, reward and model: mean, standard error
@@ -11,6 +10,7 @@ over prompts, paired difference, share of wins. A stopped evaluation goes on if 
 
 import argparse
 import itertools
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -71,6 +71,7 @@ class Plan(NamedTuple):
     config: prdp.Config
     folders: dict[str, str]  # label -> a model
     base: str | None  # the label of the one that others are compared to
+    began: dict[str, dict]  # its digest when the run began from it
     sampler: str
     samples: int  # images a prompt
     prompts: dict[str, dict[str, int]]  # by file; each its place there, which decides its noise
@@ -94,11 +95,10 @@ def make_plan(args: argparse.Namespace, sampler: str) -> Plan:
     if min(args.samples_per_prompt, args.max_prompts) < 1:
         raise UserError("--samples-per-prompt and --max-prompts: must be at least 1.")
     given = {name: run[name] for name in SETTINGS if name in run}
-    if torch.cuda.is_available():
-        given["dtype"] = "bf16" if torch.cuda.is_bf16_supported(False) else "fp16"
     given |= {name: value for name, value in vars(args).items() if name in FLAGS}
-    # No epoch's images bound the microbatch here.
-    config = resolve(prdp.Config(prompts_per_epoch=processes(), images_per_prompt=2**20, **given))
+    # For --dtype auto: nothing is clipped. No epoch's images bound the microbatch.
+    sizes = dict(updates_per_epoch=1, prompts_per_epoch=processes(), images_per_prompt=2**20)
+    config = resolve(prdp.Config(**sizes, **given))
     if not config.prompts or not config.reward:
         raise UserError("the run began without files or reward: give --prompts and --reward.")
     prompts = {}
@@ -110,14 +110,15 @@ def make_plan(args: argparse.Namespace, sampler: str) -> Plan:
         prompts[file] = {every[n]: n for n in numbers}
     out = Path(absolute(args.out or run.get("out", "evaluation")))
     label = next((label for label in folders if folders[label] == base), None)
-    return Plan(config, folders, label, sampler, args.samples_per_prompt, prompts, out)
+    began = {}
+    if run and not args.against:
+        began = {label: {"model_digest": run["model_digest"]}}
+    return Plan(config, folders, label, began, sampler, args.samples_per_prompt, prompts, out)
 
 
-def draw(
-    plan: Plan, models: prdp.Models, prompts: dict[str, int], images: int
-) -> tuple[Tensor, dict]:
-    """`images` pictures of each of some prompts (P*S, 3, H, W), and by prompt their rewards: S
-    numbers of each name. x_T is the same for all models and samplers."""
+def draw(plan: Plan, models: prdp.Models, prompts: dict[str, int], images: int) -> tuple:
+    """`images` pictures of each of some prompts (P*S, 3, H, W), their rewards (P*S,), and by prompt
+    S numbers of each reward's name. x_T is the same for all models and samplers."""
     config, sd = plan.config, models.sd
     size = models.policy.microbatch
     generators = prdp.image_generators(config.seed, 0, [*prompts.values()], images)
@@ -152,17 +153,14 @@ def draw(
     for name, x in scores.items():
         for prompt, row in zip(prompts, x.view(-1, images).tolist(), strict=True):
             rewards[prompt][name] = row
-    return pictures.cpu(), rewards
+    return pictures.cpu(), total.cpu(), rewards
 
 
-def measure(
-    plan: Plan, label: str, reward: Reward, record: dict, device: torch.device
-) -> report.Samples:
+def measure(plan: Plan, label: str, reward: Reward, record: dict) -> report.Samples:
     """Add a model's rewards to `record`, which is saved as they come; a few of its pictures."""
     config = replace(plan.config, model=plan.folders[label])
-    models = prdp.load_models(config, device, reward, learns=False)
-    networks = [models.sd.unet, models.sd.vae, models.sd.text_encoders]
-    inputs = {"model_digest": run_folder.weights_digest(networks)}
+    models = prdp.load_models(config, start_processes(), reward, learns=False)
+    inputs = run_folder.model_digest(models.sd)
     before = record["inputs"].setdefault(label, inputs)
     run_folder.require_same(before, inputs, f"--out {plan.out}: {label}")
 
@@ -175,18 +173,21 @@ def measure(
         # A chunk a process at a time, of the same prompts whatever the number of processes.
         size = max(1, models.policy.microbatch // plan.samples)
         chunks = [dict(missing[first : first + size]) for first in range(0, len(missing), size)]
+        started = time.perf_counter()
         for first in range(0, len(chunks), processes()):
             drawn = {}
             for chunk in chunks[first:][rank() : rank() + 1]:  # this process's, if any
-                _, drawn = draw(plan, models, chunk, plan.samples)
+                *_, drawn = draw(plan, models, chunk, plan.samples)
             for part in gather_objects(drawn):
                 rewards |= part
             run_folder.write_json(plan.out / "evaluation.json", record)
+            if first == 0:
+                whole = (time.perf_counter() - started) * len(chunks) / processes()
+                print0(f"  takes about {report.duration(whole)}")
 
-    few = dict([*chosen.items()][:: -(-len(chosen) // 8)])  # of the last file
-    images, scores = draw(plan, models, few, 2)
-    totals = [[*by_name.values()][-1] for by_name in scores.values()]
-    return report.Samples([*few], images, torch.tensor(totals).flatten())
+    few = dict(itertools.islice(chosen.items(), 8))  # of the last file
+    images, totals, _ = draw(plan, models, few, 2)
+    return report.Samples([*few], images, totals)
 
 
 def summary(x: Tensor, form: str) -> tuple:
@@ -226,7 +227,7 @@ def tabulate(plan: Plan, rewards: dict) -> list[dict]:
 @own_state()
 def evaluate(args: argparse.Namespace, sampler: str) -> None:
     """Draw, score and compare, going on where an evaluation with this --out was stopped."""
-    device = start_processes()
+    start_processes()
     plan = make_plan(args, sampler)
 
     # A reward that fails or changed, or a model that is none, ends here.
@@ -236,12 +237,9 @@ def evaluate(args: argparse.Namespace, sampler: str) -> None:
     texts = [*itertools.chain(*plan.prompts.values())]
     reward.score(picture, texts[:1])
     settings = {name: getattr(plan.config, name) for name in SETTINGS}
-    settings |= {
-        "samples_per_prompt": plan.samples,
-        "max_prompts": args.max_prompts,
-        **run_folder.digests(reward, texts),
-    }
-    record = {"settings": settings, "inputs": {}, "rewards": {}, "table": {}}
+    settings |= {"samples_per_prompt": plan.samples, "max_prompts": args.max_prompts}
+    settings |= run_folder.digests(reward, texts)
+    record = {"settings": settings, "inputs": plan.began, "rewards": {}, "table": {}}
     path = plan.out / "evaluation.json"
     with run_folder.only_writer(plan.out):
         if path.is_file():
@@ -252,7 +250,7 @@ def evaluate(args: argparse.Namespace, sampler: str) -> None:
             record = before
         samples = {}
         for label in plan.folders:
-            samples[label] = measure(plan, label, reward, record, device)
+            samples[label] = measure(plan, label, reward, record)
         record["table"][plan.sampler] = tabulate(plan, record["rewards"][plan.sampler])
         run_folder.write_json(path, record)
         page = path.with_suffix(".png")
@@ -265,8 +263,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help="run, folder or hub id")
     parser.add_argument("--against", metavar="BASE", help="default: what the first run began from")
     parser.add_argument("--sampler", nargs="+", choices=SAMPLERS, default=["policy"])
-    parser.add_argument("--samples-per-prompt", type=int, default=64, metavar="S")
-    parser.add_argument("--max-prompts", type=int, default=10**6, metavar="N", help="of a file")
+    parser.add_argument("--samples-per-prompt", type=int, default=64)
+    parser.add_argument(
+        "--max-prompts", type=int, default=10**6, help="of each file, drawn at random by the seed"
+    )
     parser.add_argument("--out", help="default: evaluation/EPOCH in the first run, or evaluation/")
     parser.add_fields(field for field in fields(prdp.Config) if field.name in FLAGS)
     with command("evaluate.py"):

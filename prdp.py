@@ -681,7 +681,7 @@ def load_run(folder: str, device: torch.device, reward: Callable | None = None) 
     config = parse_args(["--resume", str(folder)])
     models = load_models(config, device, reward)
     saved = run_folder.read_state(Path(config.out))
-    run_folder.require_same_model(saved["record"], models.sd, folder)
+    run_folder.require_same(saved["record"], run_folder.model_digest(models.sd), folder)
     models.sd.unet.load_state_dict(saved.get("unet", {}), strict=False)  # of LoRA adapters alone
     return models
 

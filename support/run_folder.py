@@ -129,6 +129,10 @@ def weights_digest(networks: Iterable[nn.Module]) -> str:
     return digest(w[:: max(1, len(w) // 64)].float().cpu().numpy().tobytes() for w in weights)
 
 
+def model_digest(sd) -> dict[str, str]:
+    return {"model_digest": weights_digest([sd.unet, sd.vae, sd.text_encoders])}
+
+
 def digests(reward, prompts: list[str]) -> dict:
     """What a result depends on beside settings and model: prompts as read, and a reward's terms,
     Python files and weights."""
@@ -149,11 +153,6 @@ def require_same(then: dict, now: dict, what: str) -> None:
                 part = name.removesuffix("_digest").replace("_", " ")
                 change = f"the {part} changed since it began"
             raise UserError(f"{what}: {change}; restore that, or choose a new --out.")
-
-
-def require_same_model(record: dict, sd, what: str) -> None:
-    now = {"model_digest": weights_digest([sd.unet, sd.vae, sd.text_encoders])}
-    require_same(record, now, what)
 
 
 def open_run(config) -> dict:
@@ -178,12 +177,7 @@ def restore(config, saved: dict, learner: Learner, models, prompts: list[str]) -
     what config.json is to hold."""
     what, sd, reward = f"--resume {config.out}", models.sd, models.reward
     settings = {name: "inf" if x == math.inf else x for name, x in vars(config).items()}
-    record = {
-        "program": config.program,
-        **settings,
-        **digests(reward, prompts),
-        "model_digest": weights_digest([sd.unet, sd.vae, sd.text_encoders]),
-    }
+    record = {"program": config.program, **settings, **digests(reward, prompts), **model_digest(sd)}
     record = json.loads(json.dumps(record))
     then = dict(saved.get("record", record))
     require_same(then, record, what)

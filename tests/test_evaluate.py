@@ -15,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 import evaluate
 import prdp
 from conftest import ROOT, call, edit_json, only_sentence, script, small_run
+from support import run_folder
 from support.cli import UserError
 
 
@@ -430,17 +431,18 @@ def test_it_says_what_it_does(evaluation, finished):
 
 
 @pytest.mark.parametrize(
-    ("flags", "native", "dtype", "compiles"),
+    ("run", "flags", "native", "dtype"),
     [
-        ([], True, "bf16", False),
-        ([], False, "fp16", False),
-        (["--dtype", "fp32", "--compile"], True, "fp32", True),
+        (True, [], True, "fp32"),
+        (True, ["--dtype", "bf16"], True, "bf16"),
+        (False, [], True, "bf16"),
+        (False, [], False, "fp16"),
     ],
 )
-def test_on_a_gpu_it_computes_in_bf16_unless_asked(
-    evaluation, finished, monkeypatch, flags, native, dtype, compiles
+def test_it_computes_in_the_runs_format(
+    evaluation, finished, tiny_sd, monkeypatch, run, flags, native, dtype
 ):
-    """The run itself was in fp32. A card that only emulates bf16, as a T4, gets fp16."""
+    """Without a run in bf16 on a GPU; a card that only emulates it, as a T4, gets fp16."""
     seen = []
 
     def load_models(config, *rest, **options):
@@ -451,8 +453,18 @@ def test_on_a_gpu_it_computes_in_bf16_unless_asked(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated=True: emulated or native)
     monkeypatch.setattr(evaluate, "start_processes", lambda: torch.device("cpu"))
-    assert only_sentence(evaluation(finished, *flags)) == "evaluate.py: seen"
-    assert (seen[0].dtype, seen[0].compile) == (dtype, compiles)
+    model = finished if run else tiny_sd
+    result = evaluation(model, "--reward", "incompressibility", *flags, "--compile")
+    assert only_sentence(result) == "evaluate.py: seen"
+    assert (seen[0].dtype, seen[0].compile) == (dtype, True)
+
+
+def test_a_base_that_is_another_by_now_is_refused(evaluation, finished, monkeypatch):
+    """As where the run that it came from was trained on; --against it is compared all the same."""
+    monkeypatch.setattr(run_folder, "model_digest", lambda sd: {"model_digest": "another"})
+    said = only_sentence(evaluation(finished))
+    assert "base: the model changed since it began" in said
+    assert evaluation(finished, "--against", finished / "pipeline")[0] == 0
 
 
 def test_prompt_files_of_one_name_are_told_apart(evaluation, finished, tmp_path):
@@ -476,9 +488,9 @@ def test_samplers_are_diffusers_own(evaluation, finished, monkeypatch, sampler, 
     drawn, draw = {}, evaluate.draw
 
     def kept(plan, models, chosen, images):
-        pictures, rewards = draw(plan, models, chosen, images)
+        pictures, total, rewards = draw(plan, models, chosen, images)
         drawn[tuple(chosen)] = pictures  # of the last model
-        return pictures, rewards
+        return pictures, total, rewards
 
     monkeypatch.setattr(evaluate, "draw", kept)
     flags = [
