@@ -229,8 +229,8 @@ class StableDiffusion:
         """x_0 (M, C, H, W) -> uint8 images (M, 3, 8H, 8W), rounded once, as a PNG file would be. In
         float32: there are VAEs that overflow in half precision, and NaN would be black."""
         images = []
-        fit = 2**14 // latents[0, 0].numel()  # 4 of 512x512, at 0.8 GB each
-        at_once = microbatch if self.device.type == "cpu" else min(microbatch, max(1, fit))
+        fit = min(4, max(1, 2**14 // latents[0, 0].numel()))  # 4 of 512x512, at 0.8 GB each
+        at_once = microbatch if self.device.type == "cpu" else min(microbatch, fit)
         with self.at_work(self.vae):
             for rows in latents.split(at_once):
                 decoded = self.vae.decode(rows / self.vae.config.scaling_factor).sample

@@ -155,11 +155,11 @@ def needed_gigabytes(config, weights: float) -> float:
     gradients = 0 if config.lora_rank else weights
     reference = 0 if config.lora_rank else weights / (1 + (half and not config.compile))
     an_image = {"off": (3.74, 2.5), "on": (0.96, 0.46)}[config.gradient_checkpointing]
-    power = 1.8 if config.gradient_checkpointing == "off" else 1.0
+    power = 1.8 if config.gradient_checkpointing == "off" else 1.2
     scale = (weights / 3.44) ** power
     kept = config.microbatch * an_image[half] * scale
     casts = weights / 2 if half else 0
-    held = 0.73 * weights  # trajectories and pictures
+    held = 2.5 * weights / 3.44  # trajectories and pictures
     others = reference + 4.8 if config.offload == "off" else 0  # VAE, text encoder, HPSv2
     # HPSv2 takes 4 GB where there are no gradients.
     return weights + 2 * gradients + max(gradients + kept + casts, 4.0) + others + held

@@ -384,6 +384,8 @@ def test_decoding_on_a_gpu_takes_four_at_a_time(monkeypatch):
     sd = SimpleNamespace(device=device, at_work=lambda network: torch.no_grad(), vae=vae)
     assert len(StableDiffusion.decode(sd, torch.zeros(10, 3, 2, 2), 32)) == 10
     assert sizes == [4, 4, 2]
+    StableDiffusion.decode(sd, torch.zeros(2, 3, 128, 128), 32)  # SDXL's
+    assert sizes[3:] == [1, 1]
 
 
 # ---- benchmarks/memory.py ------------------------------------------------------------------------
