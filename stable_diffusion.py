@@ -133,10 +133,8 @@ def grey_picture(model: str) -> Tensor:
 
 class StableDiffusion:
     """A Stable Diffusion in float32. `unet` learns, text encoders and VAE are frozen: those are on
-    `device` while they work, and else on `idle`.
-
-    `pipe` is the diffusers pipeline around them; its scheduler is DDIM's, which with eta = 1 is the
-    chain that prdp.py samples. `dtype` is autocast's, None for float32.
+    `device` while they work, and else on `idle`. `dtype` is autocast's, None for float32. `pipe` is
+    the diffusers pipeline around them; its DDIM scheduler with eta = 1 is the chain of prdp.py.
     """
 
     def __init__(self, config, device: torch.device) -> None:
@@ -208,8 +206,8 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
-        """Text embeddings (len(prompts), L, W), as the pipeline itself makes them; of SDXL L is one
-        more, where the pooled embedding stands, filled up with zeros."""
+        """Text embeddings (len(prompts), L, W), as the pipeline makes them; the last of L is
+        SDXL's pooled one, filled up with zeros."""
         options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         with self.at_work(self.text_encoders):
             embeds, _, *rest = self.pipe.encode_prompt(prompts, device=self.device, **options)
@@ -315,11 +313,10 @@ def unpack(unet: nn.Module, inputs: tuple, options: dict) -> tuple[tuple, dict]:
     """A hook before SDXL's UNet: the inputs it expects, of what `encode` packed, and sizes."""
     if "added_cond_kwargs" in options:  # in a pass of the pipeline's own
         return inputs, options
-    embeds = options["encoder_hidden_states"]
+    texts = options["encoder_hidden_states"]
     width = unet.add_embedding.linear_1.in_features - 6 * unet.config.addition_time_embed_dim
-    time_ids = unet.time_ids.expand(len(embeds), -1)
-    added = {"text_embeds": embeds[:, -1, :width], "time_ids": time_ids}
-    return inputs, {"encoder_hidden_states": embeds[:, :-1], "added_cond_kwargs": added}
+    added = {"text_embeds": texts[:, -1, :width], "time_ids": unet.time_ids.expand(len(texts), -1)}
+    return inputs, {"encoder_hidden_states": texts[:, :-1], "added_cond_kwargs": added}
 
 
 def compiled(network: nn.Module) -> nn.Module:

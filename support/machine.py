@@ -151,15 +151,16 @@ def needed_gigabytes(config, weights: float) -> float:
     """The peak of a run whose UNet has `weights` GB in float32: counted by benchmarks/memory.py for
     SD v1.4 (3.44 GB) and SDXL (10.3) with HPSv2, and scaled by a power of weights for others."""
     half = config.dtype in FORMATS
+    checkpointing = config.gradient_checkpointing
     # Gradients, twice as much for Adam's moments; the reference. Adapters need neither.
     gradients = 0 if config.lora_rank else weights
     reference = 0 if config.lora_rank else weights / (1 + (half and not config.compile))
-    an_image = {"off": (3.74, 2.5), "on": (0.96, 0.46)}[config.gradient_checkpointing]
-    power = 1.8 if config.gradient_checkpointing == "off" else 1.2
-    scale = (weights / 3.44) ** power
-    kept = config.microbatch * an_image[half] * scale
+    an_image = {"off": (3.74, 2.5), "on": (0.96, 0.46)}[checkpointing]
+    power = 1.8 if checkpointing == "off" else 1.2
+    relative = weights / 3.44
+    kept = config.microbatch * an_image[half] * relative**power
     casts = weights / 2 if half else 0
-    held = 2.5 * weights / 3.44  # trajectories and pictures
+    held = 2.5 * relative  # trajectories and pictures
     others = reference + 4.8 if config.offload == "off" else 0  # VAE, text encoder, HPSv2
     # HPSv2 takes 4 GB where there are no gradients.
     return weights + 2 * gradients + max(gradients + kept + casts, 4.0) + others + held
