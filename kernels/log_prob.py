@@ -48,9 +48,8 @@ def forward_kernel(
     # Unannotated, Triton would round floats to float32.
     guidance_scale: tl.float64, clip_range: tl.float64, D, draw, clip, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: with `draw` x_prev first, with `clip` Eqs. 19 and 20 too. Both are known
-    at run time only: the three operations share one binary, with one order of summation, and so a
-    sample's log-prob has the same bits as its later re-scoring."""
+    """One program a row: with `draw` x_prev first, with `clip` Eqs. 19 and 20 too. Both are known at
+    run time only: one binary, one order of summation, and so re-scoring gives a sample's bits."""
     row = tl.program_id(0).to(tl.int64)
     a = tl.load(coef_sample + row)
     b = tl.load(coef_noise + row)
@@ -94,8 +93,7 @@ def backward_kernel(
     guidance_scale: tl.float64, D, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program a block of a row. dlog_prob/dmean = (x_prev - mean) / (sigma^2 D); dmean/dc =
-    coef_noise * guidance_scale; dmean/du = coef_noise * (1 - guidance_scale). The mean is computed
-    again: reading one would cost more."""
+    coef_noise * guidance_scale; dmean/du = coef_noise * (1 - guidance_scale)."""
     row = tl.program_id(0).to(tl.int64)
     a = tl.load(coef_sample + row)
     b = tl.load(coef_noise + row)

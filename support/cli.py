@@ -25,9 +25,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def flag(default, text: str = "", *choices: str, **options):
-    """A dataclass field that is a flag too, if it has a text. `least` is its smallest value, where
-    that is not above 0; `resolve` gives the value that acts; `group` begins a heading of --help;
-    other options are argparse's."""
+    """A dataclass field that is a flag too, if it has a text. `least` is its smallest value, else
+    above 0; `resolve` gives the value that acts; `group` begins a heading of --help."""
     options |= {"help": text, "choices": choices or None}
     return dataclasses.field(default=default, metadata=options)
 

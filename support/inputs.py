@@ -23,8 +23,7 @@ COLUMNS = ("prompt", "prompts", "caption", "text")  # of tables and records: the
 
 def load_prompts(*paths: str | Path) -> list[str]:
     """Prompts of .txt (a line each; blank and # lines skipped), .csv, .tsv, .json or .jsonl files
-    (strings, or records with one of COLUMNS; FILE:COLUMN names another), in order, repeats dropped.
-    UserError if one is none."""
+    (strings, or records with one of COLUMNS; FILE:COLUMN names another), in order, each once."""
     return list(dict.fromkeys(prompt for path in paths for prompt in read_prompts(str(path))))
 
 
