@@ -198,11 +198,10 @@ class StableDiffusion:
         """Around passes: the number format; and a network that else is idle is there for them."""
         moves = self.at_work(network) if network is not None else contextlib.nullcontext()
         with moves, torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            torch.clear_autocast_cache()  # checkpointing fills it in a backward pass
-            try:
-                yield
-            finally:  # inside of another autocast the casts of old weights would stay
-                torch.clear_autocast_cache()
+            # Inside of another autocast it stays, and checkpointing fills it in a backward pass.
+            torch.clear_autocast_cache()
+            yield
+            torch.clear_autocast_cache()  # and its memory
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:

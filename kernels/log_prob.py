@@ -48,8 +48,8 @@ def forward_kernel(
     # Unannotated, Triton would round floats to float32.
     guidance_scale: tl.float64, clip_range: tl.float64, D, draw, clip, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: with `draw` x_prev first, with `clip` Eqs. 19 and 20 too. Both are known at
-    run time only: one binary, one order of summation, and so re-scoring gives a sample's bits."""
+    """One program a row: with `draw` x_prev first, with `clip` Eqs. 19 and 20 too. Both are known
+    at run time only: one binary, one order of summation, and so re-scoring has a sample's bits."""
     row = tl.program_id(0).to(tl.int64)
     a = tl.load(coef_sample + row)
     b = tl.load(coef_noise + row)
