@@ -171,13 +171,15 @@ def plans(config, weights_gigabytes: Callable[[str], float]) -> list:
     UserError where nothing does. weights_gigabytes: model -> size of its UNet in float32."""
 
     def fill(plan: tuple):
-        chosen = zip(PLAN, plan, strict=True)
-        return replace(config, **{n: x for n, x in chosen if getattr(config, n) in (0, "auto")})
+        values = zip(PLAN, plan, strict=True)
+        chosen = {name: x for name, x in values if getattr(config, name) in (0, "auto")}
+        return replace(config, **chosen)
 
     if not torch.cuda.is_available() or fill(PLANS[0]) == config:
         return [fill((8, "off", "off"))]
     room = SPARE * min(gather_objects(torch.cuda.mem_get_info()[0])) / 1e9
-    size, fitting = weights_gigabytes(config.model), []
+    size = weights_gigabytes(config.model)
+    fitting = []
     for filled in map(fill, PLANS):
         if filled not in fitting and needed_gigabytes(filled, size) < room:
             fitting.append(filled)
@@ -234,4 +236,6 @@ def rehearse(config, models, batch, prompt: str, score, backward) -> tuple[float
         seconds.append((report.SECONDS["score"], report.SECONDS["update"]))
     del held
     sd.unet.zero_grad(set_to_none=True)
-    return tuple(num_steps / len(step.latents) * min(x) for x in zip(*seconds, strict=True))
+    scoring, learning = (min(x) for x in zip(*seconds, strict=True))
+    microbatches = num_steps / len(step.latents)
+    return microbatches * scoring, microbatches * learning

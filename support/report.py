@@ -211,8 +211,9 @@ def plot_rewards(path: Path, rows: list[dict]) -> None:
         return
     from matplotlib.figure import Figure
 
-    numbers = [[row["epoch"], row["reward_mean"], row["reward_std"] or 0.0] for row in rows]
-    epochs, mean, std = torch.tensor(numbers).T
+    epochs = [row["epoch"] for row in rows]
+    mean = torch.tensor([row["reward_mean"] for row in rows])
+    std = torch.tensor([row["reward_std"] or 0.0 for row in rows])
     names = [name for name in rows[-1] if name.startswith("reward_mean")]
     if len(names) == 2:  # its only part
         names.pop()
@@ -220,7 +221,8 @@ def plot_rewards(path: Path, rows: list[dict]) -> None:
     figure.suptitle("training images of each epoch: mean, standard deviation")
     figure.subplots(len(names))
     for axes, name in zip(figure.axes, names, strict=True):
-        axes.plot(epochs, [row[name] for row in rows], ".-")
+        values = [row[name] for row in rows]
+        axes.plot(epochs, values, ".-")
         axes.set(xlabel="epoch", ylabel=name)
     figure.axes[0].fill_between(epochs, mean - std, mean + std, alpha=0.15)
     with writing(path) as temporary:
@@ -304,7 +306,9 @@ def show_samples(config, epoch: int, before: Samples, samples: Samples, track: C
     rise, error = mean_and_error(difference[None])
     if math.isnan(rise):
         return
-    means = f"{before.rewards.mean():.4f} -> {samples.rewards.mean():.4f}"
+    was = before.rewards.mean()
+    now = samples.rewards.mean()
+    means = f"{was:.4f} -> {now:.4f}"
     count = f"mean reward of {len(difference)} images on fixed prompts and seeds"
     print0(f"{count}: {means}, {rise:+.4f} +- {error:.4f}")
     if rise < -3 * error:
