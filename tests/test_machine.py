@@ -421,11 +421,8 @@ def takes_half(function):
 PLANTS = {
     "nothing": ("prdp_loss", lambda function: function),
     "sample": ("guided_sample", lambda function: lambda *x: cpu(function(*x))),
-    "reward": ("score_images", lambda function: lambda *x: cpu(function(*x))),
     "reference": ("score_trajectories", reference_on_cpu),
-    "score": ("guided_log_prob", lambda function: lambda *x: cpu(function(*x))),
     "a dtype": ("run_unet", takes_half),
-    "loss": ("prdp_loss", lambda function: lambda *x: function(cpu(x[0]), *x[1:])),
     "update": ("backward_trajectories", lambda function: lambda *x: function(*x[:2], cpu(x[2]))),
     "step": ("average_gradients", gradients_on_cpu),
 }
