@@ -16,7 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from shared import show, table
+from shared import table
 
 import prdp
 from stable_diffusion import StableDiffusion, latent_shape, read_configs
@@ -44,9 +44,11 @@ SKIPPED = 0.2  # of the entries of an epoch's updates, where K > 1
 
 
 def size_of(model: str) -> tuple[float, int]:
-    """GB of a UNet's weights, and places of its latents; of what is no folder, SD v1.4's."""
-    if not Path(model).is_dir():
+    """GB of a UNet's weights, and places of its latents; UserError for another model of the hub."""
+    if model == prdp.Config.model:
         return SD14
+    if not Path(model).is_dir():
+        raise UserError(f"--model {model}: is no folder, and nothing is downloaded here.")
     _, height, width = latent_shape(read_configs(model)[1]["unet"])
     return StableDiffusion.weights_gigabytes(model), height * width
 
@@ -87,7 +89,7 @@ def row(config: prdp.Config, card: str, free: float, rate: float) -> list[str]:
     plan = ", ".join(str(getattr(config, name)) for name in machine.PLAN)
     needed = machine.needed_gigabytes(config, size_of(config.model)[0])
     times = ["", ""]
-    if config.dtype in machine.FORMATS and rate:
+    if config.dtype in machine.FORMATS and rate and size_of(config.model)[0] < 5:  # no SDXL
         hours = epoch_hours(config, rate)
         days = config.epochs * hours / 24
         times = [f"{x:.0f}" if x >= 10 else f"{x:.2g}" for x in (hours, days)]
@@ -120,8 +122,6 @@ def main() -> None:
         parser.add_argument("--dtype", default="auto", choices=("auto", *machine.ROUNDING))
         options, flags = parser.parse_known_args(sys.argv[1:])
         config = replace(prdp.parse_args(flags), dtype=options.dtype)
-        if size_of(config.model) == SD14:
-            show(f"{config.model}: counted as SD v1.4, unread")
         print_row = table(
             f"plans, and estimates +- 25% of {config.epochs} epochs", "card",
             "microbatch, checkpointing, offload", "GB", "hours an epoch", "days",

@@ -171,8 +171,10 @@ def plans(config, weights_gigabytes: Callable[[str], float]) -> list:
     UserError where nothing does. weights_gigabytes: model -> size of its UNet in float32."""
 
     def fill(plan: tuple):
-        values = zip(PLAN, plan, strict=True)
-        chosen = {name: x for name, x in values if getattr(config, name) in (0, "auto")}
+        chosen = {}
+        for name, value in zip(PLAN, plan, strict=True):
+            if getattr(config, name) in (0, "auto"):
+                chosen[name] = value
         return replace(config, **chosen)
 
     if not torch.cuda.is_available() or fill(PLANS[0]) == config:
