@@ -82,7 +82,8 @@ def make_plan(args: argparse.Namespace, sampler: str) -> Plan:
     """The arguments, with what is not given from the first run; UserError for what cannot run."""
     models = [find_model(name) for name in args.models]
     run = next((settings for _, settings in models if settings), {})
-    base, name = run.get("model"), "base"
+    base = run.get("model")
+    name = "base"
     labels = labels_of(args.models)
     if args.against:
         base = find_model(args.against)[0]
@@ -205,8 +206,7 @@ def tabulate(plan: Plan, rewards: dict) -> list[dict]:
         prompts = [*plan.prompts[file]]
         of_file = rewards[file]
         for name in of_file[next(iter(plan.folders))][prompts[0]]:
-            size = f"{len(prompts)} x {plan.samples} images"
-            print0(f"\n{shown:.20}, {name}, sampler {plan.sampler}: {size}")
+            print0(f"\n{shown:.20}, {name}, {plan.sampler}: {len(prompts)} x {plan.samples} images")
             scores = {}  # label -> (P, S)
             for label in plan.folders:
                 scores[label] = torch.tensor([of_file[label][p][name] for p in prompts])

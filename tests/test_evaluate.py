@@ -527,7 +527,7 @@ def test_results_by_sampler(evaluation, finished, tmp_path, monkeypatch):
     code, out, errors = evaluation(finished, "--sampler", "ddim", "euler")
     assert (code, errors) == (0, "")
     assert out.count(": 0 of 3 prompts of p.txt to draw") == 2  # euler's, of base and run
-    assert "p.txt, incompressibility, sampler ddim: 3 x 2 images" in out
+    assert "p.txt, incompressibility, ddim: 3 x 2 images" in out
     record = record_in(tmp_path / "out")
     assert set(record["table"]) == set(record["rewards"]) == {"policy", "ddim", "euler"}
     for name in ("policy", "euler"):
