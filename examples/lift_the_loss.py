@@ -8,7 +8,7 @@ from torch import Tensor
 
 N, B, T = 3, 16, 6
 DECAY, SIGMA, SLOPE = 0.9, torch.linspace(1, 0.3, T).double(), torch.tensor([1.0, -1.0, 0.5])
-KL_WEIGHT, CLIP_RANGE, MICROBATCH = 6.0, 0.1, 50
+KL_WEIGHT, CLIP_RANGE, MICROBATCH = 6.0, 0.02, 50
 EVERY = torch.ones(N * B, T).nonzero()  # (image, step)
 
 
@@ -62,13 +62,15 @@ def sample(theta: Tensor) -> tuple[Tensor, Tensor]:
 torch.manual_seed(0)
 theta = torch.zeros(N, T).double().requires_grad_()
 optimizer = torch.optim.Adam([theta], lr=0.02)
-for _ in range(80):
+for epoch in range(80):
     latents, log_probs_old = sample(theta.detach())
     log_probs_ref = log_prob(torch.zeros_like(theta), latents, EVERY).view(N, B, T)
     rewards = (SLOPE.repeat_interleave(B) * latents[:, -1]).view(N, B)
     for k in range(4):
         log_probs = log_prob(theta.detach(), latents, EVERY).view(N, B, T).requires_grad_()
         assert k > 0 or log_probs.equal(log_probs_old)  # the on-policy check
+        if (epoch, k) == (0, 1):
+            outside = ((log_probs - log_probs_old).abs() > CLIP_RANGE).double().mean()
         loss = prdp_loss(log_probs, log_probs_old, log_probs_ref, rewards, CLIP_RANGE, KL_WEIGHT)
         grad = torch.autograd.grad(loss, log_probs)[0].flatten()
         for part in grad.nonzero()[:, 0].split(MICROBATCH):  # the exact gradient, in little memory
@@ -78,3 +80,6 @@ for _ in range(80):
 
 optimum = SLOPE[:, None] * T / KL_WEIGHT * SIGMA**2 * DECAY ** torch.arange(T - 1, -1, -1)
 print("reached, optimum:", torch.stack([theta.detach(), optimum], 1), sep="\n")
+print("outside the clip range after the first update:", outside.item())
+spread = [rewards.std(1) / KL_WEIGHT, (log_probs_old - log_probs_ref).mean(-1).std(1)]
+print("log-ratios' deviation, allowed and taken:", torch.stack(spread), sep="\n")
