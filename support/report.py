@@ -119,8 +119,10 @@ def show_epoch(config, rows: list[dict], start: int, track: Callable) -> None:
     line = "{:>5} {:>20}" + "  {:>13}" * len(config.columns) + "  {:>7}"
     if (row["epoch"] - start) % 20 == 0:
         print0(line.format("epoch", "reward_mean +- se", *config.columns, "seconds"))
-    values = [row.get(name) for name in ("reward_se", *config.columns)]
-    cells = ["-" if value is None else f"{value:.3g}" for value in values]
+    cells = []
+    for name in ("reward_se", *config.columns):
+        value = row.get(name)
+        cells.append("-" if value is None else f"{value:.3g}")
     mean = row["reward_mean"]
     mean = "-" if mean is None else f"{mean:.4f} +- {cells[0]}"
     seconds = sum(x for name, x in row.items() if name.startswith("seconds_"))

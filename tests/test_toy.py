@@ -1,7 +1,9 @@
 """The embedded toy: its files in transformers 4 and 5, its judge, what the base model draws."""
 
 import importlib
+import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,3 +105,40 @@ def test_stages_of_the_toy_need_its_vae(toy, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         toy("make_toy").main()
     assert "need the VAE" in capsys.readouterr().err
+
+
+def test_the_race_chooses_and_goes_on(toy, monkeypatch, tmp_path):
+    """With runs whose reward is known: the best of each axis, widened where it lies at the edge; at
+    most 8 settings; nothing twice; without starting anything, an error for what there is not."""
+    race, started = toy("race"), []
+
+    def judged(command: list[str], folder: Path, epochs: int) -> float:
+        flags = dict(zip(command[3::2], command[4::2], strict=True))
+        started.append((command, epochs))
+        folder.mkdir(parents=True)
+        rate, clip = float(flags["--learning-rate"]), float(flags["--clip-range"])
+        reward = -abs(math.log(rate / 6e-3)) - abs(math.log(min(clip, 10) / 1e-2))
+        reward -= int(flags["--updates-per-epoch"]) / 10
+        (folder / "reward").write_text(str(reward))
+        return 2.0
+
+    monkeypatch.setattr(race, "ROOT", tmp_path)
+    monkeypatch.setattr(race, "RECORD", tmp_path / "race.json")
+    monkeypatch.setattr(race, "go_on", judged)
+    monkeypatch.setattr(
+        race, "judge", lambda arm, folder, noise: {"reward": float((folder / "reward").read_text())}
+    )
+    arm = race.ARMS["PRDP"]
+    fresh = race.Race({"runs": {}}, start=False)
+    with pytest.raises(LookupError):
+        fresh.sweep(arm)
+    best = race.Race({"runs": {}}, start=True).sweep(arm)
+    assert best == {"--learning-rate": 6.7e-3, "--clip-range": 1e-2, "--updates-per-epoch": 1}
+    assert len(started) == race.MOST == len({str(command) for command, _ in started})
+    assert {epochs for _, epochs in started} == {30}
+
+    stored = race.Race(race.read_record(), start=False)
+    assert stored.sweep(arm) == best
+    assert race.hours({}) > race.hours(stored.runs)
+    with pytest.raises(LookupError):
+        stored.final(arm, best, 0)
