@@ -226,8 +226,7 @@ def plot_rewards(path: Path, rows: list[dict]) -> None:
         values = [row[name] for row in rows]
         axes.plot(epochs, values, ".-")
         axes.set(xlabel="epoch", ylabel=name)
-    total = figure.axes[0]
-    total.fill_between(epochs, mean - std, mean + std, alpha=0.15)
+    figure.axes[0].fill_between(epochs, mean - std, mean + std, alpha=0.15)
     with writing(path) as temporary:
         figure.savefig(temporary, format="png")
 

@@ -234,7 +234,7 @@ def test_an_epoch_of_other_trainers():
             accumulated = []
     as_ddpo, as_prdp = (
         arguments_of(f"{program}.py", shlex.split(flags))
-        for program, flags in re.findall(r"python ([\w/]+)\.py (.*)", TRL)
+        for program, flags in re.findall(r"python ([\w/]+)\.py (.*)", blocks(TRL, "bash")[0])
     )
     parts = ddpo.minibatches(as_ddpo, 1)
     assert [len(part) for part in parts] == [len(update) for update in updates] == [8] * 4
