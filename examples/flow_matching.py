@@ -4,14 +4,14 @@ x_t = (1 - t) x_0 + t noise; the network gives the velocity noise - x_0. An ODE'
 density, so those of an SDE with its marginals are taken (Flow-GRPO, arXiv 2505.05470, and its
 sigma_t): Gaussians whose means are linear in the velocity. For SD3 or FLUX in diffusers, replace
 - `velocity` by `pipe.transformer(...)[0]`, in eval(); `timestep` is 1000 t in SD3, t in FLUX. SD3
-  is guided: the gradient goes through both branches. FLUX.1-dev is distilled: `guidance` is an
-  input, and there is one branch.
-- TIMES by `pipe.scheduler.sigmas`. `shift` s moves t to s t / (1 + (s - 1) t), towards noise, and
-  with it each step's variance; FLUX's comes from the picture's size (`mu`).
-- `reward` by one of the VAE's pictures, D by the latents' size.
-Wrong in pasted copies of such losses: rewards (1, B) for (B,), which broadcast silently (an assert
-here); log-probs summed over D under a clip range of means; another tensor scored than was stored,
-as before it is rounded. sigma_t is infinite at t = 1."""
+  is guided, the gradient goes through both branches; in FLUX.1-dev `guidance` is an input.
+- TIMES by `pipe.scheduler.sigmas.double()`, but after `set_timesteps(T)` (FLUX: with `mu`): T + 1
+  of them, ending in 0. `shift` s moves t to s t / (1 + (s - 1) t), FLUX's s being e^mu; SD3's
+  smallest is shifted twice, and its last step's deviation is .006: keep latents in float32.
+- `reward` by one of the VAE's pictures. Latents stay (m, D), reshaped in `velocity`. CLIP_RANGE is
+  in means over D = 65,536 there: begin with 1e-4, and take beta T D of a beta per nat.
+Wrong in pasted copies of such losses: rewards (B, 1), or (B,) for (N, B), which broadcast silently
+(an assert here); sums over D under a clip range of means; another tensor scored than was stored."""
 
 import copy
 import sys

@@ -217,7 +217,9 @@ def test_names_of_other_trainers():
     """Theirs are DDPOConfig's, or ddpo-pytorch's own; ours are flags."""
     rows = [row.split("|")[1:3] for row in TRL.split("\n") if row.startswith("| `")]
     theirs = {name for row in rows for name in re.findall(r"`([\w.]+)`", row[0]) if name[0] != "_"}
-    assert theirs - set(OF_TRL.split()) == {"pretrained.model", "prompt_fn", "reward_fn"}
+    others = "pretrained.model prompt_fn reward_fn pretrained_model_name prompt_function"
+    others += " reward_function project_kwargs logdir"
+    assert theirs - set(OF_TRL.split()) == set(others.split())
     ours = {name.replace("-", "_") for row in rows for name in re.findall(r"`--([\w-]+)", row[1])}
     assert ours <= {field.name for field in dataclasses.fields(ddpo.Config)} and len(ours) >= 18
 
