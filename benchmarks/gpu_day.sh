@@ -42,7 +42,7 @@ case $part in
   if compgen -G "wheels/*.whl" >/dev/null; then
     step install 40 "$python" -m pip install --no-deps --no-index wheels/*.whl
   fi
-  step tests 100 "$python" -m pytest -m gpu -q --durations 10
+  step tests 100 "$python" -m pytest -m gpu -v
   step toy 30 "$python" "${toy[@]}" --dtype fp16 --out "$out/toy"
   step toy_compiled 60 "$python" "${toy[@]}" --dtype fp16 --compile --out "$out/toy_compiled"
   step kernels 60 "$python" benchmarks/kernel_speed.py ${quick:+--quick}
