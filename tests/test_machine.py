@@ -187,7 +187,7 @@ def planned(weights: float = SD14, **settings) -> list[tuple]:
 @pytest.mark.parametrize(
     ("card", "settings", "plan"),
     [
-        ("20 GB", {}, (2, "on", "on")),
+        ("20.5 GB", {}, (4, "on", "on")),
         ("22 GB", {}, (8, "on", "on")),
         ("24 GB", {}, (2, "off", "on")),
         ("32 GB", {}, (4, "off", "on")),
