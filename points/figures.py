@@ -234,7 +234,7 @@ def figure_kl(results: dict, exact: dict[float, list[float]], path: Path) -> Non
     left.plot([row[2] for row in curve], [row[0] for row in curve], "k-x", label=label)
     left.set_title("The plane (D = 2), 45 prompts")
     right.set_title("D = 8, 45 prompts")
-    for axis, arms in ((left, results[11]), (right, results[10])):
+    for axis, arms in ((left, results[13]), (right, results[12])):
         draw_prdp(axis, arms, decay=False)
         draw_prdp(axis, arms, decay=True)
         draw_others(axis, arms)

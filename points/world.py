@@ -54,7 +54,7 @@ class Arm:
     lr: float = 3e-4
     clip: float = 0.1  # in the unit of a step's log-prob, or of DDPO's importance weight
     beta: float = 0.02  # reward per nat of the trajectory (Eq. 5); or the method's own setting
-    normalise: str = ""  # DDPO's rewards: "global", "per-prompt", "group"
+    normalise: str = ""  # DDPO's rewards: "global", "per-prompt", "group", "own mean"
     minibatches: bool = False  # K, which use each sample once (DDPO); else K times all samples
     spread: float = 3.0  # std of b(c), the reward's part that only the prompt decides
     decay: bool = False  # of the learning rate: a cosine to zero
@@ -363,11 +363,13 @@ def normalise(rewards: Tensor, prompts: Tensor, kind: str, history: Tensor) -> T
     """DDPO's advantages (Black et al. 2024, App. F.3) of rewards (S, N, B), prompts (S, N).
 
     RewardStatistics of baselines/ddpo.py for all seeds at once: S of its loops over N prompts would
-    make an epoch up to a third longer. history (S, prompts, 32) is NaN where nothing was seen yet;
-    "per-prompt" reads it and writes to it.
+    make an epoch up to a third longer. "own mean" is "group" without division. history (S, prompts,
+    32) is NaN where nothing was seen yet; "per-prompt" reads it and writes to it.
     """
-    dims = (2,) if kind == "group" else (1, 2)
+    dims = (2,) if kind in ("group", "own mean") else (1, 2)
     mean = rewards.mean(dims, keepdim=True)
+    if kind == "own mean":
+        return rewards - mean
     std = rewards.std(dims, correction=0, keepdim=True)
 
     if kind == "per-prompt":
