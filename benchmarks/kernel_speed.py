@@ -19,8 +19,8 @@ from shared import CUDA, DEVICE, SCHEDULER, attempt, print_tables, show, table
 from torch._functorch import config as functorch_config
 
 import prdp
+from support import machine
 from support.cli import Parser, command
-from support.machine import load_kernels
 
 T = 50
 
@@ -60,14 +60,14 @@ def one_pass(name: str, score: Callable, sample: Callable, args: tuple) -> Calla
     return lambda: torch.autograd.grad(log_prob, leaf, upstream, retain_graph=True)
 
 
-@mock.patch.object(prdp, "kernels_for", lambda noise_pred: None)  # plain torch, on a GPU too
+@mock.patch.object(machine, "kernels_for", lambda noise_pred: None)  # plain torch, on a GPU too
 @functorch_config.patch(donated_buffer=False)  # a backward is timed again and again on one graph
 def kernel_table(quick: bool) -> None:
     rate = copy_rate(2**22 if quick else 2**30)
     paths = {"eager": (prdp.guided_log_prob, prdp.guided_sample)}
     if CUDA:
         paths["torch.compile"] = tuple(torch.compile(f, dynamic=False) for f in paths["eager"])
-    if kernels := load_kernels()[0]:
+    if kernels := machine.load_kernels()[0]:
         paths["Triton"] = (kernels.guided_log_prob, kernels.guided_sample)
     else:
         show("\nno Triton kernels here: only plain torch is timed.")

@@ -130,10 +130,11 @@ def like_a_gpu(monkeypatch):
     """The Triton kernels run, on the CPU in Triton's interpreter, as they would on a GPU."""
     pytest.importorskip("triton")
     kernels = load_module("log_prob", str(ROOT / "kernels" / "log_prob.py"))
-    for module in (prdp, machine):
-        monkeypatch.setattr(
-            module, "kernels_for", lambda x: None if x.dtype == torch.float64 else kernels
-        )
+
+    def kernels_for(x: Tensor):
+        return None if x.dtype == torch.float64 else kernels
+
+    monkeypatch.setattr(machine, "kernels_for", kernels_for)
 
 
 EDITS = [  # function, what it says, what somebody makes of that; all leave the kernels as they are

@@ -68,7 +68,8 @@ def require_equal(one: Path, two: Path) -> None:
     scales |= {"loss": 100}
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         assert a.keys() == b.keys()
-        for name in a:
+        assert [name for name in a if a[name] is None] == [n for n in b if b[n] is None]
+        for name in (name for name in a if a[name] is not None):
             close = {"rel": 1e-5 if a["epoch"] == 1 else 2e-2, "abs": 1e-6 * scales.get(name, 0)}
             assert b[name] == pytest.approx(a[name], **close), name
     ours, theirs = checkpoint(one), checkpoint(two)

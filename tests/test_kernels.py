@@ -29,7 +29,7 @@ def plain(function: Callable) -> Callable:
     """A function of prdp.py as it runs where there are no kernels."""
 
     def call(*arguments, **named):
-        with mock.patch.object(prdp, "kernels_for", lambda noise_pred: None):
+        with mock.patch.object(machine, "kernels_for", lambda noise_pred: None):
             return function(*arguments, **named)
 
     return call
