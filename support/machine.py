@@ -206,9 +206,7 @@ def plans(config, weights_gigabytes: Callable[[str], float]) -> list:
 def first_that_fits(configs: list, attempt: Callable, *arguments):
     """attempt(config, *arguments) with the first config that fits the GPUs of all processes."""
     for config in configs:
-        result = None  # and its memory, where another process had none
-        gc.collect()
-        torch.cuda.empty_cache()
+        result = None
         try:
             result = attempt(config, *arguments)
         except Exception as error:
@@ -217,6 +215,9 @@ def first_that_fits(configs: list, attempt: Callable, *arguments):
         if not any(gather_objects(result is None)):
             return result
         print0("out of GPU memory; trying the next smaller settings")
+        result = None  # and its memory, where another process had none
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def rehearse(config, models, batch, prompt: str, score, backward) -> tuple[float, float]:

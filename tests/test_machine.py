@@ -400,18 +400,6 @@ from torch.utils._pytree import tree_map_only
 def cpu(x):
     return tree_map_only(torch.Tensor, lambda tensor: tensor.cpu(), x)
 
-def reference_on_cpu(function):
-    def call(*x):
-        return cpu(function(*x)) if x[2:] == ("reference",) else function(*x)
-    return call
-
-def gradients_on_cpu(function):
-    def call(parameters):
-        for p in parameters:
-            p.grad = torch.zeros(1)
-        return function(parameters)
-    return call
-
 def takes_half(function):
     def call(policy, x_t, prompt_embeds, steps):
         with torch.autocast("fakegpu", enabled=False):
@@ -421,10 +409,8 @@ def takes_half(function):
 PLANTS = {
     "nothing": ("prdp_loss", lambda function: function),
     "sample": ("guided_sample", lambda function: lambda *x: cpu(function(*x))),
-    "reference": ("score_trajectories", reference_on_cpu),
     "a dtype": ("run_unet", takes_half),
     "update": ("backward_trajectories", lambda function: lambda *x: function(*x[:2], cpu(x[2]))),
-    "step": ("average_gradients", gradients_on_cpu),
 }
 memory.register()
 plan = {"microbatch": 2, "gradient_checkpointing": "off", "offload": "on", "dtype": "fp16"}
