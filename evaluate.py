@@ -163,7 +163,7 @@ def measure(plan: Plan, label: str, reward: Reward, record: dict) -> report.Samp
     models = prdp.load_models(config, start_processes(), reward, learns=False)
     inputs = run_folder.model_digest(models.sd)
     before = record["inputs"].setdefault(label, inputs)
-    run_folder.require_same(before, inputs, f"--out {plan.out}: {label}")
+    run_folder.require_same(before, inputs, f"--out {plan.out} or --against: {label}")
 
     for file, chosen in plan.prompts.items():
         of_file = record["rewards"].setdefault(plan.sampler, {}).setdefault(file, {})

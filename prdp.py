@@ -671,7 +671,7 @@ def run(
                 report.show_samples(config, epoch, before, samples, track)
             report.SECONDS.clear()
 
-        after = draw_samples(config, models, models.policy, prompts)
+        after = report.try_samples(config, {"epoch": 0}, draw_samples, models, prompts)
         models.sd.save(Path(config.out), record, config.epochs)
         report.finish(config, before, after, track)
 

@@ -105,7 +105,7 @@ def checked(label: str, returned: object, prompts: list[str]) -> Tensor:
     scores = torch.as_tensor(returned, dtype=dtype).clone().view(count)
     for score, prompt in zip(scores.tolist(), prompts, strict=True):
         if not math.isfinite(score):
-            raise UserError(f"{what} {score} for the prompt {prompt!r}.")
+            raise UserError(f"{what} {score} for the prompt {prompt!r}, one of {count}.")
     return scores
 
 

@@ -110,6 +110,8 @@ def read_configs(model: str) -> tuple[Path, dict[str, dict]]:
         raise UserError(f"{what}: its unet's sample_size is {unet.get('sample_size')!r}.")
     if not isinstance(vae.get("scaling_factor", 1.0), (int, float)):
         raise UserError(f"{what}: its vae's scaling_factor is {vae['scaling_factor']!r}.")
+    if vae.get("latents_mean") or vae.get("latents_std"):  # which XL's pipeline would apply
+        raise UserError(f"{what}: its vae has latents_mean or latents_std: not supported.")
     noise_settings(configs["scheduler"])
     return folder, configs
 
@@ -117,8 +119,7 @@ def read_configs(model: str) -> tuple[Path, dict[str, dict]]:
 def latent_shape(unet: dict) -> tuple[int, int, int]:
     """(C, H, W) of a UNet's config."""
     size = unet.get("sample_size")
-    sizes = size if isinstance(size, list) else (size, size)
-    return (unet.get("in_channels", 4), *sizes)
+    return (unet.get("in_channels", 4), *(size if isinstance(size, list) else (size, size)))
 
 
 def grey_picture(model: str) -> Tensor:

@@ -33,7 +33,8 @@ from support.distributed import draw_noise, end_processes, gather_objects, image
 from support.distributed import print0, processes, rank, start_processes
 from support.machine import own_state
 from support.report import mean_and_error
-from support.run_folder import only_writer, weights_digest, write_json
+from support.run_folder import model_digest, only_writer, require_same, weights_digest
+from support.run_folder import write_json
 from support.settings import absolute, resolve
 
 FLAGS = ("seed", "dtype", "microbatch", "offload", "compile")  # fields of prdp.Config
@@ -78,8 +79,9 @@ def score(args: argparse.Namespace) -> None:
     base = find_model(args.against)[0] if args.against else run.get("model")
     if base is None:
         raise UserError(f"{args.model}: is no run; name what it began from: --against BASE.")
-    if args.draws < 1:
-        raise UserError(f"--draws {args.draws}: must be at least 1.")
+    beta = run.get("beta", 5000.0) if args.beta is None else args.beta
+    if args.draws < 1 or not 0 < beta < math.inf:
+        raise UserError("--draws and --beta: must be above 0.")
     given = {name: value for name, value in vars(args).items() if name in FLAGS}
     # No epoch's images bound the microbatch here.
     config = prdp.Config(prompts_per_epoch=processes(), images_per_prompt=2**20, **given)
@@ -91,6 +93,8 @@ def score(args: argparse.Namespace) -> None:
         for model in (folder, base):
             config = replace(config, model=model)
             models = prdp.load_models(config, device, NoReward({}), learns=False)
+            if model == base and not args.against:  # as the run began from it
+                require_same(run, model_digest(models.sd), args.model, "name it by --against")
             digest = weights_digest([models.sd.vae, models.sd.text_encoders])
             frozen.append((digest, models.sd.noise_settings))
             if frozen[0] != frozen[-1]:
@@ -99,7 +103,6 @@ def score(args: argparse.Namespace) -> None:
             errors.append(measure(models, people, args.draws, config.seed))
             del models  # and its memory
 
-        beta = args.beta or run.get("beta", 5000.0)
         differences = reward_differences(*errors, beta)
         if not differences.isfinite().all():
             raise UserError("an implicit reward is not finite; try another --dtype.")

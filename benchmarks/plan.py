@@ -71,7 +71,8 @@ def epoch_hours(config: prdp.Config, rate: float) -> float:
     if config.updates_per_epoch > 1:
         learned *= 1 - SKIPPED
     gigabytes, places = size_of(config.model)
-    size = gigabytes / SD14[0] * places / SD14[1]
+    # Counted for SD v1.4, SD 2.1 of 768x768 and SDXL's base.
+    size = (gigabytes / SD14[0]) ** 0.41 * (places / SD14[1]) ** 1.21
     image_steps = config.prompts_per_epoch * config.images_per_prompt * config.ddpm_steps
     rate *= COMPILED if config.compile else 1
     return image_steps * size * TFLOP * (without + cost * learned) / rate / 3600
@@ -89,7 +90,7 @@ def row(config: prdp.Config, card: str, free: float, rate: float) -> list[str]:
     plan = ", ".join(str(getattr(config, name)) for name in machine.PLAN)
     needed = machine.needed_gigabytes(config, size_of(config.model)[0])
     times = ["", ""]
-    if config.dtype in machine.FORMATS and rate and size_of(config.model)[0] < 5:  # no SDXL
+    if config.dtype in machine.FORMATS and rate:
         hours = epoch_hours(config, rate)
         days = config.epochs * hours / 24
         times = [f"{x:.0f}" if x >= 10 else f"{x:.2g}" for x in (hours, days)]
@@ -117,7 +118,7 @@ def cards(gb: float | None) -> Iterator[tuple[str, float, float]]:
 
 def main() -> None:
     with command("benchmarks/plan.py"):
-        parser = Parser(description=__doc__, add_help=False)
+        parser = Parser(description=__doc__)
         parser.add_argument("--gb", type=float)
         parser.add_argument("--dtype", default="auto", choices=("auto", *machine.ROUNDING))
         options, flags = parser.parse_known_args(sys.argv[1:])

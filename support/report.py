@@ -317,8 +317,10 @@ def show_samples(config, epoch: int, before: Samples, samples: Samples, track: C
         print0("warning: that is clearly below the pretrained model; lower --learning-rate.")
 
 
-def finish(config, before: Samples, after: Samples, track: Callable) -> None:
-    """Show a finished run's last samples, and before_after.png."""
+def finish(config, before: Samples, after: Samples | None, track: Callable) -> None:
+    """Show a finished run's last samples, if they could be drawn, and before_after.png."""
+    if after is None:
+        return
     show_samples(config, config.epochs, before, after, track)
     path = Path(config.out, "before_after.png")
     with forgiving(str(path)):

@@ -144,7 +144,7 @@ def digests(reward, prompts: list[str]) -> dict:
     }
 
 
-def require_same(then: dict, now: dict, what: str) -> None:
+def require_same(then: dict, now: dict, what: str, remedy: str = "choose a new --out") -> None:
     """UserError where a run's settings, prompts or weights are others than it began with."""
     for name in now:
         if name not in MAY_DIFFER and then.get(name, now[name]) != now[name]:
@@ -152,7 +152,7 @@ def require_same(then: dict, now: dict, what: str) -> None:
             if name.endswith("_digest"):
                 part = name.removesuffix("_digest").replace("_", " ")
                 change = f"the {part} changed since it began"
-            raise UserError(f"{what}: {change}; restore that, or choose a new --out.")
+            raise UserError(f"{what}: {change}; restore that, or {remedy}.")
 
 
 def open_run(config) -> dict:
@@ -258,7 +258,7 @@ def read_metrics(run: Path) -> list[dict]:
     if not path.is_file():
         return []
     with reading(str(path)):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").strip().splitlines()]
     if not all(isinstance(row, dict) and "epoch" in row for row in rows):
         raise UserError(f"{path}: has a line that is no epoch's; take it away.")
     return rows

@@ -6,6 +6,7 @@ import math
 import numbers
 import os
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def resolve(config, reward: object = None, prompts: object = None):
         choices = field.metadata.get("choices")
         if type(field.default) is bool:
             choices = (False, True)
+            acting[field.name] = bool(value)
         if choices and value not in choices:
             known = ", ".join(map(str, choices))
             raise UserError(f"{name} {value!r}: choose from {known}.")
@@ -62,6 +64,7 @@ def resolve(config, reward: object = None, prompts: object = None):
     config.check()
     if config.prompts_per_epoch % processes():
         raise UserError(f"--prompts-per-epoch: must be a multiple of {processes()} processes.")
+    acting["resume"] = str(config.resume)
     acting["out"] = absolute(config.resume or config.out or "runs/run")
     with reading(f"--out {acting['out']}"):
         acting["out"].encode()  # tokenizers can write to no other path
@@ -84,7 +87,8 @@ def parse_settings(kind: type, presets: dict, about: str | None, argv: list[str]
     parser = Parser(description=(about or "").split("\n\nPaper ")[0])
     parser.add_argument("--preset", choices=presets, help="settings to begin with (default: small)")
     parser.add_fields(dataclasses.fields(kind), presets["small"])
-    given = vars(parser.parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    given = vars(parser.parse_args([str(word) for word in words]))
     start_processes()
 
     preset = given.pop("preset")

@@ -192,9 +192,22 @@ def test_what_cannot_be_compared_is_refused(tiny_sd, pairs, tmp_path, capsys):
     for flags, sentence in [
         ([], f"{tiny_sd}: is no run; name what it began from: --against BASE."),
         (["--against", other], "has another VAE, text encoder or noise schedule"),
-        (["--against", tiny_sd, "--draws", 0], "--draws 0: must be at least 1."),
+        (["--against", tiny_sd, "--draws", 0], "--draws and --beta: must be above 0."),
+        (["--against", tiny_sd, "--beta", -1], "--draws and --beta: must be above 0."),
         (["--against", tiny_sd, "--pairs", tmp_path / "no.jsonl"], "No such file"),
     ]:
         flags = run(tiny_sd, "--pairs", pairs, "--out", tmp_path / "score", *flags)
         assert sentence in only_sentence(call(implicit_reward.main, flags, capsys))
         assert not (tmp_path / "score").exists()
+
+
+def test_a_base_that_changed_is_refused(tiny_sd, pairs, tmp_path, capsys):
+    """The run began from other weights than are there now."""
+    pipeline = Path(shutil.copytree(tiny_sd, tmp_path / "run" / "pipeline"))
+    (pipeline / "prdp.json").write_text('{"epoch": 1}')
+    record = {"model": tiny_sd, "model_digest": "another"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    flags = [tmp_path / "run", "--pairs", pairs, "--draws", 2]
+    sentence = only_sentence(call(implicit_reward.main, flags, capsys))
+    assert "the model changed since it began; restore that, or name it by --against" in sentence
+    assert call(implicit_reward.main, [*flags, "--against", tiny_sd], capsys)[0] == 0

@@ -107,6 +107,7 @@ FOLDERS = {
     "of other inputs": (config("unet", addition_embed_type="text"), "has addition_embed_type"),
     "no size": (config("unet", sample_size=None), "its unet's sample_size is None"),
     "of another width": (config("unet", cross_attention_dim=8), "cross_attention_dim is not"),
+    "means": (config("vae", latents_mean=[0.0]), "its vae has latents_mean or latents_std"),
     "of more channels": (config("vae", latent_channels=8), "in_channels, out_channels and latent"),
     "another VAE": (
         config("vae", _class_name="AutoencoderTiny"),
