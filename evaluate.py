@@ -227,7 +227,7 @@ def tabulate(plan: Plan, rewards: dict) -> list[dict]:
 @own_state()
 def evaluate(args: argparse.Namespace, sampler: str) -> None:
     """Draw, score and compare, going on where an evaluation with this --out was stopped."""
-    start_processes()
+    device = start_processes()
     plan = make_plan(args, sampler)
 
     # A reward that fails or changed, or a model that is none, ends here.
@@ -235,7 +235,7 @@ def evaluate(args: argparse.Namespace, sampler: str) -> None:
     for folder in plan.folders.values():
         picture = grey_picture(folder)
     texts = [*itertools.chain(*plan.prompts.values())]
-    reward.score(picture, texts[:1])
+    reward.score(picture.to(device), texts[:1])
     settings = {name: getattr(plan.config, name) for name in SETTINGS}
     settings |= {"samples_per_prompt": plan.samples, "max_prompts": args.max_prompts}
     settings |= run_folder.digests(reward, texts)

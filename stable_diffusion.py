@@ -224,7 +224,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, microbatch: int) -> Tensor:
-        """x_0 (M, C, H, W) -> uint8 images (M, 3, 8H, 8W), rounded once, as a PNG file would be. In
+        """x_0 (M, C, H, W) -> uint8 images, 8 times as high and wide in SD, rounded as in PNG. In
         float32: there are VAEs that overflow in half precision, and NaN would be black."""
         images = []
         fit = min(4, max(1, 2**14 // latents[0, 0].numel()))  # 4 of 512x512, at 0.8 GB each
@@ -291,7 +291,7 @@ class StableDiffusion:
                 return
             self.unet.fuse_lora()
             self.unet.unload_lora()
-        model, rewards = record["model"], " ".join(record["reward_terms"]) or "of no one's own"
+        model, rewards = record["model"], " ".join(record["reward_terms"]) or "of people's choices"
         base = "" if os.path.isabs(model) else f"base_model: {json.dumps(model)}\n"
         named = {"epoch": epoch, "name": os.path.basename(model), "base": base, "rewards": rewards}
         with writing(run / "pipeline") as folder:

@@ -56,7 +56,7 @@ def measure(models: prdp.Models, people: People, draws: int, seed: int) -> Tenso
     found = {}
     for n in range(rank(), len(people.records), processes()):
         pair = people.load(sd, seed, 0, torch.tensor([n]), mirror=False)
-        (generator,) = image_generators(seed, 0, [n], 1)
+        *_, generator = image_generators(seed, 0, [n], 3)  # the first two are of the pictures
         timesteps = torch.randint(train_steps, (draws,), generator=generator).to(sd.device)
         noise = draw_noise([generator], draws, sd.latent_shape)[0].to(sd.device)
         errors = []

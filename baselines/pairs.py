@@ -81,8 +81,6 @@ class People:
         if found != COLUMNS or not all(isinstance(x, str) and x for x in record.values()):
             raise UserError(f"{what}: must have prompt, chosen and rejected, texts, and no more.")
         (prompt,) = as_prompts([record["prompt"]], what)
-        with reading(what):
-            prompt.encode()  # half a surrogate pair is no character
         for name in ("chosen", "rejected"):
             if "://" in record[name]:
                 raise UserError(f"{what}: {name} {record[name]}: download it, and give its path.")

@@ -36,7 +36,6 @@ CARDS = {
     "H100": (85.0, 205),
     "H200": (150.2, 226),
 }
-WITHOUT_BF16 = ("T4",)
 SD14 = (3.44, 64 * 64)  # GB of its UNet's weights in float32; places of its latents
 TFLOP = 1.606  # of an image and step through it: two samples, for guidance
 COMPILED = 1.45  # times as fast
@@ -81,8 +80,7 @@ def epoch_hours(config: prdp.Config, rate: float) -> float:
 def row(config: prdp.Config, card: str, free: float, rate: float) -> list[str]:
     """Cells of a card: plan, GB that it takes, hours an epoch, days of all epochs."""
     if config.dtype == "auto":
-        coarse = config.updates_per_epoch == 1 and card not in WITHOUT_BF16
-        config = replace(config, dtype="bf16" if coarse else "fp16")
+        config = replace(config, dtype="fp16")  # in bf16 memory and times are the same
     try:
         config = chosen(config, free)
     except UserError as error:
@@ -110,7 +108,7 @@ def cards(gb: float | None) -> Iterator[tuple[str, float, float]]:
         yield name, free, rates[0] if rates else 0.0
         return
     for name, (free, rate) in CARDS.items():
-        if gb is None or abs(free - gb * 2**30 / 1e9) < 0.11 * free:
+        if gb is None or 0 <= gb * 2**30 / 1e9 - free < 0.11 * free:
             yield name, free, rate
     if gb is not None:
         yield f"any of {gb:g} GB", gb * 2**30 / 1e9 - 0.6, 0.0  # its context

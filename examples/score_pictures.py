@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("pictures", nargs="+", metavar="FILE")
     parser.add_argument("--reward", required=True, nargs="+", help="as in prdp.py")
     parser.add_argument("--prompt", default="", help="of all of them (default: an empty one)")
-    with command("score_pictures.py"):
+    with command("examples/score_pictures.py"):
         args = parser.parse_args(argv)
         reward = load_reward(args.reward, "cuda" if torch.cuda.is_available() else "cpu")
         print("".join(f"{name:>18}" for name in (*reward.components, "sum")) + "  picture")

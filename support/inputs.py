@@ -116,7 +116,7 @@ def quiet_libraries() -> None:
         huggingface_hub.utils.enable_progress_bars()
 
 
-def load_network(what: str, kind: type, folder: str, **options) -> nn.Module:
+def load_network(what: str, kind: type, folder: str | Path | None, **options) -> nn.Module:
     """A diffusers or transformers network, frozen, in float32; UserError where it cannot be read,
     lacks a weight, or has one of another shape or that is no number."""
     quiet_libraries()

@@ -34,6 +34,8 @@ def own_state() -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         torch.set_default_dtype(torch.float32)
         stack.callback(torch.set_default_dtype, dtype)
+        cudnn = torch.backends.cudnn
+        stack.callback(setattr, cudnn, "deterministic", cudnn.deterministic)
         yield
 
 
@@ -179,6 +181,7 @@ def plans(config, weights_gigabytes: Callable[[str], float]) -> list:
 
     if not torch.cuda.is_available() or fill(PLANS[0]) == config:
         return [fill((8, "off", "off"))]
+    torch.cuda.empty_cache()  # a reward has been called
     room = SPARE * min(gather_objects(torch.cuda.mem_get_info()[0])) / 1e9
     size = weights_gigabytes(config.model)
     fitting = []

@@ -221,7 +221,9 @@ def test_scores_by_hand_of_pictures_of_any_mode(tmp_path, capsys):
         main([*files, f"{tmp_path}/notes.txt", "--reward", *words])
     out, message = capsys.readouterr()
     assert stop.value.code == 2 and message.count("\n") == 1
-    assert message.startswith(f"score_pictures.py: picture {tmp_path}/notes.txt: no picture")
+    assert message.startswith(
+        f"examples/score_pictures.py: picture {tmp_path}/notes.txt: no picture"
+    )
 
     rows = [line.split() for line in out.splitlines()]
     assert rows[0] == ["incompressibility", "compressibility", "sum", "picture"] and len(rows) == 5
