@@ -602,7 +602,7 @@ def check_epoch(
     first = Trajectories(latents, log_probs, trajectories.prompt_embeds[:m])
     gap = (score_trajectories(policy, first) - log_probs).abs().max().item()
     if gap != 0:
-        raise UserError(f"epoch {epoch}: on-policy gap {gap:.1e}; try --resume.")
+        raise UserError(f"epoch {epoch}: on-policy gap {gap:.1e}; --resume, or mend the reward.")
     if epoch == 1:
         machine.check_reference(config, policy, old, ref)
 
@@ -672,7 +672,7 @@ def run(
             report.SECONDS.clear()
 
         after = report.try_samples(config, {"epoch": 0}, draw_samples, models, prompts)
-        models.sd.save(Path(config.out), record, config.epochs)
+        models.sd.save(Path(config.out), record, rows[-1]["epoch"])
         report.finish(config, before, after, track)
 
 

@@ -50,10 +50,13 @@ def read_prompts(path: str) -> list[str]:
             with reading(f"{what}, line {number}"):
                 records.append(json.loads(line.strip() or '""'))  # a blank one is no prompt
     elif kind in (".csv", ".tsv"):
+        text = text.lstrip("\n")
+        header = text.split("\n", 1)[0]
         form = {"delimiter": "\t" if kind == ".tsv" else ",", "strict": True}
         if kind == ".csv":
+            form["skipinitialspace"] = True  # id, "a cat, asleep"
             with contextlib.suppress(csv.Error):  # which means one column
-                form["delimiter"] = csv.Sniffer().sniff(lines[0], delimiters=",;\t|").delimiter
+                form["delimiter"] = csv.Sniffer().sniff(header, delimiters=",;\t|").delimiter
         table = csv.DictReader(io.StringIO(text), **form)
         try:
             records = list(table)
@@ -93,6 +96,8 @@ def as_prompts(records: Iterable, what: str = "prompts", columns: tuple = COLUMN
             remedy = f"neither a text nor has a column {' or '.join(columns)}; name it: FILE:COLUMN"
             raise UserError(f"{what}: entry {number} is {remedy}.")
         texts.append(text.strip())
+    if "\0" in "".join(texts):
+        raise UserError(f"{what}: holds NUL characters; save it as UTF-8.")
     with reading(what):
         "".join(texts).encode()  # half a surrogate pair is no character
     prompts = list(dict.fromkeys(filter(None, texts)))

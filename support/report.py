@@ -99,7 +99,9 @@ def epoch_metrics(
 
 def as_row(epoch: int, metrics: dict[str, float]) -> dict:
     """A line of metrics.jsonl; null where there is no number."""
-    row = {"epoch": epoch, **metrics}
+    row = {"epoch": epoch}
+    for name, value in metrics.items():
+        row[name] = float(value)  # another `train` may give a tensor, or numpy's
     for name, seconds in SECONDS.items():
         row[f"seconds_{name}"] = seconds
     row["images_per_second"] = row.pop("images") / sum(SECONDS.values())

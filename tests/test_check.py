@@ -86,7 +86,7 @@ def test_noise_that_comes_later_is_found_before_the_next_epoch_learns(
     assert not all(torch.equal(p, q) for p, q in zip(learned, before, strict=True))
     before = [p.clone() for p in learned]
     monkeypatch.setattr(prdp, "step_log_prob", lambda *x: score(*x) + 1e-5 * torch.rand(()))
-    with pytest.raises(prdp.UserError, match=r"epoch 3: on-policy gap \d\.\de-0\d; .* --resume"):
+    with pytest.raises(prdp.UserError, match=r"epoch 3: on-policy gap \d\.\de-0\d; --resume"):
         next(epochs)
     assert all(torch.equal(p, q) for p, q in zip(learned, before, strict=True))
 

@@ -31,6 +31,7 @@ TOY_PICKSCORE = ROOT / "toy" / "pickscore"
     [
         ("a.txt", "\ufeff# comment\r\na cat\r\n\r\n  a dog \r\na cat\r\n".encode()),
         ("a.txt", "a cat\na dog\n".encode("utf-16")),
+        ("a.csv", b'\n\nid, prompt\n1, "a cat"\n2, a dog\n'),
         ("a.txt", b"\xfe\xff" + "a cat\na dog\n".encode("utf-16-be")),
         ("a.txt", b"a cat\ra dog\r"),
         ("A.JSON", b'["a cat", {"prompt": "a dog", "image": 3}, {"prompt": "a cat"}]'),
@@ -116,6 +117,7 @@ COLUMN = "is neither a text nor has a column prompt or prompts or caption or tex
             "save the list in its member info, annotations as a file itself",
         ),
         ("lines.json", b'{"prompt": "a"}\n{"prompt": "b"}', "name it .jsonl: Extra data: line 2"),
+        ("utf16.txt", "a cat\n".encode("utf-16-le"), "holds NUL characters; save it as UTF-8"),
         ("twice.csv", b"prompt,Prompt\na,b\n", "has more than one column 'prompt'"),
         ("number.json", b'["a", 3]', f"entry 2 {COLUMN}"),
         ("half.json", b'["a", "\\ud800"]', "surrogates not allowed"),
