@@ -78,7 +78,7 @@ def test_differences_equal_a_double_loop(models, pairs):
 
     for n, record in enumerate(people.records):
         (x_0,), (text,) = people.load(base.sd, 3, 0, torch.tensor([n]), mirror=False)
-        (generator,) = prdp.image_generators(3, 0, [n], 1)
+        *_, generator = prdp.image_generators(3, 0, [n], 3)
         timesteps = torch.randint(1000, (5,), generator=generator)
         inside = []
         for t in timesteps:

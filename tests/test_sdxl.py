@@ -226,7 +226,7 @@ def test_people_teach_it_by_a_command(models, tiny_sdxl, tmp_path, capsys, loss)
     people, sd = People(str(tmp_path / "pairs.jsonl")), models().sd
     for n, pair in enumerate(people.records):
         (x_0,), _ = people.load(sd, 0, 0, torch.tensor([n]), mirror=False)
-        (generator,) = prdp.image_generators(0, 0, [n], 1)
+        *_, generator = prdp.image_generators(0, 0, [n], 3)
         for t in torch.randint(1000, (3,), generator=generator):
             noise, errors = torch.randn(4, 8, 8, generator=generator), []
             for pipe, picture in itertools.product(pipes, x_0):
