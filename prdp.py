@@ -598,9 +598,8 @@ def check_epoch(
     """Before an epoch learns, from log-probs (M, T) of theta_old and the reference: a microbatch's
     first step must return its bits, and in epoch 1 all must be the reference's."""
     m = policy.microbatch
-    latents, log_probs = trajectories.latents[:m, :2], old[:m, :1]
-    first = Trajectories(latents, log_probs, trajectories.prompt_embeds[:m])
-    gap = (score_trajectories(policy, first) - log_probs).abs().max().item()
+    first = Trajectories(trajectories.latents[:m, :2], old[:m, :1], trajectories.prompt_embeds[:m])
+    gap = (score_trajectories(policy, first) - first.log_probs).abs().max().item()
     if gap != 0:
         raise UserError(f"epoch {epoch}: on-policy gap {gap:.1e}; --resume, or mend the reward.")
     if epoch == 1:
@@ -622,13 +621,12 @@ def draw_samples(config: Config, models: Models, policy: Policy, prompts: list[s
 def run(
     config: Config,
     reward: Callable | None = None,  # (uint8 images (M, 3, H, W), M prompts) -> M numbers
-    prompts: list[str] | None = None,
+    prompts: list[str] | None = None,  # both stand in for those that config names
     *,
     train: Callable = train,
     state: object = None,  # what another `train` keeps between epochs
 ) -> None:
-    """Train from the first epoch or the last checkpoint, then show what changed; UserError for what
-    cannot run. reward and prompts stand in for those that config names."""
+    """Train, from the last checkpoint if any, and show what changed; UserError if it cannot."""
     device = start_processes()
     config = resolve(config, reward, prompts)
     if prompts is None:
@@ -661,6 +659,7 @@ def run(
             report.save_samples(config, 0, before, track)
 
         # Algorithm 1. Nothing that comes after an epoch's checkpoint can cost the epoch.
+        samples = None
         report.SECONDS.clear()
         for epoch, metrics in enumerate(train(config, models, optimizer, prompts, start), start):
             rows.append(report.as_row(epoch, metrics))
@@ -671,7 +670,7 @@ def run(
                 report.show_samples(config, epoch, before, samples, track)
             report.SECONDS.clear()
 
-        after = report.try_samples(config, {"epoch": 0}, draw_samples, models, prompts)
+        after = samples or report.try_samples(config, {"epoch": 0}, draw_samples, models, prompts)
         models.sd.save(Path(config.out), record, rows[-1]["epoch"])
         report.finish(config, before, after, track)
 

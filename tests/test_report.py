@@ -46,6 +46,13 @@ def test_fixed_samples_are_scored_as_they_are_drawn(cli, tmp_path):
     assert rewards[1] == drawn.rewards.mean().item()
 
 
+def test_the_last_samples_are_drawn_once(cli, monkeypatch):
+    """Before the first epoch and after each; at the end those of the last epoch are shown."""
+    draw, calls = prdp.draw_samples, []
+    monkeypatch.setattr(prdp, "draw_samples", lambda *x: calls.append(x) or draw(*x))
+    assert cli("--sample-every", 1)[::2] == (0, "") and len(calls) == 3
+
+
 def test_samples_that_cannot_be_drawn_cost_nothing(cli, tmp_path, monkeypatch):
     """The third drawing fails, which is epoch 2's, and the fourth, of the finished run."""
     draw, calls = prdp.draw_samples, []
