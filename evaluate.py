@@ -78,7 +78,7 @@ class Plan(NamedTuple):
     out: Path
 
 
-def make_plan(args: argparse.Namespace, sampler: str) -> Plan:
+def make_plan(args: argparse.Namespace) -> Plan:
     """The arguments, with what is not given from the first run; UserError for what cannot run."""
     models = [find_model(name) for name in args.models]
     run = next((settings for _, settings in models if settings), {})
@@ -114,7 +114,7 @@ def make_plan(args: argparse.Namespace, sampler: str) -> Plan:
     began = {}
     if run and not args.against:
         began = {label: {"model_digest": run["model_digest"]}}
-    return Plan(config, folders, label, began, sampler, args.samples_per_prompt, prompts, out)
+    return Plan(config, folders, label, began, "", args.samples_per_prompt, prompts, out)
 
 
 def draw(plan: Plan, models: prdp.Models, prompts: dict[str, int], images: int) -> tuple:
@@ -225,10 +225,10 @@ def tabulate(plan: Plan, rewards: dict) -> list[dict]:
 
 
 @own_state()
-def evaluate(args: argparse.Namespace, sampler: str) -> None:
+def evaluate(args: argparse.Namespace) -> None:
     """Draw, score and compare, going on where an evaluation with this --out was stopped."""
     device = start_processes()
-    plan = make_plan(args, sampler)
+    plan = make_plan(args)
 
     # A reward that fails or changed, or a model that is none, ends here.
     reward = load_reward(plan.config.reward, "cpu")
@@ -248,11 +248,13 @@ def evaluate(args: argparse.Namespace, sampler: str) -> None:
                 raise UserError(f"{path}: is no evaluation's; choose another --out.")
             run_folder.require_same(before["settings"], settings, f"--out {plan.out}")
             record = before
-        samples = {}
-        for label in plan.folders:
-            samples[label] = measure(plan, label, reward, record)
-        record["table"][plan.sampler] = tabulate(plan, record["rewards"][plan.sampler])
-        run_folder.write_json(path, record)
+        for sampler in args.sampler:
+            plan = plan._replace(sampler=sampler)
+            samples = {}
+            for label in plan.folders:
+                samples[label] = measure(plan, label, reward, record)
+            record["table"][sampler] = tabulate(plan, record["rewards"][sampler])
+            run_folder.write_json(path, record)
         page = path.with_suffix(".png")
         report.draw_images(page, samples)
         print0(f"see {page}")
@@ -270,9 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", help="default: evaluation/EPOCH in the first run, or evaluation/")
     parser.add_fields(field for field in fields(prdp.Config) if field.name in FLAGS)
     with command("evaluate.py"):
-        args = parser.parse_args(argv)
-        for sampler in args.sampler:
-            evaluate(args, sampler)
+        evaluate(parser.parse_args(argv))
         end_processes()
 
 
