@@ -48,7 +48,7 @@ class Arm(NamedTuple):
     program: str
     flags: tuple[str, ...]  # which all its runs have
     axes: dict[str, tuple[float, ...]]  # what is swept, in this order, each from its first value
-    seconds: float  # of one core for an epoch, on the machine below, until the record knows better
+    seconds: float  # of one core for an epoch, an estimate for the forecast
 
 
 CLIPPED = {RATE: (6e-4, 2e-4, 2e-3), CLIP: (1e-3, 1e-2, math.inf), UPDATES: (4, 1)}
@@ -145,8 +145,12 @@ def judge(arm: Arm, folder: Path | None, noise: int) -> dict[str, float]:
     return entry
 
 
+class NotRun(LookupError):
+    """The record lacks a run, and none is to be started."""
+
+
 class Race:
-    """The record, and whether what it lacks is run (else it is a LookupError)."""
+    """The record, and whether what it lacks is run (else it is NotRun)."""
 
     def __init__(self, record: dict, start: bool) -> None:
         self.record = record
@@ -163,7 +167,7 @@ class Race:
             if entry in self.runs:
                 continue
             if not self.start:
-                raise LookupError(entry)
+                raise NotRun(entry)
             seconds = go_on(command, folder, stop)
             noise = SWEEP_NOISE if seed == SWEEP_SEED else NOISE
             self.runs[entry] = judge(arm, folder, noise) | {"seconds": seconds}
@@ -267,7 +271,7 @@ def main() -> None:
             record["base"] = judge(ARMS["PRDP"], None, NOISE)
 
     best, results = {}, {}
-    with contextlib.suppress(LookupError):  # with --show, of a race that is not over
+    with contextlib.suppress(NotRun):  # with --show, of a race that is not over
         for name, arm in ARMS.items():
             best[name] = race.sweep(arm)
         results = {name: [] for name in ARMS}
