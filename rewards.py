@@ -78,19 +78,21 @@ class Reward:
                     network.to(self.device)
             parts[label] = checked(label, returned, prompts).to(images.device)
             total = total + weight * parts[label]
-        return checked("sum", total, prompts), parts
+        return checked("sum", total, prompts).to(images.device), parts
 
 
 def checked(label: str, returned: object, prompts: list[str]) -> Tensor:
-    """A copy of what a scorer returned, (M,); UserError unless it is M finite real numbers."""
+    """What a scorer returned, as (M,) on the CPU; UserError unless it is M finite real numbers."""
     import numpy as np
 
     count, what = len(prompts), f"reward {label} returned"
     try:
         scores = torch.as_tensor(returned)
-        if scores.is_complex() or scores.layout != torch.strided or np.ma.isMaskedArray(returned):
-            raise TypeError("it is complex, masked or sparse")
-        shape = tuple(scores.shape)  # a nested tensor has none
+        if scores.is_complex() or np.ma.isMaskedArray(returned):
+            raise TypeError("it is complex or masked")
+        exact = torch.as_tensor(returned, dtype=torch.float64)  # as Python's floats are
+        shape = tuple(exact.shape)
+        numbers = exact.flatten().tolist()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         kind = type(returned).__name__
         if kind == "coroutine":
@@ -98,15 +100,11 @@ def checked(label: str, returned: object, prompts: list[str]) -> Tensor:
         raise UserError(f"{what} a {kind}, not {count} real numbers ({error}).") from error
     if shape not in ((count,), (count, 1)):
         raise UserError(f"{what} numbers of shape {shape} for {count} images.")
-
-    # Python's floats are float64.
+    for number, prompt in zip(numbers, prompts, strict=True):
+        if not math.isfinite(number):
+            raise UserError(f"{what} {number} for the prompt {prompt!r}, one of {count}.")
     narrow = hasattr(returned, "dtype") and scores.is_floating_point() and scores.itemsize < 8
-    dtype = torch.float32 if narrow else torch.float64
-    scores = torch.as_tensor(returned, dtype=dtype).clone().view(count)
-    for score, prompt in zip(scores.tolist(), prompts, strict=True):
-        if not math.isfinite(score):
-            raise UserError(f"{what} {score} for the prompt {prompt!r}, one of {count}.")
-    return scores
+    return torch.tensor(numbers, dtype=torch.float32 if narrow else torch.float64)
 
 
 def parse_reward(words: str | tuple | list) -> list[tuple]:
