@@ -315,7 +315,7 @@ def backward_trajectories(
     chain rule its gradient is the sum of grad_log_probs[m, step] * dlog_probs[m, step]/dtheta, and
     each microbatch of entries is run again on its own. This is exact: the value of such a pass
     never enters the loss. Entries of gradient 0 (clipped, where the clipped error wins Eq. 18 in
-    every pair; ties) are skipped. `scaled` is grad_log_probs times a power of two, for fp16."""
+    every pair; ties) are skipped."""
     assert grad_log_probs.shape == trajectories.log_probs.shape
     entries = grad_log_probs.nonzero()  # (image, step)
     # On a GPU, or compiled, a new batch size takes seconds: entries of 0 fill it up.
@@ -324,16 +324,15 @@ def backward_trajectories(
         missing = -len(entries) % policy.microbatch
         entries = torch.cat([entries, skipped[:missing]])
 
-    def backward(scaled: Tensor) -> None:
-        for chunk in entries.split(policy.microbatch):
-            rows, steps = chunk.unbind(1)
-            with policy.autocast():
-                log_prob = step_log_prob(policy, trajectories, rows, steps)
-            (scaled[rows, steps] * log_prob).sum().backward()
-
     latent_dim = trajectories.latents[0, 0].numel()  # D
     with phase("update"):
-        machine.scaled_backward(policy.unet, backward, grad_log_probs, latent_dim)
+        # Once, with a power of two as factor, for fp16; once more if that overflowed.
+        for scaled in machine.loss_scaling(policy.unet, grad_log_probs, latent_dim):
+            for chunk in entries.split(policy.microbatch):
+                rows, steps = chunk.unbind(1)
+                with policy.autocast():
+                    log_prob = step_log_prob(policy, trajectories, rows, steps)
+                (scaled[rows, steps] * log_prob).sum().backward()
 
 
 # ---- 5. Settings: Table 4 ------------------------------------------------------------------------

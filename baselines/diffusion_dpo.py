@@ -36,7 +36,7 @@ from baselines.rwr import batches, noised
 from rewards import resolve_reward
 from support.cli import UserError, flag
 from support.distributed import average_gradients, gather, processes, rank, require_finite
-from support.machine import scaled_backward
+from support.machine import loss_scaling
 from support.report import epoch_metrics, phase
 from support.settings import absolute, parse_settings, prompt_paths, run_command
 
@@ -179,18 +179,16 @@ def update(
         with torch.no_grad(), phase("reference"), reference.autocast():
             references = [denoising_errors(reference, scheduler, *x) for _, *x in microbatches]
 
-    def backward(scaled: Tensor) -> None:
-        for (part, *x), error_ref in zip(microbatches, references, strict=True):
-            error = denoising_errors(policy, scheduler, *x)
-            loss = error[:, 0] if sft else diffusion_dpo_loss(error, error_ref, config.beta)
-            (scaled[part].to(loss.device) * loss).sum().backward()
-            losses[part] = loss.detach().cpu()
-
     with phase("update"):
         share = torch.full((len(own),), processes() / len(numbers), dtype=torch.float64)
         steepness = 1 if sft else config.beta  # a loss is at most beta / 2 as steep as an error
         optimizer.zero_grad()
-        scaled_backward(policy.unet, backward, share, noise[0].numel() / steepness)
+        for scaled in loss_scaling(policy.unet, share, noise[0].numel() / steepness):
+            for (part, *x), error_ref in zip(microbatches, references, strict=True):
+                error = denoising_errors(policy, scheduler, *x)
+                loss = error[:, 0] if sft else diffusion_dpo_loss(error, error_ref, config.beta)
+                (scaled[part].to(loss.device) * loss).sum().backward()
+                losses[part] = loss.detach().cpu()
         average_gradients(parameters)
         grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         require_finite("the gradient", grad_norm)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import prdp
 from support.cli import UserError, flag
 from support.distributed import average_gradients, gather, processes, rank, require_finite, shard
-from support.machine import scaled_backward
+from support.machine import loss_scaling
 from support.report import epoch_metrics, phase
 from support.settings import parse_settings, run_command
 
@@ -199,7 +199,9 @@ def backward_batch(
     own = ((images >= first) & (images < first + len(x_0))).nonzero()[:, 0]
     errors = torch.zeros(len(images))
 
-    def backward(scaled: Tensor) -> None:
+    if not len(own):
+        return errors
+    for scaled in loss_scaling(policy.unet, share, noise[0].numel()):
         for part in own.split(policy.microbatch):
             rows = images[part] - first
             embeds = prompt_embeds[rows // config.images_per_prompt]
@@ -208,9 +210,6 @@ def backward_batch(
             )
             (scaled[part].to(error.device) * error).sum().backward()
             errors[part] = error.detach().float().cpu()
-
-    if len(own):
-        scaled_backward(policy.unet, backward, share, noise[0].numel())
     return errors
 
 

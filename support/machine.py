@@ -116,12 +116,11 @@ def check_kernels(policy, batch, run_unet: Callable, log_prob: Callable, sample:
             raise UserError(f"{places}, must say the same, and differ by {error:.1e}.")
 
 
-def scaled_backward(
-    network: nn.Module, backward: Callable[[Tensor], None], grad: Tensor, latent_dim: float
-) -> None:
-    """backward(grad), which adds to a network's gradients, so that they do not underflow in fp16:
-    grad, of means over latent_dim numbers, is scaled by a power of two, to about 2**-6 for each of
-    them, or 1/256 of that if it overflows, and gradients are scaled back, which is exact."""
+def loss_scaling(network: nn.Module, grad: Tensor, latent_dim: float) -> Iterator[Tensor]:
+    """grad, of means over latent_dim numbers, times a power of two, so that a network's gradients
+    do not underflow in fp16: to about 2**-6 for each of those numbers, and once more at 1/256 of it
+    if they overflow. The loop's body runs backward() with it. What that adds to the gradients is
+    scaled back, which is exact."""
     require_finite("the loss's gradient", grad)
     if not grad.any():
         return
@@ -131,7 +130,7 @@ def scaled_backward(
     for factor in (scale, scale / 256):
         for p in parameters:
             p.grad = None
-        backward(factor * grad)
+        yield factor * grad
         gradients = [p.grad for p in parameters if p.grad is not None]
         torch._foreach_div_(gradients, factor)
         if nn.utils.get_total_norm(gradients).isfinite():

@@ -117,7 +117,7 @@ def test_kernels_are_for_a_gpu_but_not_for_float64(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e6])
-def test_scaled_backward_has_the_bits_of_the_plain_one_and_adds(size):
+def test_loss_scaling_has_the_bits_of_plain_backward_and_adds(size):
     network, x = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1)), torch.randn(6, 5)
     network[0].bias.requires_grad_(False)
 
@@ -127,7 +127,8 @@ def test_scaled_backward_has_the_bits_of_the_plain_one_and_adds(size):
     first, second = size * torch.randn(2, 6)
     backward(first)
     one = gradient_of(network)
-    machine.scaled_backward(network, backward, second, 256)
+    for scaled in machine.loss_scaling(network, second, 256):
+        backward(scaled)
     both = gradient_of(network)
     network.zero_grad()
     backward(second)
@@ -135,21 +136,19 @@ def test_scaled_backward_has_the_bits_of_the_plain_one_and_adds(size):
     assert network[0].bias.grad is None
 
 
-def test_scaled_backward_of_nothing_of_nan_and_of_what_overflows():
+def test_loss_scaling_of_nothing_of_nan_and_of_what_overflows():
     """No pass, an error, and 1/256 of the factor where fp16 overflows with the first one."""
-    network, scaled = nn.Linear(1, 1, bias=False), []
-    machine.scaled_backward(network, None, torch.zeros(3), 256)
+    network, factors = nn.Linear(1, 1, bias=False), []
+    assert not [*machine.loss_scaling(network, torch.zeros(3), 256)]
     assert network.weight.grad is None
     with pytest.raises(UserError, match="the loss's gradient is not finite"):
-        machine.scaled_backward(network, None, torch.tensor([1.0, math.nan]), 256)
-
-    def backward(grad: Tensor) -> None:
-        scaled.append(grad.item())
-        network.weight.grad = (grad * 2**20).half().float().view(1, 1)
+        next(machine.loss_scaling(network, torch.tensor([1.0, math.nan]), 256))
 
     network.weight.grad = torch.ones(1, 1)
-    machine.scaled_backward(network, backward, torch.tensor([0.5]), 16)
-    assert scaled == [0.25, 0.25 / 256]
+    for scaled in machine.loss_scaling(network, torch.tensor([0.5]), 16):
+        factors.append(scaled.item())
+        network.weight.grad = (scaled * 2**20).half().float().view(1, 1)
+    assert factors == [0.25, 0.25 / 256]
     assert network.weight.grad.item() == 1 + 0.5 * 2**20
 
 
