@@ -22,7 +22,7 @@ import prdp
 from rewards import Reward, load_reward
 from stable_diffusion import grey_picture
 from support import report, run_folder
-from support.cli import Parser, UserError, command
+from support.cli import Parser, UserError, command, resuming
 from support.distributed import end_processes, gather_objects, print0, processes, rank
 from support.distributed import start_processes
 from support.machine import own_state
@@ -54,7 +54,7 @@ def find_model(name: str) -> tuple[str, dict]:
     elif run != folder:
         raise UserError(f"{folder}: has no pipeline/; docs/running.md makes one of its lora/.")
     if run == folder and epoch < done:
-        remedy = f"python {record.get('program')} --resume {run} --epochs {done} makes it"
+        remedy = f"{resuming(record.get('program'), run)} --epochs {done} makes it"
         raise UserError(f"{run}: has no pipeline/ of epoch {done}; when it has ended, {remedy}.")
     return str(pipeline), {**record, "out": run / "evaluation" / f"{epoch:04d}"}
 

@@ -632,7 +632,7 @@ def run(
         prompts = load_prompts(*config.prompts)
     prompts = as_prompts(prompts, "--prompts")
     reward = load_reward(config.reward if reward is None else reward, "cpu")
-    reward.score(grey_picture(config.model).to(device), prompts[:1])  # what cannot score ends here
+    reward.score(grey_picture(config.model).to(device), prompts[:1])  # or it ends here
     with run_folder.only_writer(Path(config.out)):
         # Alg. 1, line 1. A run that goes on is loaded before anything is written.
         saved = run_folder.open_run(config)
@@ -658,7 +658,7 @@ def run(
             report.save_samples(config, 0, before, track)
 
         # Algorithm 1. Nothing that comes after an epoch's checkpoint can cost the epoch.
-        samples = None
+        epoch, samples = start - 1, None
         report.SECONDS.clear()
         for epoch, metrics in enumerate(train(config, models, optimizer, prompts, start), start):
             rows.append(report.as_row(epoch, metrics))
@@ -670,13 +670,14 @@ def run(
             report.SECONDS.clear()
 
         after = samples or report.try_samples(config, {"epoch": 0}, draw_samples, models, prompts)
-        models.sd.save(Path(config.out), record, rows[-1]["epoch"])
-        report.finish(config, before, after, track)
+        models.sd.save(Path(config.out), record, epoch)
+        report.finish(config, epoch, before, after, track)
 
 
-def load_run(folder: str, device: torch.device, reward: Callable | None = None) -> Models:
-    """A run's policy as its last checkpoint has it, and the reference that it began from."""
-    config = parse_args(["--resume", str(folder)])
+def load_run(folder: str, device: torch.device, reward=None, flags=()) -> Models:
+    """A run's policy as its last checkpoint has it, and the reference that it began from. `flags`
+    name what has moved since: ("--model", FOLDER)."""
+    config = parse_args(["--resume", str(folder), *flags])
     models = load_models(config, device, reward)
     saved = run_folder.read_state(Path(config.out))
     run_folder.require_same(saved["record"], run_folder.model_digest(models.sd), folder)

@@ -43,7 +43,7 @@ class Reward:
         self.files = files
         self.networks = []
         labels = ", ".join(components)
-        with users_code(f"reward {labels}: `networks` must be a list of torch modules"):
+        with users_code(f"reward {labels}: its `networks`, a list of torch modules"):
             for _, scorer in components.values():
                 self.networks += getattr(scorer, "networks", ())
             self.to(device)

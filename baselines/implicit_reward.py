@@ -33,8 +33,8 @@ from support.distributed import draw_noise, end_processes, gather_objects, image
 from support.distributed import print0, processes, rank, start_processes
 from support.machine import own_state
 from support.report import mean_and_error
-from support.run_folder import model_digest, only_writer, require_same, weights_digest
-from support.run_folder import write_json
+from support.run_folder import model_digest, only_writer, read_json, require_same
+from support.run_folder import weights_digest, write_json
 from support.settings import absolute, resolve
 
 FLAGS = ("seed", "dtype", "microbatch", "offload", "compile")  # fields of prdp.Config
@@ -88,7 +88,12 @@ def score(args: argparse.Namespace) -> None:
     config = resolve(config)
     people = People(absolute(args.pairs))
     out = Path(absolute(args.out or run.get("out", "evaluation")))
+    path = out / "implicit_reward.json"
+    settings = {"pairs_digest": people.digest, "draws": args.draws, "seed": config.seed}
+    settings |= {"beta": beta, "finetuned": folder, "against": base}
     with only_writer(out):
+        if path.is_file():
+            require_same(read_json(path, str(path)), settings, f"--out {out}")
         errors, frozen = [], []
         for model in (folder, base):
             config = replace(config, model=model)
@@ -107,8 +112,7 @@ def score(args: argparse.Namespace) -> None:
         if not differences.isfinite().all():
             raise UserError("an implicit reward is not finite; try another --dtype.")
         print0(f"{args.model} against {base}: {len(differences)} pairs, {args.draws} draws each")
-        record = {"model": folder, "against": base, "pairs": people.file, "draws": args.draws}
-        record |= {"pairs_digest": people.digest, "seed": config.seed, "beta": beta}
+        record = {**settings, "pairs": people.file}
         right = (differences.sign() + 1) / 2  # a tie, of equal models, is half right
         for name, x in {"difference": differences, "accuracy": right}.items():
             mean, error = mean_and_error(x[:, None])
@@ -116,8 +120,8 @@ def score(args: argparse.Namespace) -> None:
             record |= {name: mean, f"{name}_se": error}
             print0(f"  {name:<12}{mean:>9.4g}" + (f" +- {error:.2g}" if error is not None else ""))
         record["differences"] = differences.tolist()
-        write_json(out / "implicit_reward.json", record)
-        print0(f"see {out / 'implicit_reward.json'}")
+        write_json(path, record)
+        print0(f"see {path}")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

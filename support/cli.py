@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import os
+import shlex
 import sys
 import textwrap
 import traceback
@@ -19,8 +20,8 @@ class CodeError(UserError):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU has no memory left, in PyTorch's words, cuBLAS's or the driver's."""
-    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    """Whether no memory is left, in PyTorch's words, cuBLAS's or the driver's."""
+    words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
@@ -33,6 +34,11 @@ def flag(default, text: str = "", *choices: str, **options):
 
 def option(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def resuming(program: str, run: object) -> str:
+    """The command that goes on with a run."""
+    return f"python {program} --resume {shlex.quote(str(run))}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,9 +91,8 @@ def command(name: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and not out_of_memory(error):
             raise
         if isinstance(error, (MemoryError, RuntimeError)) and error.__cause__ is None:
-            where = "memory" if isinstance(error, MemoryError) else "GPU memory"
             smaller = "a smaller --microbatch, --gradient-checkpointing, --offload on"
-            sentence = f"out of {where}: try {smaller} or --lora-rank 8."
+            sentence = f"out of memory: try {smaller}, --lora-rank 8 or fewer images an epoch."
         elif isinstance(error, OSError):
             sentence = f"{error.filename or 'output'}: {error.strerror or sentence}."
         if isinstance(error, CodeError):

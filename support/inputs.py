@@ -42,9 +42,10 @@ def read_prompts(path: str) -> list[str]:
     if kind == ".json":
         with reading(f"{what}: if it has an object a line, name it .jsonl"):
             records = json.loads(text)
-        if isinstance(records, dict):
-            members = ", ".join(records)
-            raise UserError(f"{what}: save the list in its member {members[:99]} as a file itself.")
+        if not isinstance(records, list):
+            raise UserError(
+                f"{what}: must be a list of texts or records (pandas: orient='records')."
+            )
     elif kind == ".jsonl":
         for number, line in enumerate(lines, 1):
             with reading(f"{what}, line {number}"):
@@ -81,9 +82,7 @@ def read_prompts(path: str) -> list[str]:
 
 def as_prompts(records: Iterable, what: str = "prompts", columns: tuple = COLUMNS) -> list[str]:
     """The text of each, stripped, blanks and repeats dropped; UserError for what is no prompt."""
-    if isinstance(records, str) and not os.path.isfile(records):
-        records = [records]
-    # A path, a number, or a table or set, whose order is not that of prompts.
+    # A text or path, a number, or a table or set, whose order is not that of prompts.
     unordered = isinstance(records, (str, set, frozenset)) or hasattr(records, "items")
     if unordered or not isinstance(records, Iterable):
         raise UserError(f"{what}: must be a list of texts; load_prompts reads a file.")

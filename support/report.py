@@ -129,8 +129,8 @@ def show_epoch(config, rows: list[dict], start: int, track: Callable) -> None:
     mean = "-" if mean is None else f"{mean:.4f} +- {cells[0]}"
     seconds = sum(x for name, x in row.items() if name.startswith("seconds_"))
     print0(line.format(row["epoch"], mean, *cells[1:], f"{seconds:.1f}"))
-    if row["reward_std"] == 0:
-        print0("warning: every image has the same reward; there is nothing to learn from.")
+    if row["reward_std"] == 0 or row.get("skipped_fraction") == 1:
+        print0("warning: all images of a prompt have the same reward: nothing to learn from.")
     if (row.get("clip_fraction") or 0) > NEARLY_ALL:
         print0(
             "warning: nearly all log-probs leave --clip-range; raise it or lower --learning-rate."
@@ -315,15 +315,15 @@ def show_samples(config, epoch: int, before: Samples, samples: Samples, track: C
     means = f"{was:.4f} -> {now:.4f}"
     count = f"mean reward of {len(difference)} images on fixed prompts and seeds"
     print0(f"{count}: {means}, {rise:+.4f} +- {error:.4f}")
-    if rise < -3 * error:
+    if len(difference) >= 16 and rise < -3 * error:
         print0("warning: that is clearly below the pretrained model; lower --learning-rate.")
 
 
-def finish(config, before: Samples, after: Samples | None, track: Callable) -> None:
+def finish(config, epoch: int, before: Samples, after: Samples | None, track: Callable) -> None:
     """Show a finished run's last samples, if they could be drawn, and before_after.png."""
     if after is None:
         return
-    show_samples(config, config.epochs, before, after, track)
+    show_samples(config, epoch, before, after, track)
     path = Path(config.out, "before_after.png")
     with forgiving(str(path)):
         draw_images(path, {"base": before, "finetuned": after})

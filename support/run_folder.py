@@ -15,7 +15,7 @@ import filelock
 import torch
 from torch import nn
 
-from support.cli import UserError, reading
+from support.cli import UserError, reading, resuming
 from support.distributed import gather_objects, print0, rank
 
 # What a run and its continuation may differ in; paths, because digests tell what they hold.
@@ -23,7 +23,7 @@ MAY_DIFFER = {"resume", "out", "epochs", "save_every", "keep_every", "sample_eve
 MAY_DIFFER |= {"microbatch", "gradient_checkpointing", "offload", "model", "prompts", "pairs"}
 MAY_DIFFER |= {"reward", "reward_digests"}
 OURS = {"config.json", "metrics.jsonl", "checkpoint", "samples", "pipeline", "lora", "epochs"}
-OURS |= {"model_index.json"}  # of a model, which is no place for a run
+OURS |= {"reward.png", "before_after.png", "model_index.json"}  # a model is no place for a run
 
 
 class Learner(NamedTuple):
@@ -130,7 +130,10 @@ def weights_digest(networks: Iterable[nn.Module]) -> str:
 
 
 def model_digest(sd) -> dict[str, str]:
-    return {"model_digest": weights_digest([sd.unet, sd.vae, sd.text_encoders])}
+    """What is drawn: by these weights, and by this noise schedule and scale of the latents."""
+    settings = json.dumps([sd.noise_settings, sd.vae.config.scaling_factor])
+    weights = weights_digest([sd.unet, sd.vae, sd.text_encoders])
+    return {"model_digest": digest([settings.encode(), weights.encode()])}
 
 
 def digests(reward, prompts: list[str]) -> dict:
@@ -168,7 +171,8 @@ def open_run(config) -> dict:
     sizes = gather_objects(sizes)[0]  # by now others may see what rank 0 writes
     failed = sizes.get("metrics.jsonl") == 0 and "reward.png" not in sizes  # in its first epoch
     if OURS & sizes.keys() and not failed:
-        raise UserError(f"--out {out}: in use; choose another, or go on with --resume {out}.")
+        again = resuming(config.program, out)
+        raise UserError(f"--out {out}: in use; choose another, or go on with: {again}.")
     return {"epoch": 0}
 
 
@@ -199,6 +203,8 @@ def restore(config, saved: dict, learner: Learner, models, prompts: list[str]) -
         raise UserError(f"{what}: its checkpoint is of a network with other weights.")
     sd.unet.load_state_dict(saved["unet"], strict=False)
     optimizer.load_state_dict(saved["optimizer"])
+    if (state is None) != ("state" not in saved):
+        raise UserError(f"{what}: its `train` was another's; call run with that, and its state.")
     if state is not None:
         state.load_state_dict(saved["state"])
     del saved["unet"], saved["optimizer"]  # and their memory
@@ -220,6 +226,7 @@ def save_checkpoint(run: Path, record: dict, epoch: int, state: dict) -> None:
     if rank() == 0:
         with writing(run / "checkpoint" / "state.pt") as temporary:
             torch.save({"record": record, "epoch": epoch, **state}, temporary)
+            torch.load(temporary, weights_only=True, mmap=True)  # as it will be read
 
 
 def save_epoch(config, record: dict, rows: list[dict], learner: Learner, sd) -> None:
@@ -259,6 +266,6 @@ def read_metrics(run: Path) -> list[dict]:
         return []
     with reading(str(path)):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").strip().splitlines()]
-    if not all(isinstance(row, dict) and "epoch" in row for row in rows):
+    if not all(isinstance(row, dict) and type(row.get("epoch")) is int for row in rows):
         raise UserError(f"{path}: has a line that is no epoch's; take it away.")
     return rows

@@ -5,14 +5,13 @@ import importlib.util
 import math
 import numbers
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from support.cli import Parser, UserError, command, option, reading
+from support.cli import Parser, UserError, command, option, reading, resuming
 from support.distributed import end_processes, print0, processes, start_processes
 from support.run_folder import read_json, require_same
 
@@ -107,9 +106,10 @@ def parse_settings(kind: type, presets: dict, about: str | None, argv: list[str]
     if not file.is_file():
         raise UserError(f"{what}: No such file or directory; name the folder of a run.")
     record = read_json(file, what)
-    if record.get("program") != kind.program:
-        remedy = f"python {record.get('program')} --resume {run}"
-        raise UserError(f"--resume {run}: began with {record.get('program')}; go on with {remedy}.")
+    began = record.get("program")
+    if began != kind.program:
+        remedy = resuming(began, run)
+        raise UserError(f"--resume {run}: began with {began}; go on with: {remedy}.")
     fields = [field for field in dataclasses.fields(kind) if field.name in record]
     with reading(what):
         saved = kind(**{field.name: type(field.default)(record[field.name]) for field in fields})
@@ -126,7 +126,6 @@ def run_command(program: str, parse_args: Callable, run: Callable, argv: list[st
             run(config)
         except KeyboardInterrupt:
             if Path(config.out, "config.json").exists():
-                again = f"python {program} --resume {shlex.quote(config.out)}"
-                print0(f"stopped; go on with: {again}")
+                print0(f"stopped; go on with: {resuming(program, config.out)}")
             raise
         end_processes()

@@ -181,6 +181,9 @@ def test_what_is_printed_and_written(tiny_sd, pairs, tmp_path, capsys):
     assert record["accuracy"] == right.mean()
     assert record["accuracy_se"] == pytest.approx(right.std(ddof=1) / 6**0.5)
     assert f"accuracy    {right.mean():>9.4g} +- " in out
+    assert call(implicit_reward.main, flags, capsys)[0] == 0  # again
+    said = only_sentence(call(implicit_reward.main, [*flags, "--draws", 3], capsys))
+    assert "draws is 3, and was 2; restore that, or choose a new --out" in said
     flags = run(tiny_sd, "--pairs", pairs, "--against", tiny_sd, "--out", tmp_path / "same")
     code, out, _ = call(implicit_reward.main, flags, capsys)
     assert code == 0 and "accuracy          0.5 +- 0" in out

@@ -111,11 +111,8 @@ COLUMN = "is neither a text nor has a column prompt or prompts or caption or tex
         ("empty.csv", b"", "holds no prompt"),
         ("broken.jsonl", b'"a cat"\n\n{"prompt": \n', "line 3: Expecting value"),
         ("one.json", b"3", "must be a list of texts"),
-        (
-            "coco.json",
-            b'{"info": {}, "annotations": [{"caption": "a cat"}]}',
-            "save the list in its member info, annotations as a file itself",
-        ),
+        ("coco.json", b'{"annotations": [{"caption": "a cat"}]}', "a list of texts or records"),
+        ("pandas.json", b'{"prompt": {"0": "a cat"}}', "or records (pandas: orient='records')"),
         ("lines.json", b'{"prompt": "a"}\n{"prompt": "b"}', "name it .jsonl: Extra data: line 2"),
         ("utf16.txt", "a cat\n".encode("utf-16-le"), "holds NUL characters; save it as UTF-8"),
         ("twice.csv", b"prompt,Prompt\na,b\n", "has more than one column 'prompt'"),
@@ -151,11 +148,10 @@ def test_prompts_of_a_pipe():
 
 
 def test_prompts_from_python():
-    """One string is one prompt; whatever holds strings in an order is a list of them."""
-    assert as_prompts("a red circle") == ["a red circle"]
+    """Whatever holds strings in an order is a list of prompts; a lone string may be a path."""
     for kind in (tuple, np.array, iter):
         assert as_prompts(kind(["a", "b", "a"])) == ["a", "b"]
-    for records in (Path("p.txt"), __file__, {"prompt": ["a cat"]}, {"a", "b"}, None):
+    for records in ("p.txt", Path("p.txt"), __file__, {"prompt": ["a cat"]}, {"a", "b"}, None):
         with pytest.raises(UserError, match="must be a list of texts; load_prompts reads a file"):
             as_prompts(records)
     for records in ([], ["  "], [3], [None]):

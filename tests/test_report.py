@@ -73,13 +73,17 @@ def test_samples_that_cannot_be_drawn_cost_nothing(cli, tmp_path, monkeypatch):
     assert checkpoint(tmp_path / "run")["epoch"] == 2
 
 
+FALLS = ["--clip-range", "inf", "--reward", "falls.py:f"]
+
+
 @pytest.mark.parametrize(
     ("flags", "warned"),
     [
         (["--clip-range", 1e-12], ["nearly all log-probs leave"]),
         (["--clip-range", "inf"], []),
         (["--clip-range", 1e-12, "--updates-per-epoch", 1], []),  # nothing can be clipped
-        (["--clip-range", "inf", "--reward", "falls.py:f"], ["below the pretrained model"]),
+        (FALLS, []),  # 4 images are no evidence
+        ([*FALLS, "--images-per-prompt", 8], ["below the pretrained model"]),
     ],
 )
 def test_runs_that_go_wrong_say_so(cli, tmp_path, monkeypatch, flags, warned):
@@ -147,7 +151,7 @@ def test_what_tells_nothing_is_warned_of(cli, tmp_path):
     flags = ["--reward", f"{tmp_path}/r.py:constant", "--prompts", tmp_path / "p.txt"]
     code, out, errors = cli(*flags, "--epochs", 1)
     assert (code, errors) == (0, "")
-    assert "every image has the same reward" in out
+    assert "warning: all images of a prompt have the same reward" in out
     assert "warning: 1 of 2 prompts exceed 16 tokens, cut there." in out
     (row,) = metrics_of(tmp_path / "run")
     assert (row["reward_std"], row["loss"], row["skipped_fraction"]) == (0, 0, 1)

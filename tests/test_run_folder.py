@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import filelock
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -239,6 +241,74 @@ def test_what_a_run_began_from_is_what_it_is_loaded_beside(run, world, cli, tmp_
     save_file(weights, unet)
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("scheduler/scheduler_config.json", {"beta_end": 0.02}),
+        ("vae/config.json", {"scaling_factor": 1.0}),
+    ],
+)
+def test_what_a_run_began_from_is_more_than_weights(run, world, cli, file, change):
+    """Its noise schedule and the scale of its latents decide what is drawn, too."""
+    path = world / "sd" / file
+    before = path.read_text()
+    edit_json(path, **change)
+    assert "the model changed since it began" in only_sentence(cli("--resume", run, "--epochs", 3))
+    path.write_text(before)
+
+
+def test_a_run_whose_reward_and_metrics_have_moved(run, world, cli):
+    """It is loaded by the new name; what is missing of the metrics costs nothing."""
+    moved = shutil.copy(world / "mine.py", world / "moved.py")
+    edit_json(run / "config.json", reward=[f"{world}/gone.py:f"])
+    with pytest.raises(UserError, match="no such file or folder"):
+        prdp.load_run(run, torch.device("cpu"))
+    flags = ["--reward", f"{moved}:f"]
+    assert prdp.load_run(run, torch.device("cpu"), flags=flags).reward.components.keys() == {"f"}
+    (run / "metrics.jsonl").unlink()
+    assert cli("--resume", run, *flags)[::2] == (0, "")
+    assert json.loads((run / "pipeline" / "prdp.json").read_text())["epoch"] == 2
+    assert not metrics_of(run)
+
+
+class Statistics:
+    """What a `train` of one's own keeps."""
+
+    def __init__(self) -> None:
+        self.epochs = 0
+
+    def state_dict(self) -> dict:
+        return vars(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+
+def test_a_run_goes_on_under_the_train_that_it_has(run, cli):
+    """Neither a state that is not asked for nor one that is not there is passed over."""
+    config = prdp.parse_args(["--resume", str(run), "--epochs", "3"])
+    with pytest.raises(UserError, match="its `train` was another's; call run with that"):
+        prdp.run(config, state=Statistics())
+    edit_state(run, lambda state: state.update(state={"epochs": 2}))
+    assert "its `train` was another's" in only_sentence(cli("--resume", run, "--epochs", 3))
+    statistics = Statistics()
+    prdp.run(config, state=statistics)
+    assert statistics.epochs == 2 and checkpoint(run)["state"] == {"epochs": 2}
+
+
+def test_what_could_not_be_read_again_is_not_saved(tiny_sd, tmp_path):
+    """A number of numpy's in an optimizer ends a run in its first epoch, not when it goes on."""
+
+    def train(config, models, optimizer, prompts, start):
+        optimizer.param_groups[0]["lr"] = np.float64(1e-4)
+        return prdp.train(config, models, optimizer, prompts, start)
+
+    config = prdp.parse_args([*small_run(tiny_sd), "--out", tmp_path / "run"])
+    with pytest.raises(pickle.UnpicklingError, match="numpy"):
+        prdp.run(config, train=train)
+    assert checkpoint(tmp_path / "run")["epoch"] == 0
+
+
 def test_a_run_that_is_moved_away_stops(cli, tmp_path):
     """It does not begin another folder of the old name; from the new one it goes on."""
     run, moved = tmp_path / "run", tmp_path / "moved"
@@ -270,7 +340,9 @@ STATE = "checkpoint/state.pt"
 CHANGED = "restore that, or choose a new --out"
 FOREIGN = f"--resume {{run}}: {{run}}/{STATE} is damaged, or no checkpoint of a run"
 OTHER = "--resume {run}: its checkpoint is of a network with other weights"
-BEGAN = "--resume {run}: began with baselines/ddpo.py; go on with python baselines/ddpo.py --resume"
+BEGAN = (
+    "--resume {run}: began with baselines/ddpo.py; go on with: python baselines/ddpo.py --resume"
+)
 EDITED = f"--resume {{run}}: kl_weight is 1.0, and was 3e-05; {CHANGED}"
 RUNS = {
     "no checkpoint": (lambda run: (run / STATE).unlink(), "--resume {run}: has no checkpoint"),
@@ -284,6 +356,10 @@ RUNS = {
     "program": (lambda run: edit_json(run / "config.json", program="baselines/ddpo.py"), BEGAN),
     "garbage": (lambda run: (run / "config.json").write_text("{"), "--resume {run}: its config"),
     "metrics": (lambda run: (run / "metrics.jsonl").write_text("7\n"), "{run}/metrics.jsonl: has"),
+    "a note": (
+        lambda run: (run / "metrics.jsonl").write_text('{"epoch": "note"}\n'),
+        "{run}/metrics.jsonl: has a line that is no epoch's",
+    ),
 }
 
 
@@ -337,10 +413,7 @@ def test_changed_weights_of_a_reward_are_refused(cli, tmp_path):
     ("flags", "sentence"),
     [
         (["--seed", 1], f"--resume {{run}}: seed is 1, and was 0; {CHANGED}."),
-        (
-            ["--clip-range", "inf"],
-            f"--resume {{run}}: clip_range is inf, and was 0.001; {CHANGED}.",
-        ),
+        (["--clip-range", "inf"], f"--resume {{run}}: clip_range is inf, and was 0.001; {CHANGED}."),
         (["--epochs", 1], "--epochs 1: the run has done 2."),
         (["--out", "x"], "--resume {run}: not with --preset or --out; the run has its own."),
         (["--preset", "toy"], "--resume {run}: not with --preset or --out; the run has its own."),
@@ -373,9 +446,12 @@ def test_folder_is_used_again_only_after_a_start_that_failed(run, cli, tiny_sd, 
     for name in ("metrics.jsonl", "reward.png", "before_after.png"):
         (run / name).unlink()  # but its checkpoint is of epoch 2
     model = Path(shutil.copytree(tiny_sd, tmp_path / "model"))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "reward.png").write_text("somebody's own")
     emptied = Path(shutil.copytree(tmp_path / "run", tmp_path / "emptied"))
     (emptied / "metrics.jsonl").write_text("")
-    for used in (run, tmp_path / "run", model, emptied):
+    for used in (run, tmp_path / "run", model, pictures, emptied):
         before = contents(used)
         assert "in use; choose another" in only_sentence(cli("--out", used))
         assert contents(used) == before
