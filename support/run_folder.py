@@ -226,7 +226,8 @@ def save_checkpoint(run: Path, record: dict, epoch: int, state: dict) -> None:
     if rank() == 0:
         with writing(run / "checkpoint" / "state.pt") as temporary:
             torch.save({"record": record, "epoch": epoch, **state}, temporary)
-            torch.load(temporary, weights_only=True, mmap=True)  # as it will be read
+            # What could not be read again ends here; no tensor is read.
+            torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
 
 
 def save_epoch(config, record: dict, rows: list[dict], learner: Learner, sd) -> None:
