@@ -347,7 +347,7 @@ PRESETS = {
                   prompts=(f"{ROOT}/prompts/pickapic_train.jsonl",)),
     "toy": dict(model=f"{ROOT}/toy/sd", reward=(f"pickscore:{ROOT}/toy/pickscore",),
                 prompts=(f"{ROOT}/prompts/shapes.txt",), epochs=30, updates_per_epoch=4,
-                prompts_per_epoch=8, images_per_prompt=8, clip_range=1e-3, learning_rate=2e-4,
+                prompts_per_epoch=8, images_per_prompt=8, clip_range=1e-2, learning_rate=6.7e-5,
                 ddpm_steps=10, microbatch=64, sample_every=5),
 }  # fmt: skip
 SWITCH = ("auto", "on", "off")  # auto: on if memory is short

@@ -785,4 +785,4 @@ def test_run_leaves_what_the_readme_promises(cli, tmp_path):
     assert weights.keys() == state["unet"].keys()
     assert all(torch.equal(weights[name], state["unet"][name]) for name in weights)
     (group,) = state["optimizer"]["param_groups"]
-    assert (group["lr"], group["weight_decay"]) == (2e-4, 0.3)
+    assert (group["lr"], group["weight_decay"]) == (6.7e-5, 0.3)

@@ -41,7 +41,7 @@ from support.report import epoch_metrics, phase
 from support.settings import absolute, parse_settings, prompt_paths, run_command
 
 PUBLISHED = dict(epochs=100, updates_per_epoch=10, learning_rate=2.048e-5)
-TOY = dict(batch_size=64, updates_per_epoch=16, warmup=0)
+TOY = dict(batch_size=64, updates_per_epoch=16, warmup=0, learning_rate=2e-4)
 PRESETS = {
     name: settings | (TOY if name == "toy" else PUBLISHED)
     for name, settings in prdp.PRESETS.items()

@@ -31,7 +31,7 @@ from support.settings import parse_settings, run_command
 
 PUBLISHED = dict(epochs=5, updates_per_epoch=400, prompts_per_epoch=400, images_per_prompt=25,
                  learning_rate=1e-5)  # fmt: skip
-TOY = dict(batch_size=64, updates_per_epoch=16, inverse_temperature=100.0)
+TOY = dict(batch_size=64, updates_per_epoch=16, inverse_temperature=300.0, learning_rate=2e-4)
 PRESETS = {
     name: settings | (TOY if name == "toy" else PUBLISHED)
     for name, settings in prdp.PRESETS.items()

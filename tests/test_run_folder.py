@@ -413,7 +413,7 @@ def test_changed_weights_of_a_reward_are_refused(cli, tmp_path):
     ("flags", "sentence"),
     [
         (["--seed", 1], f"--resume {{run}}: seed is 1, and was 0; {CHANGED}."),
-        (["--clip-range", "inf"], f"--resume {{run}}: clip_range is inf, and was 0.001; {CHANGED}."),
+        (["--clip-range", "inf"], f"--resume {{run}}: clip_range is inf, and was 0.01; {CHANGED}."),
         (["--epochs", 1], "--epochs 1: the run has done 2."),
         (["--out", "x"], "--resume {run}: not with --preset or --out; the run has its own."),
         (["--preset", "toy"], "--resume {run}: not with --preset or --out; the run has its own."),

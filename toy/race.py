@@ -10,6 +10,8 @@ the best lies at an edge, the next value beyond is tried; at most 8 settings an 
 its noise. Each run is a command that anybody can repeat, on one thread; it is judged at its stops
 by pictures of the same prompts and noise, of prompts that are finetuned on and of others, and by
 its KL on these: the log-ratio to the pretrained model, summed over a trajectory, in nats.
+
+Added when there were numbers, to say where they come from: ONE_THING.
 """
 
 from __future__ import annotations
@@ -71,6 +73,14 @@ ARMS = {
         {RATE: (2e-4, 6e-4, 6e-5), "--beta": (5000, 1500, 15000), UPDATES: (16, 4)},
         7.0,
     ),
+}
+# To 512 images, arms that differ from one of those in one thing: (program and flags of, settings
+# of, what differs).
+ONE_THING = {
+    "PRDP at the rate of RWR": ("PRDP", "PRDP", {RATE: 2e-4}),
+    "PRDP with RWR's 16 updates": ("PRDP", "PRDP", {UPDATES: 16}),
+    "RWR with PRDP's 4 updates": ("RWR", "RWR", {UPDATES: 4}),
+    "DDPO_IS with group's advantages": ("DDPO group", "DDPO_IS", {}),
 }
 MOST = 8  # settings an arm
 SWEEP_SEED, SWEEP_NOISE, NOISE = 900, 900, 1000
@@ -237,6 +247,15 @@ def print_rows(name: str, best: dict[str, float], seeds: list[dict[int, dict]]) 
         print("  ".join([*cells, f"{seconds / len(there):>8.0f}"]))
 
 
+def print_one_thing(race: Race, best: dict[str, dict]) -> None:
+    """Rewards and KL of ONE_THING, of the seeds that are run long."""
+    for name, (program, of, change) in ONE_THING.items():
+        settings = best[of] | change
+        runs = [race.run(ARMS[program], settings, seed, STOPS[:1])[0] for seed in LONG_SEEDS]
+        cells = [f"{entry['reward']:.4f} (KL {entry['kl']:.0f})" for entry in runs]
+        print(f"{name}, {STOPS[0] * IMAGES} images: {', '.join(cells)}")
+
+
 def draw(results: dict[str, list[dict[int, dict]]], base: float) -> None:
     """race.png: reward over images drawn, and over KL at 1,920 images."""
     from matplotlib.figure import Figure
@@ -278,6 +297,7 @@ def main() -> None:
         for seed in SEEDS:
             for name, arm in ARMS.items():
                 results[name].append(race.final(arm, best[name], seed))
+        print_one_thing(race, best)
     for command, entry in race.runs.items():
         if f"--seed {SWEEP_SEED}" in command:
             print(f"{entry['reward']:.4f}  {command}")
