@@ -78,6 +78,7 @@ ARMS = {
 # of, what differs).
 ONE_THING = {
     "PRDP at the rate of RWR": ("PRDP", "PRDP", {RATE: 2e-4}),
+    "PRDP without its clip": ("PRDP", "PRDP", {CLIP: math.inf}),
     "PRDP with RWR's 16 updates": ("PRDP", "PRDP", {UPDATES: 16}),
     "RWR with PRDP's 4 updates": ("RWR", "RWR", {UPDATES: 4}),
     "DDPO_IS with group's advantages": ("DDPO group", "DDPO_IS", {}),
@@ -168,7 +169,7 @@ class Race:
         self.start = start
 
     def run(self, arm: Arm, settings: dict[str, float], seed: int, stops: tuple) -> list[dict]:
-        """A run's entries at its stops, in epochs."""
+        """A run's entries at its stops, in epochs; those that there are, if none is started."""
         command = command_of(arm, settings, seed)
         name = shlex.join(command)
         folder = ROOT / "runs" / "race" / run_folder.digest([name.encode()])
@@ -177,14 +178,18 @@ class Race:
             if entry in self.runs:
                 continue
             if not self.start:
-                raise NotRun(entry)
+                break
             seconds = go_on(command, folder, stop)
             noise = SWEEP_NOISE if seed == SWEEP_SEED else NOISE
             self.runs[entry] = judge(arm, folder, noise) | {"seconds": seconds}
             print(self.runs[entry], flush=True)
             write_record(self.record)
-        shutil.rmtree(folder, ignore_errors=True)
-        return [self.runs[entry] for entry in entries]
+        if self.start:
+            shutil.rmtree(folder, ignore_errors=True)
+        there = [self.runs[entry] for entry in entries if entry in self.runs]
+        if not there:
+            raise NotRun(name)
+        return there
 
     def sweep(self, arm: Arm) -> dict[str, float]:
         """An arm's best settings."""
@@ -207,7 +212,7 @@ class Race:
     def final(self, arm: Arm, best: dict[str, float], seed: int) -> dict[int, dict]:
         """{epoch: entry} of a seed at the best settings."""
         stops = STOPS + LONG_STOPS if seed in LONG_SEEDS else STOPS
-        return dict(zip(stops, self.run(arm, best, seed, stops), strict=True))
+        return dict(zip(stops, self.run(arm, best, seed, stops), strict=False))
 
 
 def beyond(values: list[float], best: float) -> list[float]:
@@ -237,14 +242,16 @@ def print_rows(name: str, best: dict[str, float], seeds: list[dict[int, dict]]) 
     passes = module_of(arm).parse_args(command_of(arm, best, 0)[1:]).passes()
     for stop in (STOPS[0], STOPS[-1], LONG_STOPS[-1]):
         there = [seed for seed in seeds if stop in seed]
+        if not there:
+            continue
         entries = [seed[stop] for seed in there]
         mean = {key: sum(e[key] for e in entries) / len(entries) for key in entries[0]}
         rewards = [entry["reward"] for entry in entries]
         seconds = sum(e["seconds"] for seed in there for at, e in seed.items() if at <= stop)
-        cells = [f"{stop * IMAGES:>14}", f"{mean['reward']:>9.4f}"]
-        cells += [f"{min(rewards):.4f} to {max(rewards):.4f}", f"{mean['unseen_reward']:>8.4f}"]
-        cells += [f"{mean['kl']:>7.0f}", f"{sum(passes) * stop * IMAGES:>9.0f}"]
-        print("  ".join([*cells, f"{seconds / len(there):>8.0f}"]))
+        cells = [f"{stop * IMAGES:>8}", f"{len(there):>5}", f"{mean['reward']:>6.4f}"]
+        cells += [f"{min(rewards):.4f} to {max(rewards):.4f}", f"{mean['unseen_reward']:>6.4f}"]
+        cells += [f"{mean['kl']:>6.0f}", f"{sum(passes) * stop * IMAGES:>7.0f}"]
+        print("  ".join([*cells, f"{seconds / len(there):>7.0f}"]))
 
 
 def print_one_thing(race: Race, best: dict[str, dict]) -> None:
@@ -304,7 +311,7 @@ def main() -> None:
     if len(results.get("Diffusion-DPO", [])) < len(SEEDS):
         print("the race is not over: no table and no picture yet")
         return
-    print("        images     reward  lowest, highest seed   unseen  KL, nats  passes  seconds")
+    print("  images  seeds  reward  lowest, highest   unseen  KL, nats   passes  seconds")
     for name, seeds in results.items():
         print_rows(name, best[name], seeds)
     draw(results, record["base"]["reward"])
