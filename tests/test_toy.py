@@ -142,3 +142,19 @@ def test_the_race_chooses_and_goes_on(toy, monkeypatch, tmp_path):
     assert race.hours({}) > race.hours(stored.runs)
     with pytest.raises(LookupError):
         stored.final(arm, best, 0)
+
+
+def test_the_races_table_is_that_of_its_record(toy, monkeypatch, tmp_path, capsys):
+    """What toy/README.md shows is what --show prints, by the settings that the sweep chose; no
+    reported number is of the sweep's seed, and the preset has PRDP's settings."""
+    race = toy("race")
+    monkeypatch.setattr("sys.argv", ["race.py", "--show"])
+    monkeypatch.setattr(race, "PICTURE", tmp_path / "race.png")
+    race.main()
+    printed = capsys.readouterr().out.splitlines()
+    shown = (TOY / "README.md").read_text().split("```text\n")[1].split("\n```")[0].splitlines()
+    assert shown == [line for line in printed if "--seed 900" not in line]
+    assert (tmp_path / "race.png").is_file()
+    command = next(line for line in shown if line.startswith("PRDP: python prdp.py "))
+    best = prdp.parse_args(command.split()[3:])
+    assert vars(best) == vars(prdp.parse_args(["--preset", "toy"]))

@@ -264,21 +264,27 @@ def print_one_thing(race: Race, best: dict[str, dict]) -> None:
 
 
 def draw(results: dict[str, list[dict[int, dict]]], base: float) -> None:
-    """race.png: reward over images drawn, and over KL at 1,920 images."""
+    """race.png: reward over images drawn (thin: a seed), and over KL at 1,920 images."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     for number, (name, seeds) in enumerate(results.items()):
-        for n, seed in enumerate(seeds):
-            style = dict(color=f"C{number}", label=None if n else name)
+        color = f"C{number}"
+        for seed in seeds:
             images = [0, *(stop * IMAGES for stop in seed)]
-            left.plot(images, [base, *(entry["reward"] for entry in seed.values())], **style)
+            rewards = [base, *(entry["reward"] for entry in seed.values())]
+            left.plot(images, rewards, color=color, alpha=0.3, linewidth=0.8)
             at = seed[STOPS[-1]]
-            right.plot(at["kl"], at["reward"], "o", **style)
+            right.plot(at["kl"], at["reward"], "o", color=color)
+        means = [base]
+        for stop in STOPS:
+            means.append(sum(seed[stop]["reward"] for seed in seeds) / len(seeds))
+        images = [0, *(stop * IMAGES for stop in STOPS)]
+        left.plot(images, means, "o-", color=color, linewidth=2.5, label=name)
     left.set(xlabel="images drawn", ylabel="mean reward, fixed prompts and noise")
     right.set(xlabel="KL to the pretrained model, nats, after 1,920 images", xscale="log")
-    right.legend()
+    left.legend()
     with run_folder.writing(PICTURE) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
 
