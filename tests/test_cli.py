@@ -25,7 +25,7 @@ from support.settings import resolve
 
 score_pictures = load_module("score_pictures", str(ROOT / "examples/score_pictures.py")).main
 FINITE = "is not finite; try, in a new run, a lower --learning-rate or --guidance-scale, a higher"
-PICTURE = str(ROOT / "toy" / "reward.png")
+PICTURE = str(ROOT / "toy" / "before_after.png")
 PROGRAMS = (
     "prdp",
     "evaluate",
@@ -192,7 +192,10 @@ def test_a_mistake_of_ours_keeps_its_traceback(main, place, flags, tiny_sd, tmp_
     [
         (torch.OutOfMemoryError("CUDA out of memory."), "out of memory: try a smaller --microba"),
         (RuntimeError("CUDA error: out of memory\nCompile with"), "out of memory: try a smaller"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "lora-rank 8 or fewer images"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            "out of memory: try a smaller",
+        ),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), "out of memory: try a smal"),
         (MemoryError(), "out of memory: try a smaller --microbatch"),
     ],

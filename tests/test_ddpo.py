@@ -246,7 +246,7 @@ def test_run_goes_on_to_the_bit(tiny_sd, tmp_path, capsys):
     assert call(ddpo.main, [*flags, "--epochs", 3, "--out", halves], capsys)[0] == 0
     code, _, errors = call(prdp.main, ["--resume", halves, "--epochs", 4], capsys)
     assert code == 2
-    assert f"go on with python baselines/ddpo.py --resume {halves}." in errors
+    assert f"go on with: python baselines/ddpo.py --resume {halves}." in errors
     assert call(ddpo.main, ["--resume", halves, "--epochs", 4], capsys)[0] == 0
     assert_same_run(whole, halves)
     latest = checkpoint(halves)["state"]["latest"]

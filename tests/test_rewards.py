@@ -180,7 +180,7 @@ def test_function_that_misbehaves():
         sentence = f"reward f failed: {type(error).__name__}: first second"
         assert sentence in refusal(judge(side_effect=error))
     for networks in (nn.Linear(1, 1), ["vit"], 3):
-        sentence = "reward f: `networks` must be a list of torch modules"
+        sentence = "reward f: its `networks`, a list of torch modules: "
         assert sentence in refusal(judge(networks))
 
 
