@@ -88,8 +88,8 @@ def checked(label: str, returned: object, prompts: list[str]) -> Tensor:
     count, what = len(prompts), f"reward {label} returned"
     try:
         scores = torch.as_tensor(returned)
-        if scores.is_complex() or np.ma.isMaskedArray(returned):
-            raise TypeError("it is complex or masked")
+        if scores.is_complex() or scores.layout != torch.strided or np.ma.isMaskedArray(returned):
+            raise TypeError("it is complex, masked or sparse")
         exact = torch.as_tensor(returned, dtype=torch.float64)  # as Python's floats are
         shape = tuple(exact.shape)
         numbers = exact.flatten().tolist()
