@@ -201,10 +201,10 @@ def restore(config, saved: dict, learner: Learner, models, prompts: list[str]) -
     shapes = {name: weight.shape for name, weight in weights.items()}
     if {name: x.shape for name, x in saved["unet"].items()} != shapes:
         raise UserError(f"{what}: its checkpoint is of a network with other weights.")
-    sd.unet.load_state_dict(saved["unet"], strict=False)
-    optimizer.load_state_dict(saved["optimizer"])
     if (state is None) != ("state" not in saved):
         raise UserError(f"{what}: its `train` was another's; call run with that, and its state.")
+    sd.unet.load_state_dict(saved["unet"], strict=False)
+    optimizer.load_state_dict(saved["optimizer"])
     if state is not None:
         state.load_state_dict(saved["state"])
     del saved["unet"], saved["optimizer"]  # and their memory
