@@ -229,6 +229,8 @@ def hours(runs: dict) -> float:
     epochs = MOST * STOPS[-1] + len(LONG_SEEDS) * LONG_STOPS[-1]
     epochs += (len(SEEDS) - len(LONG_SEEDS)) * STOPS[-1]
     total = sum(arm.seconds * epochs for arm in ARMS.values())
+    for program, *_ in ONE_THING.values():  # with at most 4 times an epoch's updates
+        total += 4 * ARMS[program].seconds * len(LONG_SEEDS) * STOPS[0]
     return (total - sum(entry["seconds"] for entry in runs.values())) / 3600
 
 
