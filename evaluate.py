@@ -23,7 +23,7 @@ from rewards import Reward, load_reward
 from stable_diffusion import grey_picture
 from support import report, run_folder
 from support.cli import Parser, UserError, command, resuming
-from support.distributed import end_processes, gather_objects, print0, processes, rank
+from support.distributed import end_processes, gather_objects, print0, processes, shard
 from support.distributed import start_processes
 from support.machine import own_state
 from support.settings import absolute, model_path, resolve
@@ -72,7 +72,7 @@ class Plan(NamedTuple):
     folders: dict[str, str]  # label -> a model
     base: str | None  # the label of the one that others are compared to
     began: dict[str, dict]  # its digest when the run began from it
-    sampler: str
+    samplers: list[str]
     samples: int  # images a prompt
     prompts: dict[str, dict[str, int]]  # by file; each its place there, which decides its noise
     out: Path
@@ -114,23 +114,25 @@ def make_plan(args: argparse.Namespace) -> Plan:
     began = {}
     if run and not args.against:
         began = {label: {"model_digest": run["model_digest"]}}
-    return Plan(config, folders, label, began, "", args.samples_per_prompt, prompts, out)
+    samples = args.samples_per_prompt
+    return Plan(config, folders, label, began, args.sampler, samples, prompts, out)
 
 
-def draw(plan: Plan, models: prdp.Models, prompts: dict[str, int], images: int) -> tuple:
-    """`images` pictures of each of some prompts (P*S, 3, H, W), their rewards (P*S,), and by prompt
-    S numbers of each reward's name. x_T is the same for all models and samplers."""
+def draw(plan: Plan, models: prdp.Models, sampler: str, prompts: dict, images: int) -> tuple:
+    """Pictures (P*S, 3, H, W), their rewards (P*S,), and for each of P prompts S numbers by reward;
+    x_T is the same for all models and samplers."""
     config, sd = plan.config, models.sd
     size = models.policy.microbatch
     generators = prdp.image_generators(config.seed, 0, [*prompts.values()], images)
-    if plan.sampler == "policy":
+    if sampler == "policy":
         x_0 = prdp.sample_prompts(models, models.policy, [*prompts], generators).latents[:, -1]
     else:
         import diffusers
 
         pipe = sd.pipe
-        kind = getattr(diffusers, SAMPLERS[plan.sampler])
-        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+        policy_scheduler = pipe.scheduler
+        kind = getattr(diffusers, SAMPLERS[sampler])
+        pipe.scheduler = kind.from_config(policy_scheduler.config)
         pipe.set_progress_bar_config(disable=True)
         texts = [prompt for prompt in prompts for _ in range(images)]
         parts = []
@@ -144,9 +146,10 @@ def draw(plan: Plan, models: prdp.Models, prompts: dict[str, int], images: int) 
                     output_type="latent",
                 )
                 parts.append(drawn.images.float())
+        pipe.scheduler = policy_scheduler
         x_0 = torch.cat(parts)
         if not x_0.isfinite().all():
-            raise UserError(f"--sampler {plan.sampler}: cannot serve this model's noise schedule.")
+            raise UserError(f"--sampler {sampler}: cannot serve this model's noise schedule.")
     pictures, total, scores = prdp.score_images(models, x_0, [*prompts])
     if len(scores) > 1:
         scores["weighted sum" if "sum" in scores else "sum"] = total
@@ -158,36 +161,35 @@ def draw(plan: Plan, models: prdp.Models, prompts: dict[str, int], images: int) 
 
 
 def measure(plan: Plan, label: str, reward: Reward, record: dict) -> report.Samples:
-    """Add a model's rewards to `record`, which is saved as they come; a few of its pictures."""
+    """Add a model's rewards to `record`, saved as they come; a few of its last pictures."""
     config = replace(plan.config, model=plan.folders[label])
     models = prdp.load_models(config, start_processes(), reward, learns=False)
     inputs = run_folder.model_digest(models.sd)
     before = record["inputs"].setdefault(label, inputs)
     run_folder.require_same(before, inputs, f"--out {plan.out} or --against: {label}")
 
-    for file, chosen in plan.prompts.items():
-        of_file = record["rewards"].setdefault(plan.sampler, {}).setdefault(file, {})
-        rewards = of_file.setdefault(label, {})
+    for sampler, (file, chosen) in itertools.product(plan.samplers, plan.prompts.items()):
+        of_sampler = record["rewards"].setdefault(sampler, {})
+        rewards = of_sampler.setdefault(file, {}).setdefault(label, {})
         missing = [pair for pair in chosen.items() if pair[0] not in rewards]
-        count = f"{len(missing)} of {len(chosen)} prompts of {Path(file).name}"
-        print0(f"{label}: {count} to draw, {plan.samples} images each")
-        # A chunk a process at a time, of the same prompts whatever the number of processes.
-        size = max(1, models.policy.microbatch // plan.samples)
-        chunks = [dict(missing[first : first + size]) for first in range(0, len(missing), size)]
+        name = Path(file).name
+        print0(f"{label}, {sampler}, {name}: {len(missing)} of {len(chosen)} prompts to draw")
+        # A microbatch a process at a time, of the same prompts whatever the number of processes.
+        step = processes() * max(1, models.policy.microbatch // plan.samples)
         started = time.perf_counter()
-        for first in range(0, len(chunks), processes()):
+        for first in range(0, len(missing), step):
             drawn = {}
-            for chunk in chunks[first:][rank() : rank() + 1]:  # this process's, if any
-                *_, drawn = draw(plan, models, chunk, plan.samples)
+            if own := dict(missing[first:][shard(step)]):
+                *_, drawn = draw(plan, models, sampler, own, plan.samples)
             for part in gather_objects(drawn):
                 rewards |= part
             run_folder.write_json(plan.out / "evaluation.json", record)
             if first == 0:
-                whole = (time.perf_counter() - started) * len(chunks) / processes()
+                whole = (time.perf_counter() - started) * len(missing) / step
                 print0(f"  takes about {report.duration(whole)}")
 
-    few = dict(itertools.islice(chosen.items(), 8))  # of the last file
-    images, totals, _ = draw(plan, models, few, 2)
+    few = dict([*chosen.items()][:8])
+    images, totals, _ = draw(plan, models, sampler, few, 2)
     return report.Samples([*few], images, totals)
 
 
@@ -199,28 +201,31 @@ def summary(x: Tensor, form: str) -> tuple:
     return mean, error, f"{mean:{form}} +- {error:.2g}"
 
 
-def tabulate(plan: Plan, rewards: dict) -> list[dict]:
-    """Print a table for each file and reward, of at most 80 columns; returns their rows."""
-    table = []
+def tabulate(plan: Plan, rewards: dict) -> dict[str, list[dict]]:
+    """Print a table for each file and reward, of at most 80 columns; its rows by sampler."""
+    table = {sampler: [] for sampler in plan.samplers}
     for shown, file in zip(labels_of([*plan.prompts]), plan.prompts, strict=True):
         prompts = [*plan.prompts[file]]
-        of_file = rewards[file]
-        for name in of_file[next(iter(plan.folders))][prompts[0]]:
-            print0(f"\n{shown:.20}, {name}, {plan.sampler}: {len(prompts)} x {plan.samples} images")
-            scores = {}  # label -> (P, S)
-            for label in plan.folders:
-                scores[label] = torch.tensor([of_file[label][p][name] for p in prompts])
-            for label, x in scores.items():
-                row = {"prompts": shown, "reward": name, "model": label, "images": x.numel()}
-                row["mean"], row["standard_error"], text = summary(x, ".5g")
-                line = f"  {label[-20:]:<20}{text:>22}"
-                if plan.base not in (None, label):
-                    rise = x - scores[plan.base]
-                    row["difference"], row["difference_error"], text = summary(rise, "+.5g")
-                    row["win_rate"] = (rise.sign().mean().item() + 1) / 2
-                    line += f"{text:>22}  wins {row['win_rate']:.1%}"
-                print0(line)
-                table.append(row)
+        names = next(iter(rewards[plan.samplers[0]][file].values()))[prompts[0]]
+        for name in names:
+            print0(f"\n{shown:.20}, {name}: {len(prompts)} x {plan.samples} images")
+            for sampler in plan.samplers:
+                print0(f"{sampler}:")
+                scores = {}  # label -> (P, S)
+                for label in plan.folders:
+                    by_prompt = rewards[sampler][file][label]
+                    scores[label] = torch.tensor([by_prompt[p][name] for p in prompts])
+                for label, x in scores.items():
+                    row = {"prompts": shown, "reward": name, "model": label, "images": x.numel()}
+                    row["mean"], row["standard_error"], text = summary(x, ".5g")
+                    line = f"  {label[-20:]:<20}{text:>22}"
+                    if plan.base not in (None, label):
+                        rise = x - scores[plan.base]
+                        row["difference"], row["difference_error"], text = summary(rise, "+.5g")
+                        row["win_rate"] = (rise.sign().mean().item() + 1) / 2
+                        line += f"{text:>22}  wins {row['win_rate']:.1%}"
+                    print0(line)
+                    table[sampler].append(row)
     return table
 
 
@@ -248,16 +253,11 @@ def evaluate(args: argparse.Namespace) -> None:
                 raise UserError(f"{path}: is no evaluation's; choose another --out.")
             run_folder.require_same(before["settings"], settings, f"--out {plan.out}")
             record = before
-        for sampler in args.sampler:
-            plan = plan._replace(sampler=sampler)
-            samples = {}
-            for label in plan.folders:
-                samples[label] = measure(plan, label, reward, record)
-            record["table"][sampler] = tabulate(plan, record["rewards"][sampler])
-            run_folder.write_json(path, record)
-        page = path.with_suffix(".png")
-        report.draw_images(page, samples)
-        print0(f"see {page}")
+        samples = {label: measure(plan, label, reward, record) for label in plan.folders}
+        record["table"] |= tabulate(plan, record["rewards"])
+        run_folder.write_json(path, record)
+        report.draw_images(path.with_suffix(".png"), samples)
+        print0(f"see {path.with_suffix('.png')}")
 
 
 def main(argv: list[str] | None = None) -> None:

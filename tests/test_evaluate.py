@@ -169,22 +169,22 @@ def test_goes_on_with_another_microbatch(
     six = ["--prompts", tmp_path / "six.txt"]
     draw, drawn = evaluate.draw, []
 
-    def counted(plan, models, chosen, images):
+    def counted(plan, models, sampler, chosen, images):
         if drawn.count("stop"):
             raise KeyboardInterrupt
         drawn.extend(chosen)
         if len(drawn) > 1:
             drawn.append("stop")
-        return draw(plan, models, chosen, images)
+        return draw(plan, models, sampler, chosen, images)
 
     monkeypatch.setattr(evaluate, "draw", counted)
     assert evaluation(finished, *six, "--microbatch", before)[0] == 130
     kept = drawn[:-1]
     drawn.clear()
-    monkeypatch.setattr(evaluate, "draw", lambda *x: drawn.extend(x[2]) or draw(*x))
+    monkeypatch.setattr(evaluate, "draw", lambda *x: drawn.extend(x[3]) or draw(*x))
     code, out, errors = evaluation(finished, *six, "--microbatch", after)
     assert (code, errors) == (0, "")
-    assert f"{6 - len(kept)} of 6 prompts of six.txt to draw" in out
+    assert f"{6 - len(kept)} of 6 prompts to draw" in out
     assert drawn[: 6 - len(kept)] == names[len(kept) :]
     for by_prompt in next(iter(record_in(tmp_path / "out")["rewards"]["policy"].values())).values():
         assert sorted(by_prompt) == sorted(names)
@@ -425,9 +425,9 @@ def test_every_model_that_is_named_is_in_the_table(
 def test_it_says_what_it_does(evaluation, finished):
     """A line for each model and file, and what is kept is not drawn."""
     _, out, _ = evaluation(finished)
-    assert "base: 3 of 3 prompts of p.txt to draw, 2 images each\n" in out
-    assert "run: 3 of 3 prompts of p.txt to draw, 2 images each\n" in out
-    assert evaluation(finished)[1].count(": 0 of 3 prompts of p.txt to draw") == 2
+    assert "base, policy, p.txt: 3 of 3 prompts to draw\n" in out
+    assert "run, policy, p.txt: 3 of 3 prompts to draw\n" in out
+    assert evaluation(finished)[1].count(", p.txt: 0 of 3 prompts to draw") == 2
 
 
 @pytest.mark.parametrize(
@@ -487,8 +487,8 @@ def test_samplers_are_diffusers_own(evaluation, finished, monkeypatch, sampler, 
     pipeline as it comes, with its own defaults."""
     drawn, draw = {}, evaluate.draw
 
-    def kept(plan, models, chosen, images):
-        pictures, total, rewards = draw(plan, models, chosen, images)
+    def kept(plan, models, sampler, chosen, images):
+        pictures, total, rewards = draw(plan, models, sampler, chosen, images)
         drawn[tuple(chosen)] = pictures  # of the last model
         return pictures, total, rewards
 
@@ -521,13 +521,16 @@ def test_samplers_are_diffusers_own(evaluation, finished, monkeypatch, sampler, 
 
 
 def test_results_by_sampler(evaluation, finished, tmp_path, monkeypatch):
-    """In one file, to which another sampler's are added; what is there is not drawn again."""
+    """In one table and one file, to which another sampler's are added; what is there is not drawn
+    again, and the policy's own scheduler serves each."""
     assert evaluation(finished, "--sampler", "policy", "euler")[::2] == (0, "")
     before = record_in(tmp_path / "out")
     code, out, errors = evaluation(finished, "--sampler", "ddim", "euler")
     assert (code, errors) == (0, "")
-    assert out.count(": 0 of 3 prompts of p.txt to draw") == 2  # euler's, of base and run
-    assert "p.txt, incompressibility, ddim: 3 x 2 images" in out
+    assert out.count(", p.txt: 0 of 3 prompts to draw") == 2  # euler's, of base and run
+    header, *lines = out.split("\n\n", 1)[1].splitlines()
+    assert header == "p.txt, incompressibility: 3 x 2 images"
+    assert [line.split(" ")[0] for line in lines[:6]] == ["ddim:", "", "", "euler:", "", ""]
     record = record_in(tmp_path / "out")
     assert set(record["table"]) == set(record["rewards"]) == {"policy", "ddim", "euler"}
     for name in ("policy", "euler"):
@@ -535,6 +538,8 @@ def test_results_by_sampler(evaluation, finished, tmp_path, monkeypatch):
         assert record["table"][name] == before["table"][name]
     means = [row["mean"] for rows in record["table"].values() for row in rows]
     assert len(set(means)) == len(means) == 6
+    assert evaluation(finished, "--sampler", "ddim", "--out", tmp_path / "alone")[0] == 0
+    assert record_in(tmp_path / "alone")["table"]["ddim"] == record["table"]["ddim"]
 
 
 def test_a_schedule_that_a_sampler_cannot_serve(evaluation, tiny_sd, tmp_path):
