@@ -74,7 +74,7 @@ class Plan(NamedTuple):
     began: dict[str, dict]  # its digest when the run began from it
     samplers: list[str]
     samples: int  # images a prompt
-    prompts: dict[str, dict[str, int]]  # by file; each its place there, which decides its noise
+    prompts: dict[str, dict]  # by file; each its place there, which decides its noise
     out: Path
 
 

@@ -18,14 +18,14 @@ Units: Eq. 3 sums over T steps, Eq. 4 over D = C*H*W latent dimensions. App. G's
 over T, and log_probs are means over D here: nats per latent dimension. Table 4 is read in these
 units, where the beta of Eq. 5 is kl_weight / (T*D) and the epsilon of Eq. 20 clip_range * D.
 
-Departures from the paper, and choices where it is silent (docs/paper.md: reasons, and 8 and 9):
- 1. The mean over T (App. G), where Eqs. 3 and 21 sum: theirs at beta is T**2 times this at beta*T.
+Departures from the paper, and choices where it is silent (reasons, and two notes: docs/paper.md):
+ 1. The mean over T (App. G), where Eqs. 3 and 21 sum: sum_loss(beta) = T**2 * loss(beta * T).
  2. log_prob is a mean over latent dimensions, as in DDPO's code, whose clip range is 1e-4.
  3. The mean is over pairs whose rewards differ (App. G; Alg. 1, line 10: all); 0 if none do.
- 4. Steps are "leading"-spaced, sigma_t is the posterior's, alpha-bar ends at alphas_cumprod[0].
+ 4. Steps are "leading"-spaced, sigma_t is the posterior's, alpha-bar of x_0 is alphas_cumprod[0].
  5. The policy is the guided model, with the gradient through both branches.
- 6. The number format (--dtype). With K = 1 theta is theta_old, and Eq. 20 changes nothing.
- 7. --offline draws as many images as Sec. 4.3 by default; each epoch's serve its own updates alone.
+ 6. Passes in 16 bit on a GPU (--dtype), log-probs in float64. With K = 1 Eq. 20 changes nothing.
+ 7. --offline draws new images every epoch (51,200 in all by default); Sec. 4.3 draws them once.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor | float) -> Te
     """log N(sample; mean, sigma^2 I) of Eqs. 2 and 4, a mean over latent dimensions: (M,) float64.
 
     sample, mean (M, ...), sigma (M,) or a number. float64, because at the last step a log-prob is
-    about 2.5, where float32 numbers lie 2.4e-7 apart: a quarter of a clip_range of Table 4."""
+    about 2.5, where float32 numbers lie 2.4e-7 apart: a quarter of Table 4's clip_range of 1e-6."""
     sigma = torch.as_tensor(sigma, dtype=torch.float64, device=sample.device)
     assert sample.shape == mean.shape, (sample.shape, mean.shape)
     assert sigma.shape in ((), sample.shape[:1]), sigma.shape
@@ -81,7 +81,7 @@ def gaussian_log_prob(sample: Tensor, mean: Tensor, sigma: Tensor | float) -> Te
 
 
 class Schedule(NamedTuple):
-    """Eq. 2: N(coef_sample * x_t + coef_noise * noise_pred, sigma^2 I); each (T,), from x_T on."""
+    """Eq. 2: N(coef_sample * x_t + coef_noise * guided, sigma^2 I); each (T,), from x_T on."""
 
     timesteps: Tensor  # int64: 981, 961, ..., 1 for T = 50
     coef_sample: Tensor  # float64
@@ -102,7 +102,7 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     betas = torch.linspace(start, end, train_steps, dtype=torch.float64) ** power
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
 
-    stride = train_steps // num_steps  # "leading" spacing leaves out what remains
+    stride = train_steps // num_steps  # "leading" spacing rounds down
     timesteps = torch.arange(num_steps - 1, -1, -1) * stride + config["steps_offset"]
     if stride * num_steps < 0.8 * train_steps or timesteps[0] >= train_steps:
         raise UserError(f"--ddpm-steps {num_steps}: do not fit the model's {train_steps}; 50 do.")
@@ -118,8 +118,8 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
     coef_sample = alpha.rsqrt()
     coef_noise = -(1 - alpha) / ((1 - alpha_bar) * alpha).sqrt()
     if config["prediction_type"] == "v_prediction":
-        # noise = sqrt(alpha_bar) * v + sqrt(1 - alpha_bar) * x_t
-        coef_sample = alpha.sqrt()  # alpha / sqrt(alpha)
+        # noise = sqrt(alpha_bar) * v + sqrt(1 - alpha_bar) * x_t; x_t's part joins coef_sample.
+        coef_sample = alpha.sqrt()
         coef_noise = coef_noise * alpha_bar.sqrt()
     return Schedule(timesteps, coef_sample, coef_noise, sigma)
 
@@ -127,10 +127,10 @@ def ddpm_schedule(scheduler_config: dict, num_steps: int) -> Schedule:
 class Policy(NamedTuple):
     """pi_theta of Eq. 2: a network, and how it is run."""
 
-    # (x_t (2M, C, H, W), timestep (2M,), encoder_hidden_states (2M, L, W)) -> .sample as x_t
+    # (x_t (2M, C, H, W), timestep (2M,), encoder_hidden_states (2M, L, F)) -> .sample as x_t
     unet: Callable
     schedule: Schedule
-    null_embeds: Tensor  # (L, W), the embedding of the empty prompt
+    null_embeds: Tensor  # (L, F): the empty prompt's L tokens, F features
     guidance_scale: float = 5.0
     microbatch: int = 16
     # The number format, entered around passes: around many of them it casts each weight once.
@@ -146,7 +146,7 @@ def run_unet(policy: Policy, x_t: Tensor, prompt_embeds: Tensor, steps: Tensor) 
     """noise_pred (2M, C, H, W) of M images, each at its step; the unconditional branch first."""
     timesteps = policy.schedule.timesteps[steps]
     null_embeds = policy.null_embeds.expand_as(prompt_embeds)
-    embeds = torch.cat([null_embeds, prompt_embeds])  # (2M, L, W)
+    embeds = torch.cat([null_embeds, prompt_embeds])  # (2M, L, F)
     x_t = torch.cat([x_t, x_t])
     return policy.unet(x_t, timesteps.repeat(2), encoder_hidden_states=embeds).sample
 
@@ -182,8 +182,8 @@ def guided_sample(
     sigma: Tensor,
     guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """x_{t-1} ~ N(mean, sigma^2 I) of Eq. 2, rounded to float32, and the log-prob of the rounded,
-    bit for bit what `guided_log_prob` returns for it."""
+    """x_{t-1} ~ N(mean, sigma^2 I) of Eq. 2, rounded to float32, and then its log-prob, bit for bit
+    what `guided_log_prob` returns."""
     if kernels := machine.kernels_for(noise_pred):  # on a GPU: the three lines below in one pass
         return kernels.guided_sample(
             noise_pred, x_t, noise, coef_sample, coef_noise, sigma, guidance_scale
@@ -198,13 +198,13 @@ class Trajectories(NamedTuple):
 
     latents: Tensor  # (M, T+1, C, H, W) float32: x_T, ..., x_0
     log_probs: Tensor  # (M, T) float64
-    prompt_embeds: Tensor  # (M, L, W)
+    prompt_embeds: Tensor  # (M, L, F)
 
 
 @torch.no_grad()
 def sample_trajectories(
     policy: Policy,
-    prompt_embeds: Tensor,  # (M, L, W)
+    prompt_embeds: Tensor,  # (M, L, F)
     generators: list,  # one for each image
     shape: tuple,  # (C, H, W)
 ) -> Trajectories:
@@ -221,7 +221,7 @@ def sample_trajectories(
     with policy.autocast(), phase("sample"):
         for rows in torch.arange(num_images, device=device).split(policy.microbatch):
             # All noise at once, x_T and each step's: drawing at each step would stall a GPU.
-            own = [generators[m] for m in rows]
+            own = [generators[row] for row in rows.tolist()]
             noise = draw_noise(own, num_steps + 1, shape).to(device)  # (m, T+1, C, H, W)
             latents[rows, 0] = noise[:, 0]  # x_T
 
@@ -241,8 +241,8 @@ def sample_trajectories(
 def score_trajectories(policy: Policy, trajectories: Trajectories, label: str = "score") -> Tensor:
     """log pi(x_{t-1} | x_t, c) of stored trajectories under a policy (Eqs. 2 to 4): (M, T) float64.
 
-    In the batches and order of `sample_trajectories`: others can move log-probs by more than the
-    clip range, and unchanged weights must return their bits."""
+    In the batches and order of `sample_trajectories`: other batches can move log-probs by more than
+    the clip range, and unchanged weights must reproduce them bit for bit."""
     log_probs = torch.empty_like(trajectories.log_probs)
     num_images, num_steps = log_probs.shape
     with policy.autocast(), phase(label):
@@ -364,14 +364,14 @@ class Config:
     kl_weight: float = flag(3e-5, "beta, in the reward's unit")
     ddpm_steps: int = flag(50, "T, denoising steps", least=3)
     clip_range: float = flag(1e-6, "epsilon of Eq. 20; inf: none")
-    guidance_scale: float = flag(5.0, "w; 1: no guidance", least=1)
+    guidance_scale: float = flag(5.0, "of guidance; 1: none", least=1)
     learning_rate: float = flag(1e-5, "of AdamW")
     weight_decay: float = flag(1e-4, "of AdamW", least=0)
-    max_grad_norm: float = flag(1.0, "of a gradient")
-    offline: bool = flag(False, "draw from the pretrained model (Sec. 4.3)")
+    max_grad_norm: float = flag(1.0, "of a clipped gradient")
 
+    offline: bool = flag(False, "draw from the base model (Sec. 4.3)", group="run")
     model: str = flag("CompVis/stable-diffusion-v1-4", "Stable Diffusion, XL too: hub id or folder",
-                      resolve=model_path, group="run")  # fmt: skip
+                      resolve=model_path)  # fmt: skip
     reward: tuple = flag(("hpsv2",), "what to maximise, see rewards.py", resolve=resolve_reward)
     prompts: tuple = flag((f"{ROOT}/prompts/animals.txt",), "FILE or FILE:COLUMN",
                           resolve=prompt_paths)  # fmt: skip
@@ -379,7 +379,7 @@ class Config:
     out: str = flag("", "run folder, new or empty (default: one in runs/)")
     resume: str = flag("", "run folder to go on with", metavar="RUN")
     save_every: int = flag(1, "epochs between checkpoints")
-    keep_every: int = flag(0, "between models kept in epochs/", least=0)
+    keep_every: int = flag(0, "epochs between kept models; 0: none", least=0)
     sample_every: int = flag(10, "epochs between sample grids")
     log_to: str = flag("none", "also send metrics there", "none", "tensorboard", "wandb")
 
@@ -396,10 +396,10 @@ class Config:
     columns = ("clip_fraction", "log_ratio_ref", "grad_norm")  # on the screen
 
     def check(self) -> None:
-        """UserError for settings that do not go together."""
+        """UserError for settings that do not go together: here none, in the baselines some."""
 
     def passes(self) -> tuple[float, float]:
-        """Network passes per image and epoch, for the forecast: without gradient, and with."""
+        """Passes through all T steps per image and epoch: without gradient, and with."""
         return 1 + self.updates_per_epoch, self.updates_per_epoch
 
     def images_held(self) -> int:
@@ -427,7 +427,7 @@ def train(
     parameters = optimizer.param_groups[0]["params"]
     by_prompt = (-1, config.images_per_prompt)  # (M, ...) -> (N, B, ...)
     for epoch in range(start, config.epochs + 1):  # line 2
-        # Lines 3 to 8: theta_old is theta here, its log-probs stand for it; offline pi_ref draws.
+        # Lines 3 to 8. Of theta_old the log-probs are kept, not a copy; offline pi_ref draws.
         sampler = reference if config.offline else policy
         epoch_prompts, trajectories = sample_epoch(config, models, sampler, prompts, epoch)
         _, rewards, parts = score_images(models, trajectories.latents[:, -1], epoch_prompts)
@@ -530,7 +530,7 @@ def sample_prompts(
 
 
 def score_images(models: Models, x_0: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, dict]:
-    """Images of x_0 (M, C, H, W), M / len(prompts) a prompt, rewards (M,), their parts (line 8)."""
+    """Decode x_0 (M, C, H, W): uint8 images, rewards (M,), each component's rewards (line 8)."""
     repeated = [prompt for prompt in prompts for _ in range(len(x_0) // len(prompts))]
     with phase("reward"):
         images = models.sd.decode(x_0, models.policy.microbatch)
@@ -562,7 +562,7 @@ def load_models(
 
 
 def prepare(config: Config, device: torch.device, reward: Reward, prompts: list[str]) -> tuple:
-    """Models that passed a start's checks, and an image's seconds without gradient and with."""
+    """Load, check and time: config, models, an image's seconds (without gradient, with)."""
     models = load_models(config, device, reward)
     report.introduce(config, models.sd, machine.load_kernels()[1], prompts)
     batch = check_on_policy(config, models, prompts[0])
@@ -594,8 +594,8 @@ def check_on_policy(config: Config, models: Models, prompt: str) -> Trajectories
 def check_epoch(
     config: Config, policy: Policy, trajectories: Trajectories, old: Tensor, ref: Tensor, epoch: int
 ) -> None:
-    """Before an epoch learns, from log-probs (M, T) of theta_old and the reference: a microbatch's
-    first step must return its bits, and in epoch 1 all must be the reference's."""
+    """Before an epoch learns: a microbatch's first step, scored again, must give the bits of `old`,
+    theta_old's log-probs (M, T); in epoch 1 `old` must equal `ref`, the reference's."""
     m = policy.microbatch
     first = Trajectories(trajectories.latents[:m, :2], old[:m, :1], trajectories.prompt_embeds[:m])
     gap = (score_trajectories(policy, first) - first.log_probs).abs().max().item()

@@ -206,7 +206,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
-        """Text embeddings (len(prompts), L, W), as the pipeline makes them; the last of L is
+        """Text embeddings (len(prompts), L, F), as the pipeline makes them; the last of L is
         SDXL's pooled one, filled up with zeros."""
         options = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
         with self.at_work(self.text_encoders):
@@ -217,7 +217,7 @@ class StableDiffusion:
         return embeds
 
     def null_embeds(self) -> Tensor:
-        """The unconditional branch's (L, W): of the empty prompt, or zeros where SDXL says so."""
+        """The unconditional branch's (L, F): of the empty prompt, or zeros where SDXL says so."""
         embeds = self.encode([""])[0]
         zeros = self.pipe.config.get("force_zeros_for_empty_prompt")
         return torch.zeros_like(embeds) if zeros else embeds

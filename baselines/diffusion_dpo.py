@@ -93,7 +93,7 @@ def denoising_errors(
 ) -> Tensor:  # fmt: skip
     """||eps - eps_theta(x_t, t)||^2 of Eq. 14, a mean over latent dimensions: (m, 2) float64.
 
-    x_0 (m, 2, C, H, W), or of the chosen alone (m, 1, ...); a pair shares prompt_embeds (m, L, W),
+    x_0 (m, 2, C, H, W), or of the chosen alone (m, 1, ...); a pair shares prompt_embeds (m, L, F),
     timesteps (m,) and noise.
     """
     shared, sides = (prompt_embeds, timesteps, noise), x_0.shape[1]
@@ -151,7 +151,7 @@ def train(
 def own_pairs(
     pairs: Tensor, x_0: Tensor, prompt_embeds: Tensor, numbers: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """x_0 (m, 2, C, H, W), the chosen first, and prompt_embeds (m, L, W) of pairs (m,), which are
+    """x_0 (m, 2, C, H, W), the chosen first, and prompt_embeds (m, L, F) of pairs (m,), which are
     all of this process's images."""
     rows = (pairs[numbers] - rank() * len(x_0)).to(x_0.device)  # (m, 2)
     return x_0[rows], prompt_embeds[rows[:, 0]]

@@ -111,7 +111,7 @@ class People:
     def load(
         self, sd, seed: int, epoch: int, numbers: Tensor, mirror: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """x_0 (m, 2, C, H, W) of pairs (m,), the chosen first, and prompt_embeds (m, L, W): as in
+        """x_0 (m, 2, C, H, W) of pairs (m,), the chosen first, and prompt_embeds (m, L, F): as in
         their code a sample of what the VAE makes of a picture, half of them mirrored to learn."""
         records = [self.records[n] for n in numbers]
         pictures = [picture for record in records for picture in self.pictures(record)]

@@ -87,7 +87,7 @@ def denoising_error(
     """The denoising loss (Eq. 1, of noise in place of means, as in their code) of the guided
     prediction (Eq. 5, App. G.1), with gradient: (m,) float64, a mean over latent dimensions.
 
-    x_0 and noise (m, C, H, W), prompt_embeds (m, L, W), timesteps (m,) of the 1,000; `scheduler` is
+    x_0 and noise (m, C, H, W), prompt_embeds (m, L, F), timesteps (m,) of the 1,000; `scheduler` is
     diffusers', of the model's noise schedule.
     """
     x_t, target = noised(scheduler, x_0, timesteps, noise)
