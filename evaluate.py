@@ -52,7 +52,7 @@ def find_model(name: str) -> tuple[str, dict]:
     if pipeline.is_dir():
         epoch = run_folder.read_json(pipeline / "prdp.json", f"{pipeline}: prdp.json")["epoch"]
     elif run != folder:
-        raise UserError(f"{folder}: has no pipeline/; docs/running.md makes one of its lora/.")
+        raise UserError(f"{folder}: has no pipeline/; see docs/running.md#adapters-alone.")
     if run == folder and epoch < done:
         remedy = f"{resuming(record.get('program'), run)} --epochs {done} makes it"
         raise UserError(f"{run}: has no pipeline/ of epoch {done}; when it has ended, {remedy}.")
@@ -136,7 +136,7 @@ def draw(plan: Plan, models: prdp.Models, sampler: str, prompts: dict, images: i
         pipe.set_progress_bar_config(disable=True)
         texts = [prompt for prompt in prompts for _ in range(images)]
         parts = []
-        with sd.autocast(sd.vae), sd.at_work(sd.text_encoders):
+        with sd.at_work(sd.text_encoders), sd.autocast(sd.vae):
             for first in range(0, len(texts), size):
                 drawn = pipe(
                     texts[first : first + size],
@@ -210,7 +210,7 @@ def tabulate(plan: Plan, rewards: dict) -> dict[str, list[dict]]:
         for name in names:
             print0(f"\n{shown:.20}, {name}: {len(prompts)} x {plan.samples} images")
             for sampler in plan.samplers:
-                print0(f"{sampler}:")
+                print0(f"{sampler:<20} {'mean +- se':>22} {'difference +- se':>22}")
                 scores = {}  # label -> (P, S)
                 for label in plan.folders:
                     by_prompt = rewards[sampler][file][label]
@@ -218,12 +218,12 @@ def tabulate(plan: Plan, rewards: dict) -> dict[str, list[dict]]:
                 for label, x in scores.items():
                     row = {"prompts": shown, "reward": name, "model": label, "images": x.numel()}
                     row["mean"], row["standard_error"], text = summary(x, ".5g")
-                    line = f"  {label[-20:]:<20}{text:>22}"
+                    line = f"  {label[-18:]:<18} {text:>22}"
                     if plan.base not in (None, label):
                         rise = x - scores[plan.base]
                         row["difference"], row["difference_error"], text = summary(rise, "+.5g")
                         row["win_rate"] = (rise.sign().mean().item() + 1) / 2
-                        line += f"{text:>22}  wins {row['win_rate']:.1%}"
+                        line += f" {text:>22}  wins {row['win_rate']:.1%}"
                     print0(line)
                     table[sampler].append(row)
     return table

@@ -372,7 +372,7 @@ class Config:
     offline: bool = flag(False, "draw from the base model (Sec. 4.3)", group="run")
     model: str = flag("CompVis/stable-diffusion-v1-4", "Stable Diffusion, XL too: hub id or folder",
                       resolve=model_path)  # fmt: skip
-    reward: tuple = flag(("hpsv2",), "what to maximise, see rewards.py", resolve=resolve_reward)
+    reward: tuple = flag(("hpsv2",), "NAME or FILE.py:FUNCTION, =WEIGHT", resolve=resolve_reward)
     prompts: tuple = flag((f"{ROOT}/prompts/animals.txt",), "FILE or FILE:COLUMN",
                           resolve=prompt_paths)  # fmt: skip
     seed: int = flag(0, "of prompts and noise", least=0)

@@ -171,7 +171,7 @@ def load_reward(reward: str | tuple | list | Scorer, device: torch.device | str)
             scorer = load_function(source, detail, files)
         components[label] = (weight, scorer)
     if not components:
-        raise UserError("--reward: names no reward.")
+        raise UserError("--reward: names no reward; a run from Python is given its own again.")
     return Reward(components, sorted(files), device)
 
 

@@ -8,7 +8,6 @@ import functools
 import importlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -187,10 +186,11 @@ class StableDiffusion:
 
     @contextlib.contextmanager
     def at_work(self, network: nn.Module) -> Iterator[None]:
-        """Have a network on `device` within this block, and on `idle` afterwards."""
+        """Have a network on `device` within this block, without autocast, and on `idle` after."""
         network.to(self.device)
         try:
-            yield
+            with torch.autocast(self.device.type, enabled=False):
+                yield
         finally:
             network.to(self.idle)
 
@@ -296,9 +296,6 @@ class StableDiffusion:
         named = {"epoch": epoch, "name": os.path.basename(model), "base": base, "rewards": rewards}
         with writing(run / "pipeline") as folder:
             self.pipe.save_pretrained(folder)
-            for file in folder.rglob("*.safetensors"):  # else for its owner alone
-                with contextlib.suppress(OSError):  # of a disk without modes
-                    shutil.copymode(folder / "model_index.json", file)
             for file in folder.glob("*/config.json"):
                 config = read_json(file, str(file)) | {"_name_or_path": ""}
                 file.write_text(json.dumps(config, indent=2), encoding="utf-8")

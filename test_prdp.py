@@ -224,6 +224,13 @@ def test_what_ties_and_the_clip_change():
     assert seen == {True, False}
 
 
+@pytest.mark.parametrize("shape", [(1, 4), (3, 1), (4,), (3, 4, 1)])
+def test_loss_refuses_rewards_that_would_broadcast(shape):
+    log_probs = torch.zeros(3, 4, 5)
+    with pytest.raises(AssertionError):
+        prdp_loss(log_probs, log_probs, log_probs, torch.zeros(shape), 0.1, 0.7)
+
+
 def test_loss_can_be_pasted_elsewhere():
     """It needs torch alone."""
     namespace = {"torch": torch, "Tensor": Tensor}
@@ -302,6 +309,8 @@ def test_schedule_refuses(change, says):
     config = {**SD14_SCHEDULER, **change}
     with pytest.raises(prdp.UserError, match=says):
         prdp.ddpm_schedule({k: v for k, v in config.items() if v is not None}, 50)
+    with pytest.raises(prdp.UserError, match="--ddpm-steps 1000"):  # from t = 1000 on
+        prdp.ddpm_schedule(SD14_SCHEDULER, 1000)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

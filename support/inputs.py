@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -51,7 +52,7 @@ def read_prompts(path: str) -> list[str]:
             with reading(f"{what}, line {number}"):
                 records.append(json.loads(line.strip() or '""'))  # a blank one is no prompt
     elif kind in (".csv", ".tsv"):
-        text = text.lstrip("\n")
+        text = re.sub(r"\A\n*(sep=.\n)?", "", text)  # which Excel writes
         header = text.split("\n", 1)[0]
         form = {"delimiter": "\t" if kind == ".tsv" else ",", "strict": True}
         if kind == ".csv":
@@ -101,7 +102,7 @@ def as_prompts(records: Iterable, what: str = "prompts", columns: tuple = COLUMN
         "".join(texts).encode()  # half a surrogate pair is no character
     prompts = list(dict.fromkeys(filter(None, texts)))
     if not prompts:
-        raise UserError(f"{what}: holds no prompt.")
+        raise UserError(f"{what}: holds no prompt; a run from Python is given its own again.")
     return prompts
 
 
@@ -182,10 +183,11 @@ def load_function(file: str, function: str, loaded: dict) -> Callable:
     if folder not in USERS_FOLDER:
         for before in USERS_FOLDER:  # its modules must not be taken for this one's
             sys.path[:] = [path for path in sys.path if path != before]
-            for beside in map(Path, os.listdir(folder)):
-                origin = getattr(sys.modules.get(beside.stem), "__file__", None) or ""
+            beside = {Path(name).stem for name in os.listdir(folder)}
+            for module in [m for m in sys.modules if m.partition(".")[0] in beside]:
+                origin = getattr(sys.modules[module], "__file__", None) or ""
                 if Path(origin).is_relative_to(before) and before != OURS:
-                    del sys.modules[beside.stem]
+                    del sys.modules[module]
         USERS_FOLDER[:] = [folder]
         sys.path.append(folder)  # last: no module of it hides another
 
@@ -196,9 +198,10 @@ def load_function(file: str, function: str, loaded: dict) -> Callable:
     what = f"--reward {file}:{function}"
     with users_code(f"{what}: cannot be imported"):
         module = loaded[file] = loaded.get(file) or load_module(name, file)
-    if not callable(getattr(module, function, None)):
-        raise UserError(f"{what}: the file has no function {function!r}.")
-    return getattr(module, function)
+    scorer = getattr(module, function, None)
+    if not callable(scorer) or isinstance(scorer, type):
+        raise UserError(f"{what}: the file has no function or instance {function!r}.")
+    return scorer
 
 
 @contextlib.contextmanager

@@ -229,6 +229,9 @@ def plot_rewards(path: Path, rows: list[dict]) -> None:
         axes.plot(epochs, values, ".-")
         axes.set(xlabel="epoch", ylabel=name)
     figure.axes[0].fill_between(epochs, mean - std, mean + std, alpha=0.15)
+    samples = [row.get("sample_reward") for row in rows]
+    figure.axes[0].plot(epochs, samples, "o", label="sample_reward: fixed prompts and noise")
+    figure.axes[0].legend()
     with writing(path) as temporary:
         figure.savefig(temporary, format="png")
 
@@ -313,7 +316,7 @@ def show_samples(config, epoch: int, before: Samples, samples: Samples, track: C
     was = before.rewards.mean()
     now = samples.rewards.mean()
     means = f"{was:.4f} -> {now:.4f}"
-    count = f"mean reward of {len(difference)} images on fixed prompts and seeds"
+    count = f"sample_reward, of {len(difference)} images on fixed prompts and seeds"
     print0(f"{count}: {means}, {rise:+.4f} +- {error:.4f}")
     if len(difference) >= 16 and rise < -3 * error:
         print0("warning: that is clearly below the pretrained model; lower --learning-rate.")
@@ -327,4 +330,4 @@ def finish(config, epoch: int, before: Samples, after: Samples | None, track: Ca
     path = Path(config.out, "before_after.png")
     with forgiving(str(path)):
         draw_images(path, {"base": before, "finetuned": after})
-    print0(f"see {path}")
+    print0(f"pictures: {path}; model: {path.with_name('pipeline')}")

@@ -41,8 +41,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     if rank() != 0:
         yield
         return
-    if folder.is_file():
-        raise UserError(f"{folder}: is a file; choose a folder.")
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"{folder}: is no folder; choose another.")
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
@@ -80,6 +80,9 @@ def writing(path: Path) -> Iterator[Path]:
         remove(temporary)  # of a run that was killed
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        for file in temporary.rglob("*.safetensors"):  # else for its owner alone
+            with contextlib.suppress(OSError):  # of a disk without modes
+                file.chmod(temporary.stat().st_mode & 0o666)
         if path.is_dir():
             remove(path)
         os.replace(temporary, path)
@@ -171,7 +174,7 @@ def open_run(config) -> dict:
     sizes = gather_objects(sizes)[0]  # by now others may see what rank 0 writes
     failed = sizes.get("metrics.jsonl") == 0 and "reward.png" not in sizes  # in its first epoch
     if OURS & sizes.keys() and not failed:
-        again = resuming(config.program, out)
+        again = f"{resuming(config.program, out)} (more epochs: --epochs)"
         raise UserError(f"--out {out}: in use; choose another, or go on with: {again}.")
     return {"epoch": 0}
 

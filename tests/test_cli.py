@@ -52,7 +52,7 @@ BAD_INPUT = [
     (["--prompts", ""], "--prompts: is empty"),
     (["--reward", "pickscore=10,hpsv2=2"], "several are words of their own"),
     (["--model", "/nowhere/sd"], "--model /nowhere/sd: "),
-    (["--out", "{given}/file.txt"], "{given}/file.txt: is a file; choose a folder."),
+    (["--out", "{given}/file.txt"], "{given}/file.txt: is no folder; choose another."),
     (["--out", "{given}/file.txt/run"], "{given}/file.txt"),
     (["--out", "{given}/used"], "in use; choose another"),
     (["--resume", "{given}"], "No such file or directory; name the folder of a run"),
@@ -88,7 +88,7 @@ def test_every_program_checks_what_it_is_given(program, tiny_sd, tmp_path, capsy
     said = only_sentence(call(main, [*flags, number, 0], capsys))
     assert said.startswith(f"{name}{number} ") and ": must be " in said
     said = only_sentence(call(main, [*flags, "--out", file], capsys))
-    assert said == f"{name}{file}: is a file; choose a folder."
+    assert said == f"{name}{file}: is no folder; choose another."
     assert contents(tmp_path) == {"file": b"precious"}
 
 

@@ -189,11 +189,15 @@ def test_every_row_of_the_table_runs(tiny_sd, tmp_path, monkeypatch, capsys):
 
 def test_python_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (reward, loss), (library, *_) = blocks(README, "python"), blocks(RUNNING, "python")
+    (reward, loss), (judge, library, *_) = blocks(README, "python"), blocks(RUNNING, "python")
     assert loss.split("\n", 1)[1] in (ROOT / "prdp.py").read_text()
     names = {}
     exec(reward, names)
     assert names["brightness"](torch.full((1, 3, 2, 2), 255).byte(), ["a"]).item() == 1
+    exec(judge, names)
+    loaded = rewards.load_reward(names["judge"], "cpu")
+    assert loaded.networks == [names["judge"].net]
+    assert loaded(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), ["a", "b"]).shape == (2,)
     small = '"--epochs", "1", "--updates-per-epoch", "1", "--ddpm-steps", "3"'
     exec(library.replace('"--epochs", "2"', small), names)
     assert names["loss"].item() > 0 and names["pictures"].shape == (4, 3, 32, 32)

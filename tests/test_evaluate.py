@@ -331,12 +331,16 @@ def test_epochs_that_a_run_kept(evaluation, finished, tmp_path):
     base, first, last = record_in(tmp_path / "out")["table"]["policy"]
     assert [row["model"] for row in (base, first, last)] == ["base", "0001", "0002"]
     assert base["mean"] != first["mean"] != last["mean"]
+    code, out, _ = evaluation(epochs[::-1], "--reward", "incompressibility")
+    assert code == 0 and out.count(": 0 of 3 prompts to draw") == 3
     assert evaluation(run, "--out", tmp_path / "other")[0] == 0
     whole = record_in(tmp_path / "other")["table"]["policy"]
     assert [row["mean"] for row in whole] == [base["mean"], last["mean"]]
 
     shutil.move(epochs[0] / "pipeline", epochs[0] / "lora")
-    assert "has no pipeline/; docs/running.md makes" in only_sentence(evaluation(epochs[0]))
+    assert "has no pipeline/; see docs/running.md#adapters-alone" in only_sentence(
+        evaluation(epochs[0])
+    )
 
 
 def test_default_folder_is_of_an_epoch(finished, tmp_path, capsys):
@@ -372,7 +376,8 @@ def test_single_image_has_no_error(evaluation, finished, tmp_path):
     """Neither printed nor in the file, which is strict JSON."""
     code, out, errors = evaluation(finished, "--samples-per-prompt", 1, "--max-prompts", 1)
     assert (code, errors) == (0, "")
-    assert "+-" not in out and "nan" not in out
+    rows = out.split("\n\n", 1)[1].split("\n", 2)[2]
+    assert "+-" not in rows and "nan" not in out
     base, row = record_in(tmp_path / "out")["table"]["policy"]
     assert base["standard_error"] is row["standard_error"] is row["difference_error"] is None
     assert row["difference"] == pytest.approx(row["mean"] - base["mean"], abs=1e-5)
@@ -530,7 +535,8 @@ def test_results_by_sampler(evaluation, finished, tmp_path, monkeypatch):
     assert out.count(", p.txt: 0 of 3 prompts to draw") == 2  # euler's, of base and run
     header, *lines = out.split("\n\n", 1)[1].splitlines()
     assert header == "p.txt, incompressibility: 3 x 2 images"
-    assert [line.split(" ")[0] for line in lines[:6]] == ["ddim:", "", "", "euler:", "", ""]
+    assert [line.split(" ")[0] for line in lines[:6]] == ["ddim", "", "", "euler", "", ""]
+    assert lines[0].split()[1:] == "mean +- se difference +- se".split()
     record = record_in(tmp_path / "out")
     assert set(record["table"]) == set(record["rewards"]) == {"policy", "ddim", "euler"}
     for name in ("policy", "euler"):

@@ -58,6 +58,7 @@ def test_prompt_files(tmp_path, name, data):
         ("lines.csv", 'id,prompt\n1,"a\ncat"\n2,a\u2028dog\n3,\n', ["a\ncat", "a\u2028dog"]),
         ("commas.tsv", "prompt\na cat, red, tall\n", ["a cat, red, tall"]),
         ("header.tsv", "what, or who\tprompt\nx\ta cat, red\n", ["a cat, red"]),
+        ("excel.csv", "sep=;\nid;prompt\n1;a cat, red\n", ["a cat, red"]),
         ("parti.tsv", 'Prompt\tNote\na\tx\n"G I" in "red"\ty\n', ["a", '"G I" in "red"']),
         ("tags.txt", "poster, text\n[photo] 1girl\n", ["poster, text", "[photo] 1girl"]),
         ("u2028.jsonl", '{"prompt": "a\u2028cat"}\n', ["a\u2028cat"]),
@@ -335,6 +336,28 @@ def test_a_file_imports_the_modules_beside_it(tmp_path):
             mine.write_text(text + factor * "# of another size\n")
             scores = rewards.load_reward(f"{mine}:f", "cpu")(images, ["a"])
             assert scores.tolist() == [factor * value]
+
+
+def test_a_file_imports_the_packages_beside_it(tmp_path):
+    """With their modules, likewise of each folder its own."""
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    for folder, value, init in (("a", 1.0, True), ("b", 20.0, True), ("c", 300.0, False)):
+        (tmp_path / folder / "pack").mkdir(parents=True)
+        (tmp_path / folder / "pack" / "near.py").write_text(f"value = {value}\n")
+        if init:
+            (tmp_path / folder / "pack" / "__init__.py").write_text("")
+        text = "from pack.near import value\ndef f(i, p): return [value]\n"
+        (tmp_path / folder / "mine.py").write_text(text)
+        assert rewards.load_reward(f"{tmp_path}/{folder}/mine.py:f", "cpu")(images, ["a"]) == value
+
+
+def test_of_a_class_an_instance_is_named(tmp_path):
+    text = "class A:\n    def __call__(self, i, p): return [1.0] * len(p)\na = A()\n"
+    (tmp_path / "mine.py").write_text(text)
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    assert rewards.load_reward(f"{tmp_path}/mine.py:a", "cpu")(images, ["x"]) == 1
+    with pytest.raises(UserError, match="has no function or instance 'A'"):
+        rewards.load_reward(f"{tmp_path}/mine.py:A", "cpu")
 
 
 WORKERS = """

@@ -28,14 +28,18 @@ def test_first_screen_fits_80_columns(cli):
     assert any(" prompts: 'a" in line for line in lines[:header])
     table = [line for line in lines[header:] if line.split()[0] in ("epoch", "1", "2")]
     assert {len(line) for line in table} == {len(table[0])} and len(table[0]) <= 80
-    rises = [n for n, line in enumerate(lines) if line.startswith("mean reward of 4 images on fix")]
+    rises = [n for n, line in enumerate(lines) if line.startswith("sample_reward, of 4 images")]
     first, last = (lines.index(row) for row in table[1:])
     assert [header < first, first + 1, last + 1] == [True, *rises]
 
 
 def test_fixed_samples_are_scored_as_they_are_drawn(cli, tmp_path):
-    """sample_reward is the mean of `draw_samples` where --sample-every says, else null."""
+    """sample_reward is the mean of `draw_samples` where --sample-every says, else null; they change
+    nothing that is learned."""
+    assert cli("--epochs", 3, "--sample-every", 1, "--out", tmp_path / "each")[0] == 0
     assert cli("--sample-every", 2, "--epochs", 3)[0] == 0
+    weights = [checkpoint(tmp_path / name)["unet"] for name in ("run", "each")]
+    assert all(torch.equal(weights[0][name], x) for name, x in weights[1].items())
     rewards = [row["sample_reward"] for row in metrics_of(tmp_path / "run")]
     assert rewards[0] is rewards[2] is None
     assert cli("--sample-every", 2, "--epochs", 2, "--out", tmp_path / "two")[0] == 0

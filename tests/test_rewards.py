@@ -96,7 +96,7 @@ def test_words_name_these_components_from_any_folder(folder, monkeypatch, words,
         ({"hpsv2": 2}, "must be words; a function is an argument of run ({{'hpsv2': 2}})"),
         (["mine.py:f", "other/mine.py:g"], "put your files in one folder: {0}, {0}/other."),
         ([], "names no reward"),
-        ("mine.py:f", "has no function 'f'"),
+        ("mine.py:f", "has no function or instance 'f'"),
     ],
 )
 def test_words_that_are_wrong(folder, words, sentence):

@@ -106,6 +106,10 @@ FOLDERS = {
     "distilled": (config("unet", time_cond_proj_dim=256), "its unet has time_cond_proj_dim"),
     "of other inputs": (config("unet", addition_embed_type="text"), "has addition_embed_type"),
     "no size": (config("unet", sample_size=None), "its unet's sample_size is None"),
+    "a word as size": (config("unet", sample_size="8"), "its unet's sample_size is '8'"),
+    "of size 0": (config("unet", sample_size=0), "its unet's sample_size is 0"),
+    "more that come out": (config("unet", out_channels=8), "in_channels, out_channels and latent"),
+    "a word as scale": (config("vae", scaling_factor="1"), "its vae's scaling_factor is '1'"),
     "of another width": (config("unet", cross_attention_dim=8), "cross_attention_dim is not"),
     "means": (config("vae", latents_mean=[0.0]), "its vae has latents_mean or latents_std"),
     "of more channels": (config("vae", latent_channels=8), "in_channels, out_channels and latent"),
@@ -116,6 +120,8 @@ FOLDERS = {
     "EDM": (config("scheduler", _class_name="EDMEulerScheduler"), "has _class_name 'EDMEuler"),
     "flow sigmas": (config("scheduler", use_flow_sigmas=True), "scheduler has use_flow_sigmas"),
     "another offset": (config("scheduler", steps_offset=0), "scheduler has steps_offset 0"),
+    "a larger offset": (config("scheduler", steps_offset=2), "scheduler has steps_offset 2"),
+    "a beta above 1": (config("scheduler", beta_end=1.5), "beta_start 0.00085, beta_end 1.5"),
     "a scheduler that is none": (
         lambda folder: (folder / "scheduler" / "scheduler_config.json").write_text("[1]"),
         "its scheduler/scheduler_config.json: is no JSON object",
@@ -154,14 +160,19 @@ def test_saved_pipeline_says_what_it_is_and_has_the_policys_scheduler(cli, tiny_
     config = {name: SD14_SCHEDULER[name] for name in names} | {"prediction_type": "v_prediction"}
     odd = {"_class_name": "EulerDiscreteScheduler", "thresholding": True, "use_karras_sigmas": True}
     (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | odd))
-    edit_json(model / "model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"])
+    unknown = ["diffusers", "UNet2DConditionModel"]  # a part that diffusers ignores, too
+    scheduler = ["diffusers", "EulerDiscreteScheduler"]
+    edit_json(model / "model_index.json", scheduler=scheduler, unet_ema=unknown)
+    edit_json(model / "tokenizer" / "tokenizer_config.json", model_max_length=77)
     (tmp_path / "p.txt").write_text("a $x_{$ red circle\n" + "red " * 30 + "\n")
     code, out, errors = cli("--model", model, "--prompts", tmp_path / "p.txt", *ONE_EPOCH)
     assert code == 0, errors
     assert "warning: 1 of 2 prompts exceed 16 tokens" in out
 
     pipeline = tmp_path / "run" / "pipeline"
-    scheduler = StableDiffusionPipeline.from_pretrained(pipeline).scheduler
+    saved = StableDiffusionPipeline.from_pretrained(pipeline)
+    assert saved.tokenizer.model_max_length == 16
+    scheduler = saved.scheduler
     assert scheduler.config.thresholding is scheduler.config.clip_sample is False
     assert scheduler.config.prediction_type == "v_prediction"
     scheduler.set_timesteps(50)
@@ -211,6 +222,7 @@ def test_lora(cli, tiny_sd, tmp_path):
     run = tmp_path / "run"
     assert_same_run(tmp_path / "plain", run)
     kept = [load_file(run / "epochs" / f"000{n}" / "lora" / LORA_FILE) for n in (1, 2)]
+    assert len({file.stat().st_mode for file in run.rglob("*.[js]*")}) == 1  # for others to read
     assert kept[1].keys() == load_file(run / "lora" / LORA_FILE).keys()
     assert any(not torch.equal(kept[0][name], kept[1][name]) for name in kept[0])
     adapters = checkpoint(run)["unet"]
@@ -321,7 +333,8 @@ def test_memory_and_speed_flags_keep_gradient_and_bits(models, monkeypatch, chan
 
 
 def test_compiled_updates_have_one_shape(models, monkeypatch):
-    """Of 53 entries each microbatch is full; the gradient is the uncompiled one's."""
+    """Of 53 entries each microbatch is full; the gradient is the uncompiled one's. Shapes beyond
+    Dynamo's limit would run uncompiled in silence: it is higher, and fails."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     plain, forward, sizes = models(), prdp.run_unet, set()
     expected = weighted_gradient(plain, 7)
@@ -333,6 +346,8 @@ def test_compiled_updates_have_one_shape(models, monkeypatch):
     monkeypatch.setattr(prdp, "run_unet", watched)
     compiled = models(compile=True)
     tolerance = 1e-5 * expected.abs().max().item()
+    dynamo = torch._dynamo.config
+    assert dynamo.fail_on_recompile_limit_hit and dynamo.recompile_limit >= 64
     ours = weighted_gradient(compiled, 7)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=tolerance)
     assert sizes == {6}
@@ -422,6 +437,17 @@ def test_weights_are_cast_anew_after_an_update(models, dtype):
             expected.append(prdp.score_trajectories(loaded.policy, trajectories))
         assert (expected[-1] - trajectories.log_probs).abs().max() > 1e-3
         assert torch.equal(expected[-1], expected[0])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_texts_and_pictures_are_those_of_no_autocast_around_them(models, dtype):
+    """A notebook's, around what a user does with `load_run`'s models."""
+    sd = models(dtype=dtype).sd
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    embeds, images = sd.encode(["a red star"]), sd.decode(latents, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sd.encode(["a red star"]), embeds)
+        assert torch.equal(sd.decode(latents, 3), images)
 
 
 def test_pictures_that_are_no_numbers_stop_the_run(models):
