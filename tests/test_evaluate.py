@@ -536,7 +536,7 @@ def test_results_by_sampler(evaluation, finished, tmp_path, monkeypatch):
     header, *lines = out.split("\n\n", 1)[1].splitlines()
     assert header == "p.txt, incompressibility: 3 x 2 images"
     assert [line.split(" ")[0] for line in lines[:6]] == ["ddim", "", "", "euler", "", ""]
-    assert lines[0].split()[1:] == "mean +- se difference +- se".split()
+    assert lines[0].split()[1:] == ["mean", "+-", "se", "difference", "+-", "se"]
     record = record_in(tmp_path / "out")
     assert set(record["table"]) == set(record["rewards"]) == {"policy", "ddim", "euler"}
     for name in ("policy", "euler"):

@@ -297,6 +297,7 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="of what there is so far")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which matplotlib may not know here
     record = read_record()
     race = Race(record, start=not args.show)
     if race.start:
