@@ -161,7 +161,7 @@ def draw(plan: Plan, models: prdp.Models, sampler: str, prompts: dict, images: i
 
 
 def measure(plan: Plan, label: str, reward: Reward, record: dict) -> report.Samples:
-    """Add a model's rewards to `record`, saved as they come; a few of its last pictures."""
+    """Add a model's rewards to `record`, saved as they come; a few pictures of the last sampler."""
     config = replace(plan.config, model=plan.folders[label])
     models = prdp.load_models(config, start_processes(), reward, learns=False)
     inputs = run_folder.model_digest(models.sd)

@@ -25,6 +25,8 @@ COLUMNS = ("prompt", "prompts", "caption", "text")  # of tables and records: the
 def load_prompts(*paths: str | Path) -> list[str]:
     """Prompts of .txt (a line each; blank and # lines skipped), .csv, .tsv, .json or .jsonl files
     (strings, or records with one of COLUMNS; FILE:COLUMN names another), in order, each once."""
+    if not paths:
+        raise UserError("--prompts: names no file; a run from Python is given its own again.")
     return list(dict.fromkeys(prompt for path in paths for prompt in read_prompts(str(path))))
 
 
@@ -102,7 +104,7 @@ def as_prompts(records: Iterable, what: str = "prompts", columns: tuple = COLUMN
         "".join(texts).encode()  # half a surrogate pair is no character
     prompts = list(dict.fromkeys(filter(None, texts)))
     if not prompts:
-        raise UserError(f"{what}: holds no prompt; a run from Python is given its own again.")
+        raise UserError(f"{what}: holds no prompt.")
     return prompts
 
 

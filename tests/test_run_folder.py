@@ -207,7 +207,7 @@ def test_as_a_library(tiny_sd, tmp_path, cli):
     prdp.run(more, reward=brightness, prompts=PROMPTS)
     assert "the reward brightness=1;" in Path(config.out, "pipeline", "README.md").read_text()
     given = ["--prompts", *files["prompts"], "--reward", *files["reward"]]
-    assert "--prompts: holds no prompt" in only_sentence(cli("--resume", config.out))
+    assert "--prompts: names no file; a run from Python" in only_sentence(cli("--resume", config.out))
     assert "--reward: names no" in only_sentence(cli("--resume", config.out, *given[:2]))
     code, _, errors = cli("--resume", config.out, "--epochs", 3, *given)
     assert code == 0, errors
