@@ -208,9 +208,9 @@ def tabulate(plan: Plan, rewards: dict) -> dict[str, list[dict]]:
         prompts = [*plan.prompts[file]]
         names = next(iter(rewards[plan.samplers[0]][file].values()))[prompts[0]]
         for name in names:
-            print0(f"\n{shown:.20}, {name}: {len(prompts)} x {plan.samples} images")
+            print0(f"\n{shown:.36}, {name}: {len(prompts)} x {plan.samples} images")
             for sampler in plan.samplers:
-                print0(f"{sampler:<20} {'mean +- se':>22} {'difference +- se':>22}")
+                print0(f"{sampler:<33}mean +- se       difference +- se")
                 scores = {}  # label -> (P, S)
                 for label in plan.folders:
                     by_prompt = rewards[sampler][file][label]
@@ -236,9 +236,9 @@ def evaluate(args: argparse.Namespace) -> None:
     plan = make_plan(args)
 
     # A reward that fails or changed, or a model that is none, ends here.
-    reward = load_reward(plan.config.reward, "cpu")
     for folder in plan.folders.values():
         picture = grey_picture(folder)
+    reward = load_reward(plan.config.reward, "cpu")
     texts = [*itertools.chain(*plan.prompts.values())]
     reward.score(picture.to(device), texts[:1])
     settings = {name: getattr(plan.config, name) for name in SETTINGS}

@@ -379,7 +379,7 @@ class Config:
     out: str = flag("", "run folder, new or empty (default: one in runs/)")
     resume: str = flag("", "run folder to go on with", metavar="RUN")
     save_every: int = flag(1, "epochs between checkpoints")
-    keep_every: int = flag(0, "epochs between kept models; 0: none", least=0)
+    keep_every: int = flag(0, "epochs between kept models", least=0)
     sample_every: int = flag(10, "epochs between sample grids")
     log_to: str = flag("none", "also send metrics there", "none", "tensorboard", "wandb")
 
@@ -628,11 +628,11 @@ def run(
     """Train, from the last checkpoint if any, and show what changed; UserError if it cannot."""
     device = start_processes()
     config = resolve(config, reward, prompts)
-    if prompts is None:
-        prompts = load_prompts(*config.prompts)
+    prompts = load_prompts(*config.prompts) if prompts is None else prompts
     prompts = as_prompts(prompts, "--prompts")
+    picture = grey_picture(config.model).to(device)
     reward = load_reward(config.reward if reward is None else reward, "cpu")
-    reward.score(grey_picture(config.model).to(device), prompts[:1])  # or it ends here
+    reward.score(picture, prompts[:1])
     with run_folder.only_writer(Path(config.out)):
         # Alg. 1, line 1. A run that goes on is loaded before anything is written.
         saved = run_folder.open_run(config)

@@ -172,7 +172,7 @@ def load_reward(reward: str | tuple | list | Scorer, device: torch.device | str)
         components[label] = (weight, scorer)
     if not components:
         raise UserError("--reward: names no reward; a run from Python is given its own again.")
-    return Reward(components, sorted(files), device)
+    return Reward(components, list(files), device)
 
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:

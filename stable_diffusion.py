@@ -72,11 +72,12 @@ def read_configs(model: str) -> tuple[Path, dict[str, dict]]:
     quiet_libraries()
     from diffusers import DiffusionPipeline
 
-    what, folder = f"--model {model}", Path(model)
+    what, folder = f"model {model}", Path(model)
     if (folder / "pipeline").is_dir():
         raise UserError(f"{what}: is a run; its model is {folder / 'pipeline'}.")
     if not folder.is_dir() and (folder.is_absolute() or model.count("/") != 1):
-        raise UserError(f"{what}: no such folder, and no hub id as CompVis/stable-diffusion-v1-4.")
+        remedy = "if it has moved, say where: --model, of evaluate.py --against"
+        raise UserError(f"{what}: no such folder, and no hub id as a/b; {remedy}.")
     with reading(what if folder.is_dir() else f"{what}: no folder here, and as a hub id"):
         configs = {"pipeline": DiffusionPipeline.load_config(model)}
         kind = str(configs["pipeline"].get("_class_name"))
@@ -145,7 +146,7 @@ class StableDiffusion:
         self.idle = torch.device("cpu") if config.offload == "on" else device
         folder, configs = read_configs(config.model)
         self.noise_settings = noise_settings(configs["scheduler"])
-        what = f"--model {config.model}"
+        what = f"model {config.model}"
         parts, self.text_encoders = {"feature_extractor": None}, nn.ModuleList()
         for name, kind in PIPELINES[configs["pipeline"]["_class_name"]].items():
             kind = getattr(diffusers, kind, None) or getattr(transformers, kind)
@@ -180,7 +181,7 @@ class StableDiffusion:
         """The size of a model's UNet in float32; its weights are not read."""
         from diffusers import UNet2DConditionModel
 
-        with reading(f"--model {model}: its unet"), torch.device("meta"):
+        with reading(f"model {model}: its unet"), torch.device("meta"):
             unet = UNet2DConditionModel.from_config(read_configs(model)[1]["unet"])
         return 4e-9 * sum(p.numel() for p in unet.parameters())
 

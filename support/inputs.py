@@ -39,7 +39,8 @@ def read_prompts(path: str) -> list[str]:
         raise UserError(f"{what}: must be .txt, .csv, .tsv, .json or .jsonl.")
     with reading(what):
         data = Path(file).read_bytes()  # once: of a pipe there is no second time
-        wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    with reading(f"{what}: save it as UTF-8"):
         text = io.StringIO(data.decode("utf-16" if wide else "utf-8-sig"), None).read()
     records, lines = [], text.split("\n")
     if kind == ".json":

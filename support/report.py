@@ -99,12 +99,14 @@ def epoch_metrics(
 
 def as_row(epoch: int, metrics: dict[str, float]) -> dict:
     """A line of metrics.jsonl; null where there is no number."""
-    row = {"epoch": epoch}
+    row = dict.fromkeys(("epoch", "images", "reward_mean", "reward_std"), math.nan)
+    row["epoch"] = epoch
     for name, value in metrics.items():
         row[name] = float(value)  # another `train` may give a tensor, or numpy's
     for name, seconds in SECONDS.items():
         row[f"seconds_{name}"] = seconds
-    row["images_per_second"] = row.pop("images") / sum(SECONDS.values())
+    seconds = sum(SECONDS.values()) or math.nan
+    row["images_per_second"] = row.pop("images") / seconds
     row["peak_gb"] = 0.0
     if torch.cuda.is_available():
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9

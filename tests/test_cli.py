@@ -51,7 +51,7 @@ BAD_INPUT = [
     (["--model", ""], "--model: is empty"),
     (["--prompts", ""], "--prompts: is empty"),
     (["--reward", "pickscore=10,hpsv2=2"], "several are words of their own"),
-    (["--model", "/nowhere/sd"], "--model /nowhere/sd: "),
+    (["--model", "/nowhere/sd"], "model /nowhere/sd: "),
     (["--out", "{given}/file.txt"], "{given}/file.txt: is no folder; choose another."),
     (["--out", "{given}/file.txt/run"], "{given}/file.txt"),
     (["--out", "{given}/used"], "in use; choose another"),

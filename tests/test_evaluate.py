@@ -280,16 +280,18 @@ def test_bad_input_is_one_sentence(evaluation, finished, tmp_path):
     edit_json(people / "config.json", reward=[], prompts=[], pairs="/pairs.jsonl")
     for folder in (python, people):
         shutil.copytree(finished / "pipeline", folder / "pipeline")
+    (tmp_path / "none.py").write_text("raise ImportError('the model is looked at first')")
     cases = [
+        (["missing", "--reward", tmp_path / "none.py:f"], "model missing: no such folder"),
         ([young], f"{young}: has no pipeline/ of epoch 2; when it has ended, python prdp.py"),
         ([young], f"--resume {young} --epochs 2 makes it."),
-        ([tmp_path, "--reward", "compressibility"], f"--model {tmp_path}: "),
-        (["missing", "--reward", "compressibility"], "--model missing: no such folder"),
-        (["mis/sing/er", "--reward", "compressibility"], "--model mis/sing/er: no such folder"),
-        (["mis/sing", "--reward", "compressibility"], "--model mis/sing: "),
+        ([tmp_path, "--reward", "compressibility"], f"model {tmp_path}: "),
+        (["missing", "--reward", "compressibility"], "model missing: no such folder"),
+        (["mis/sing/er", "--reward", "compressibility"], "model mis/sing/er: no such folder"),
+        (["mis/sing", "--reward", "compressibility"], "model mis/sing: "),
         (["./mis/sing/", "--reward", "compressibility"], "no such folder"),
         ([tmp_path / "missing", "--reward", "compressibility"], "no such folder"),
-        ([finished, "--against", "missing"], "--model missing: no such folder"),
+        ([finished, "--against", "missing"], "model missing: no such folder"),
         ([finished / "epochs" / "0009"], "0009: has no pipeline/"),
         ([finished, "--samples-per-prompt", 0], "--samples-per-prompt and --max-prompts: must be"),
         ([finished, "--max-prompts", 0], "--samples-per-prompt and --max-prompts: must be"),

@@ -119,7 +119,7 @@ COLUMN = "is neither a text nor has a column prompt or prompts or caption or tex
         ("twice.csv", b"prompt,Prompt\na,b\n", "has more than one column 'prompt'"),
         ("number.json", b'["a", 3]', f"entry 2 {COLUMN}"),
         ("half.json", b'["a", "\\ud800"]', "surrogates not allowed"),
-        ("latin.txt", "caf\xe9".encode("latin-1"), "can't decode byte 0xe9 in position 3"),
+        ("latin.txt", "caf\xe9".encode("latin-1"), "save it as UTF-8: 'utf-8' codec can't"),
         ("words.csv", b"id,words\n1,a cat\n", f"entry 1 {COLUMN}"),
         ("short.csv", b"id,prompt\n1,a cat\n3\n", f"entry 2 {COLUMN}"),
         ("comma.csv", b"prompt\na cat, a dog\n", "row 2 has more cells than the header; quote"),
@@ -266,7 +266,7 @@ def test_the_hubs_answer_is_in_the_sentence(ask):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         said = ask(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
         server.shutdown()
-    assert "--model a/model: " in said and "the hub answers 401; check the name, accept its" in said
+    assert "model a/model: " in said and "the hub answers 401; check the name, accept its" in said
 
 
 def test_a_proxy_of_a_kind_that_is_not_installed(ask):
@@ -276,7 +276,7 @@ def test_a_proxy_of_a_kind_that_is_not_installed(ask):
 
 def test_no_network(cli):
     said = only_sentence(cli("--model", "a/model"))
-    assert "--model a/model: " in said and said.endswith("not cached, and the hub is out of reach.")
+    assert "model a/model: " in said and said.endswith("not cached, and the hub is out of reach.")
 
 
 # ---- Code of users -------------------------------------------------------------------------------

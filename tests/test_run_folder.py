@@ -23,6 +23,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import prdp
+import rewards
 from conftest import PROMPTS, ROOT, assert_same_run, checkpoint, contents, edit_json, metrics_of
 from conftest import only_sentence, script, small_run, start, tiny_config
 from support import report, run_folder
@@ -88,6 +89,7 @@ sys.path.insert(0, root)
 import matplotlib.backends.backend_agg, torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 import prdp
+import rewards
 torch.set_num_threads(1)
 
 
@@ -207,7 +209,9 @@ def test_as_a_library(tiny_sd, tmp_path, cli):
     prdp.run(more, reward=brightness, prompts=PROMPTS)
     assert "the reward brightness=1;" in Path(config.out, "pipeline", "README.md").read_text()
     given = ["--prompts", *files["prompts"], "--reward", *files["reward"]]
-    assert "--prompts: names no file; a run from Python" in only_sentence(cli("--resume", config.out))
+    assert "--prompts: names no file; a run from Python" in only_sentence(
+        cli("--resume", config.out)
+    )
     assert "--reward: names no" in only_sentence(cli("--resume", config.out, *given[:2]))
     code, _, errors = cli("--resume", config.out, "--epochs", 3, *given)
     assert code == 0, errors
@@ -294,6 +298,31 @@ def test_a_run_goes_on_under_the_train_that_it_has(run, cli):
     statistics = Statistics()
     prdp.run(config, state=statistics)
     assert statistics.epochs == 2 and checkpoint(run)["state"] == {"epochs": 2}
+
+
+@pytest.mark.parametrize("epochs", [[{"reward_mean": 0.5}, {"loss": 1}], [{}, {}]])
+def test_a_train_of_ones_own_yields_what_it_has(tiny_sd, tmp_path, epochs):
+    """Whatever numbers, and without a phase that is timed."""
+    config = prdp.parse_args([*small_run(tiny_sd), "--out", tmp_path / "run", "--sample-every", 9])
+    prdp.run(config, train=lambda *_: epochs)
+    rows = run_folder.read_metrics(tmp_path / "run")
+    assert [row["reward_mean"] for row in rows] == [row.get("reward_mean") for row in epochs]
+    assert [row["images_per_second"] for row in rows] == [None, None]
+    assert checkpoint(tmp_path / "run")["epoch"] == 2
+
+
+def test_functions_of_one_name_are_told_apart_by_their_files(tmp_path):
+    """That they have changed places is seen."""
+    digests = []
+    for name, sign in (("a", ""), ("b", "-")):
+        text = f"def score(images, prompts): return [{sign}1.0] * len(prompts)\n"
+        (tmp_path / f"{name}.py").write_text(text)
+    for order in ("ab", "ba"):
+        words = [f"{tmp_path}/{order[n]}.py:score={1 - n}" for n in (0, 1)]
+        found = run_folder.digests(rewards.load_reward(words, "cpu"), ["a"])
+        assert found["reward_terms"] == ["score=1", "score-2=0"]
+        digests.append(found["reward_digest"])
+    assert digests[0] != digests[1]
 
 
 def test_what_could_not_be_read_again_is_not_saved(tiny_sd, tmp_path):

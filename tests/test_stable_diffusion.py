@@ -135,7 +135,7 @@ def test_model_folder_is_refused(damage, sentence, tiny_sd, cli, tmp_path, monke
     folder = Path(shutil.copytree(tiny_sd, tmp_path / "sd"))
     damage(folder)
     said = only_sentence(cli("--model", folder))
-    about = "the model's scheduler" if "scheduler has" in said else f"--model {folder}: "
+    about = "the model's scheduler" if "scheduler has" in said else f"model {folder}: "
     assert said.startswith(f"prdp.py: {about}")
     assert sentence in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sd"]  # no run, and no code was run
@@ -143,11 +143,11 @@ def test_model_folder_is_refused(damage, sentence, tiny_sd, cli, tmp_path, monke
 
 def test_what_is_no_model_folder_is_refused(finished, cli, tmp_path):
     said = only_sentence(cli("--model", finished, "--out", tmp_path / "other"))
-    assert said == f"prdp.py: --model {finished}: is a run; its model is {finished / 'pipeline'}."
+    assert said == f"prdp.py: model {finished}: is a run; its model is {finished / 'pipeline'}."
     (tmp_path / "v1-5.safetensors").touch()
     for model in (tmp_path / "v1-5.safetensors", "https://huggingface.co/a/b", tmp_path / "gone"):
         said = only_sentence(cli("--model", model, "--out", tmp_path / "other"))
-        assert said.startswith(f"prdp.py: --model {model}: no such folder, and no hub id as")
+        assert said.startswith(f"prdp.py: model {model}: no such folder, and no hub id as")
 
 
 # ---- Folders that are used -----------------------------------------------------------------------
