@@ -179,7 +179,10 @@ class Race:
                 continue
             if not self.start:
                 break
-            seconds = go_on(command, folder, stop)
+            again = 0.0  # of epochs that the record has, where the run begins anew
+            if not folder.exists():
+                again = sum(self.runs[e]["seconds"] for e in entries if e in self.runs)
+            seconds = go_on(command, folder, stop) - again
             noise = SWEEP_NOISE if seed == SWEEP_SEED else NOISE
             self.runs[entry] = judge(arm, folder, noise) | {"seconds": seconds}
             print(self.runs[entry], flush=True)
