@@ -37,6 +37,7 @@ CARDS = {
     "H200": (150.2, 226),
 }
 SD14 = (3.44, 64 * 64)  # GB of its UNet's weights in float32; places of its latents
+SIZES = {prdp.Config.model: SD14, "stabilityai/stable-diffusion-xl-base-1.0": (10.27, 128 * 128)}
 TFLOP = 1.606  # of an image and step through it: two samples, for guidance
 COMPILED = 1.45  # times as fast
 SKIPPED = 0.2  # of the entries of an epoch's updates, where K > 1
@@ -44,8 +45,8 @@ SKIPPED = 0.2  # of the entries of an epoch's updates, where K > 1
 
 def size_of(model: str) -> tuple[float, int]:
     """GB of a UNet's weights, and places of its latents; UserError for another model of the hub."""
-    if model == prdp.Config.model:
-        return SD14
+    if model in SIZES:
+        return SIZES[model]
     if not Path(model).is_dir():
         raise UserError(f"--model {model}: is no folder, and nothing is downloaded here.")
     _, height, width = latent_shape(read_configs(model)[1]["unet"])
@@ -120,7 +121,10 @@ def main() -> None:
         parser.add_argument("--gb", type=float)
         parser.add_argument("--dtype", default="auto", choices=("auto", *machine.ROUNDING))
         options, flags = parser.parse_known_args(sys.argv[1:])
+        if options.gb is not None and not 0 < options.gb < 2**20:
+            parser.error(f"--gb {options.gb}: must be a card's GB")
         config = replace(prdp.parse_args(flags), dtype=options.dtype)
+        size_of(config.model)  # of another model of the hub this ends here
         print_row = table(
             f"plans, and estimates +- 25% of {config.epochs} epochs", "card",
             "microbatch, checkpointing, offload", "GB", "hours an epoch", "days",

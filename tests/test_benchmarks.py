@@ -91,6 +91,12 @@ def test_a_card_is_planned_where_there_is_none():
     expected = 25_600 * 1.606 * (11 + 8 * 3.07) / 226 / 3600
     assert float(hours) == pytest.approx(expected, rel=0.05)
     assert float(days) == pytest.approx(100 * expected / 24, rel=0.05)
+    model = "stabilityai/stable-diffusion-xl-base-1.0"
+    assert planned("--gb", "141", "--model", model)["H200"][0] == "4, off, on"
+    for flags in (("--gb", "nan"), ("--gb", "-3"), ("--model", "a/b")):
+        process = start("plan.py", *flags)
+        said = process.communicate()[1]
+        assert process.returncode == 2 and said.startswith("benchmarks/plan.py: "), said
     plan, gigabytes, *_ = planned("--gb", "12", "--lora-rank", "8")["any of 12 GB"]
     assert plan == "8, on, on" and float(gigabytes) < 12
 
