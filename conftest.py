@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if "gpu" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:  # `pytest -m gpu` is for one
@@ -172,25 +172,32 @@ def call(main: Callable, arguments: list, capsys) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
-def small_run(tiny_sd: str) -> list[str]:
-    """Flags of two epochs of 2 prompts x 2 images of the tiny Stable Diffusion."""
+def override(flags: list, others: Sequence) -> list:
+    """Flags of one value each, but those that `others` have too, and these."""
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    return [word for pair in pairs if pair[0] not in others for word in pair] + [*others]
+
+
+def small_run(tiny_sd: str, *others: object) -> list:
+    """Flags of two epochs of 2 prompts x 2 images of the tiny Stable Diffusion, and others."""
     flags = ["--preset", "toy", "--model", tiny_sd, "--reward", "incompressibility"]
     flags += ["--epochs", "2", "--updates-per-epoch", "2", "--prompts-per-epoch", "2"]
     flags += ["--images-per-prompt", "2", "--microbatch", "2", "--ddpm-steps", "3", "--seed", "3"]
-    return flags
+    return override(flags, others)
 
 
 @pytest.fixture
 def cli(tiny_sd, tmp_path, capsys) -> Callable[..., tuple[int, str, str]]:
     """cli(*flags): exit code, stdout and stderr of `python prdp.py FLAGS`, in this process.
 
-    `small_run` into tmp_path / "run", but for what `flags` say otherwise: of a flag given twice the
-    last counts. To --resume nothing is added.
+    `small_run` into tmp_path / "run", but for what `flags` say otherwise. To --resume nothing is
+    added.
     """
 
     def run(*flags: object) -> tuple[int, str, str]:
-        added = [] if "--resume" in flags else [*small_run(tiny_sd), "--out", tmp_path / "run"]
-        return call(prdp.main, [*added, *flags], capsys)
+        if "--resume" not in flags:
+            flags = override([*small_run(tiny_sd), "--out", tmp_path / "run"], flags)
+        return call(prdp.main, flags, capsys)
 
     return run
 

@@ -52,7 +52,7 @@ def find_model(name: str) -> tuple[str, dict]:
     if pipeline.is_dir():
         epoch = run_folder.read_json(pipeline / "prdp.json", f"{pipeline}: prdp.json")["epoch"]
     elif run != folder:
-        raise UserError(f"{folder}: has no pipeline/; see docs/running.md#adapters-alone.")
+        raise UserError(f"{folder}: has no pipeline/; of adapters: docs/running.md#adapters-alone.")
     if run == folder and epoch < done:
         remedy = f"{resuming(record.get('program'), run)} --epochs {done} makes it"
         raise UserError(f"{run}: has no pipeline/ of epoch {done}; when it has ended, {remedy}.")
@@ -201,7 +201,7 @@ def summary(x: Tensor, form: str) -> tuple:
     return mean, error, f"{mean:{form}} +- {error:.2g}"
 
 
-def tabulate(plan: Plan, rewards: dict) -> dict[str, list[dict]]:
+def tabulate(plan: Plan, rewards: dict) -> dict:
     """Print a table for each file and reward, of at most 80 columns; its rows by sampler."""
     table = {sampler: [] for sampler in plan.samplers}
     for shown, file in zip(labels_of([*plan.prompts]), plan.prompts, strict=True):

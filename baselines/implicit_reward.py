@@ -90,16 +90,19 @@ def score(args: argparse.Namespace) -> None:
     out = Path(absolute(args.out or run.get("out", "evaluation")))
     path = out / "implicit_reward.json"
     settings = {"pairs_digest": people.digest, "draws": args.draws, "seed": config.seed}
-    settings |= {"beta": beta, "finetuned": folder, "against": base}
+    settings |= {"beta": beta, "finetuned": folder, "against": base, "dtype": config.dtype}
     with only_writer(out):
-        if path.is_file():
-            require_same(read_json(path, str(path)), settings, f"--out {out}")
+        before = read_json(path, str(path)) if path.is_file() else {}
+        require_same(before, settings, f"--out {out}")
         errors, frozen = [], []
-        for model in (folder, base):
+        for name, model in (("finetuned", folder), ("against", base)):
             config = replace(config, model=model)
             models = prdp.load_models(config, device, NoReward({}), learns=False)
+            drawn_by = model_digest(models.sd)
             if model == base and not args.against:  # as the run began from it
-                require_same(run, model_digest(models.sd), args.model, "name it by --against")
+                require_same(run, drawn_by, args.model, "name it by --against")
+            settings[f"{name}_model_digest"] = drawn_by["model_digest"]
+            require_same(before, settings, f"--out {out}")
             digest = weights_digest([models.sd.vae, models.sd.text_encoders])
             frozen.append((digest, models.sd.noise_settings))
             if frozen[0] != frozen[-1]:

@@ -52,6 +52,14 @@ class Parser(argparse.ArgumentParser):
         remedy = "start it by torchrun" if "--local-rank" in message else "see --help"
         raise UserError(f"{message}; {remedy}.")
 
+    def parse_known_args(self, args=None, namespace=None):
+        """A flag given twice has its last value; a list is refused, for both may be meant."""
+        words = [str(word) for word in (sys.argv[1:] if args is None else args)]
+        for action in self._actions:
+            if action.nargs == "+" and sum(word in action.option_strings for word in words) > 1:
+                self.error(f"{action.option_strings[0]}: given twice; name all after one")
+        return super().parse_known_args(words, namespace)
+
     def add_fields(self, fields: Iterable[dataclasses.Field], preset: dict | None = None) -> None:
         """A flag for each field that `flag` gave a text, with a preset's default in its help. What
         the command line does not name stays absent."""

@@ -37,6 +37,8 @@ def read_prompts(path: str) -> list[str]:
     what, kind = f"--prompts {path}", Path(file).suffix.lower()
     if kind not in (".txt", "", ".csv", ".tsv", ".json", ".jsonl"):
         raise UserError(f"{what}: must be .txt, .csv, .tsv, .json or .jsonl.")
+    if column and kind in (".txt", ""):
+        raise UserError(f"{what}: a text file has no columns; name the file alone.")
     with reading(what):
         data = Path(file).read_bytes()  # once: of a pipe there is no second time
     wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)

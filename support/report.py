@@ -100,17 +100,15 @@ def epoch_metrics(
 def as_row(epoch: int, metrics: dict[str, float]) -> dict:
     """A line of metrics.jsonl; null where there is no number."""
     row = dict.fromkeys(("epoch", "images", "reward_mean", "reward_std"), math.nan)
-    row["epoch"] = epoch
     for name, value in metrics.items():
         row[name] = float(value)  # another `train` may give a tensor, or numpy's
+    row["epoch"] = epoch
     for name, seconds in SECONDS.items():
         row[f"seconds_{name}"] = seconds
     seconds = sum(SECONDS.values()) or math.nan
     row["images_per_second"] = row.pop("images") / seconds
-    row["peak_gb"] = 0.0
-    if torch.cuda.is_available():
-        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    row["sample_reward"] = math.nan
+    row.setdefault("peak_gb", torch.cuda.max_memory_allocated() / 1e9)  # 0 without a GPU
+    row.setdefault("sample_reward", math.nan)
     for name, value in row.items():
         if not math.isfinite(value):
             row[name] = None

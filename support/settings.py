@@ -5,7 +5,6 @@ import importlib.util
 import math
 import numbers
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,8 +85,7 @@ def parse_settings(kind: type, presets: dict, about: str | None, argv: list[str]
     parser = Parser(description=(about or "").split("\n\nPaper ")[0])
     parser.add_argument("--preset", choices=presets, help="settings to begin with (default: small)")
     parser.add_fields(dataclasses.fields(kind), presets["small"])
-    words = sys.argv[1:] if argv is None else argv
-    given = vars(parser.parse_args([str(word) for word in words]))
+    given = vars(parser.parse_args(argv))
     start_processes()
 
     preset = given.pop("preset")

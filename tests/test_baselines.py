@@ -16,7 +16,7 @@ import prdp
 from baselines import diffusion_dpo, rwr
 from baselines.pairs import People
 from conftest import CPU, PROMPTS, assert_same_run, call, checkpoint, contents, gradient_of
-from conftest import metrics_of, only_sentence, small_run, tiny_config, two_processes
+from conftest import metrics_of, only_sentence, override, small_run, tiny_config, two_processes
 from rewards import load_reward
 from support.cli import UserError
 
@@ -477,7 +477,7 @@ def test_prompts_whose_images_all_tie_teach_nothing(tiny_sd):
 
 def test_a_run_that_has_learned_nothing_goes_on(tiny_sd, tmp_path, capsys):
     (tmp_path / "tie.py").write_text("def f(images, prompts):\n    return [0.0] * len(prompts)\n")
-    flags = [*flags_of("diffusion_dpo", tiny_sd, None), "--reward", f"{tmp_path}/tie.py:f"]
+    flags = override(flags_of("diffusion_dpo", tiny_sd, None), ["--reward", f"{tmp_path}/tie.py:f"])
     assert call(diffusion_dpo.main, [*flags, "--out", tmp_path / "run"], capsys)[0] == 0
     again = ["--resume", tmp_path / "run", "--epochs", 3]
     assert call(diffusion_dpo.main, again, capsys)[::2] == (0, "")

@@ -56,6 +56,7 @@ BAD_INPUT = [
     (["--out", "{given}/file.txt/run"], "{given}/file.txt"),
     (["--out", "{given}/used"], "in use; choose another"),
     (["--resume", "{given}"], "No such file or directory; name the folder of a run"),
+    (["--reward", "aesthetic", "--reward", "clip=0"], "--reward: given twice; name all after one"),
     (["--resume", "{given}/used", "--out", "elsewhere"], "not with --preset or --out"),
 ]  # fmt: skip
 

@@ -34,14 +34,14 @@ def test_two_processes(tiny_sd, tmp_path, capsys):
     # Of sizes in whole bytes a rounded pixel may change a difference by half.
     (tmp_path / "r.py").write_text(BRIGHT)
     (tmp_path / "tied.py").write_text(TWO_FACED)
-    small = [*small_run(tiny_sd), "--learning-rate", "1e-5", "--reward", f"{tmp_path}/r.py:f"]
+    small = small_run(tiny_sd, "--learning-rate", "1e-5", "--reward", f"{tmp_path}/r.py:f")
     flags = {"prdp": [*small, "--updates-per-epoch", 1]}
     flags["baselines.ddpo"] = [*small, "--lora-rank", 2, "--images-per-prompt", 8]
     for module, main in (("prdp", prdp.main), ("baselines.ddpo", ddpo.main)):
         assert call(main, [*flags[module], "--out", tmp_path / module / "one"], capsys)[0] == 0
     shutil.copytree(tmp_path / "baselines.ddpo" / "one", tmp_path / "more")
 
-    tied = [*small_run(tiny_sd), "--epochs", 1, "--reward", f"{tmp_path}/tied.py:tied"]
+    tied = small_run(tiny_sd, "--epochs", 1, "--reward", f"{tmp_path}/tied.py:tied")
     runs = [(module, [*flags[module], "--out", tmp_path / module / "two"]) for module in flags]
     runs += [("baselines.ddpo", ["--resume", tmp_path / "more", "--epochs", 3])]
     runs += [("prdp", [*tied, "--out", tmp_path / "tied"])]
@@ -81,7 +81,7 @@ def test_failure_of_one_process_stops_all(tiny_sd, tmp_path):
     """With the failing one's own sentence; the last checkpoint is there."""
     (tmp_path / "r.py").write_text(TWO_FACED)
     flags = ["--epochs", 50, "--reward", f"{tmp_path}/r.py:fails", "--out", tmp_path / "run"]
-    code, _, errors = script(ROOT / "prdp.py", *small_run(tiny_sd), *flags, processes=2)
+    code, _, errors = script(ROOT / "prdp.py", *small_run(tiny_sd, *flags), processes=2)
     assert code != 0
     assert "prdp.py (process 1): " in errors
     assert "reward fails returned nan for the prompt" in errors

@@ -151,6 +151,15 @@ TABLES = PAPER.split("## The systems")[0].split("\n")
 ROWS = [row for row in TABLES if row.startswith("| ") and commands(row)]
 
 
+def without(argv: list[str], name: str) -> list[str]:
+    """Without a flag and its values."""
+    if name not in argv:
+        return argv
+    first = argv.index(name)
+    rest = itertools.dropwhile(lambda word: word[:2] != "--", argv[first + 1 :])
+    return [*argv[:first], *rest]
+
+
 def at_tiny_size(argv: list[str], tiny_sd: str) -> list[str]:
     """The same command, of a model, a reward and sizes that take a second."""
     program, *argv = argv
@@ -158,7 +167,7 @@ def at_tiny_size(argv: list[str], tiny_sd: str) -> list[str]:
         small = ["--samples-per-prompt", "2", "--max-prompts", "2"]
         if "--reward" in argv:
             small += ["--reward", "incompressibility=1", "compressibility=0"]
-        return [*argv, *small]
+        return [*without(argv, "--reward"), *small]
     reward = ["--reward", "incompressibility=2", "compressibility=1"]
     small = ["--model", tiny_sd, *reward, "--prompts", SHAPES, "--ddpm-steps", "3"]
     small += ["--epochs", "1", "--prompts-per-epoch", "4", "--microbatch", "8"]
@@ -166,7 +175,7 @@ def at_tiny_size(argv: list[str], tiny_sd: str) -> list[str]:
         small += ["--images-per-prompt", "2"]
     if program == "prdp.py":
         small += ["--updates-per-epoch", "1"]
-    return [*argv, *small]
+    return [*without(without(argv, "--reward"), "--prompts"), *small]
 
 
 def test_the_table_covers_the_paper():

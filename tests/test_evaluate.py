@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 
 import evaluate
 import prdp
-from conftest import ROOT, call, edit_json, only_sentence, script, small_run
+from conftest import ROOT, call, edit_json, only_sentence, override, script, small_run
 from support import run_folder
 from support.cli import UserError
 
@@ -44,7 +44,7 @@ def evaluation(finished, tmp_path, capsys):
 
     def run(models: object, *flags: object) -> tuple[int, str, str]:
         models = models if isinstance(models, list) else [models]
-        return call(evaluate.main, [*models, *small, *flags], capsys)
+        return call(evaluate.main, [*models, *override(small, flags)], capsys)
 
     return run
 
@@ -340,7 +340,7 @@ def test_epochs_that_a_run_kept(evaluation, finished, tmp_path):
     assert [row["mean"] for row in whole] == [base["mean"], last["mean"]]
 
     shutil.move(epochs[0] / "pipeline", epochs[0] / "lora")
-    assert "has no pipeline/; see docs/running.md#adapters-alone" in only_sentence(
+    assert "has no pipeline/; of adapters: docs/running.md#adapters-alone" in only_sentence(
         evaluation(epochs[0])
     )
 

@@ -100,6 +100,9 @@ def test_a_column_of_ones_own(tmp_path, name, text):
     assert load_prompts(path) == ["x"]
     with pytest.raises(UserError, match=f"--prompts {path}:no: entry 1 .* has a column no; name"):
         load_prompts(f"{path}:no")
+    (tmp_path / "a.txt").write_text("a cat\n")
+    with pytest.raises(UserError, match="a text file has no columns; name the file alone"):
+        load_prompts(f"{tmp_path}/a.txt:words")
 
 
 COLUMN = "is neither a text nor has a column prompt or prompts or caption or text; name it: FILE:"

@@ -48,7 +48,7 @@ def world(tiny_sd, tmp_path_factory) -> Path:
 
 def flags_of(world: Path) -> list[str]:
     inputs = ["--prompts", str(world / "p.txt"), "--reward", f"{world}/mine.py:f"]
-    return [*small_run(str(world / "sd")), "--seed", "0", "--microbatch", "3", *inputs]
+    return small_run(str(world / "sd"), "--seed", "0", "--microbatch", "3", *inputs)
 
 
 @pytest.fixture
@@ -300,7 +300,10 @@ def test_a_run_goes_on_under_the_train_that_it_has(run, cli):
     assert statistics.epochs == 2 and checkpoint(run)["state"] == {"epochs": 2}
 
 
-@pytest.mark.parametrize("epochs", [[{"reward_mean": 0.5}, {"loss": 1}], [{}, {}]])
+EPOCHS = [[{"reward_mean": 0.5}, {"loss": 1}], [{}, {}], [{"epoch": 0, "sample_reward": 3}] * 2]
+
+
+@pytest.mark.parametrize("epochs", EPOCHS)
 def test_a_train_of_ones_own_yields_what_it_has(tiny_sd, tmp_path, epochs):
     """Whatever numbers, and without a phase that is timed."""
     config = prdp.parse_args([*small_run(tiny_sd), "--out", tmp_path / "run", "--sample-every", 9])
@@ -308,6 +311,8 @@ def test_a_train_of_ones_own_yields_what_it_has(tiny_sd, tmp_path, epochs):
     rows = run_folder.read_metrics(tmp_path / "run")
     assert [row["reward_mean"] for row in rows] == [row.get("reward_mean") for row in epochs]
     assert [row["images_per_second"] for row in rows] == [None, None]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert [row["sample_reward"] for row in rows] == [row.get("sample_reward") for row in epochs]
     assert checkpoint(tmp_path / "run")["epoch"] == 2
 
 
@@ -558,7 +563,7 @@ def test_a_worker_of_a_reward_does_not_hold_the_folder(tiny_sd, cli, tmp_path):
     """One that outlives its run, killed or ended."""
     (tmp_path / "forks.py").write_text(FORKS)
     out, workers = tmp_path / "run", tmp_path / "workers"
-    flags = [*small_run(tiny_sd), "--epochs", 500, "--reward", f"{tmp_path}/forks.py:f"]
+    flags = small_run(tiny_sd, "--epochs", 500, "--reward", f"{tmp_path}/forks.py:f")
     try:
         with start(ROOT / "prdp.py", *flags, "--out", out) as first:
             while not (out / STATE).exists() and first.poll() is None:
