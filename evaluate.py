@@ -38,7 +38,7 @@ SAMPLERS = {  # of diffusers, over the model's own noise schedule
 }
 
 
-def find_model(name: str) -> tuple[str, dict]:
+def find_model(name: str) -> tuple:
     """The folder or hub id of a model, and the settings of the run that made it, if one did."""
     folder = Path(absolute(name))
     run = folder.parent.parent if folder.parent.name == "epochs" else folder
@@ -59,7 +59,7 @@ def find_model(name: str) -> tuple[str, dict]:
     return str(pipeline), {**record, "out": run / "evaluation" / f"{epoch:04d}"}
 
 
-def labels_of(paths: list[str]) -> list[str]:
+def labels_of(paths: list) -> list:
     """What tells paths apart: their last parts, or where two are the same the whole."""
     names = [Path(path).resolve().name for path in paths]
     return names if len(set(names)) == len(names) else paths
@@ -208,7 +208,7 @@ def tabulate(plan: Plan, rewards: dict) -> dict:
         prompts = [*plan.prompts[file]]
         names = next(iter(rewards[plan.samplers[0]][file].values()))[prompts[0]]
         for name in names:
-            print0(f"\n{shown:.36}, {name}: {len(prompts)} x {plan.samples} images")
+            print0(f"\n{shown[-36:]}, {name}: {len(prompts)} x {plan.samples} images")
             for sampler in plan.samplers:
                 print0(f"{sampler:<33}mean +- se       difference +- se")
                 scores = {}  # label -> (P, S)
@@ -252,7 +252,7 @@ def evaluate(args: argparse.Namespace) -> None:
             if not record.keys() <= before.keys():
                 raise UserError(f"{path}: is no evaluation's; choose another --out.")
             run_folder.require_same(before["settings"], settings, f"--out {plan.out}")
-            record = before
+            record = {**before, "inputs": plan.began | before["inputs"]}
         samples = {label: measure(plan, label, reward, record) for label in plan.folders}
         record["table"] |= tabulate(plan, record["rewards"])
         run_folder.write_json(path, record)

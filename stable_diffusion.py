@@ -142,8 +142,8 @@ class StableDiffusion:
         import diffusers
         import transformers
 
-        self.device, self.dtype = device, set_precision(config.dtype)
-        self.idle = torch.device("cpu") if config.offload == "on" else device
+        self.device, self.dtype = torch.device(device), set_precision(config.dtype)
+        self.idle = torch.device("cpu") if config.offload == "on" else self.device
         folder, configs = read_configs(config.model)
         self.noise_settings = noise_settings(configs["scheduler"])
         what = f"model {config.model}"

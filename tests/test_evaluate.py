@@ -472,6 +472,7 @@ def test_a_base_that_is_another_by_now_is_refused(evaluation, finished, monkeypa
     said = only_sentence(evaluation(finished))
     assert "base: the model changed since it began" in said
     assert evaluation(finished, "--against", finished / "pipeline")[0] == 0
+    assert only_sentence(evaluation(finished)) == said  # into the same folder
 
 
 def test_prompt_files_of_one_name_are_told_apart(evaluation, finished, tmp_path):

@@ -268,7 +268,7 @@ def test_a_run_whose_reward_and_metrics_have_moved(run, world, cli):
     with pytest.raises(UserError, match="no such file or folder"):
         prdp.load_run(run, torch.device("cpu"))
     flags = ["--reward", f"{moved}:f"]
-    assert prdp.load_run(run, torch.device("cpu"), flags=flags).reward.components.keys() == {"f"}
+    assert prdp.load_run(run, "cpu", flags=flags).reward.components.keys() == {"f"}
     (run / "metrics.jsonl").unlink()
     assert cli("--resume", run, *flags)[::2] == (0, "")
     assert json.loads((run / "pipeline" / "prdp.json").read_text())["epoch"] == 2
