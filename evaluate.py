@@ -9,6 +9,7 @@ over prompts, paired difference, share of wins. A stopped evaluation goes on if 
 """
 
 import argparse
+import copy
 import itertools
 import time
 from dataclasses import fields, replace
@@ -38,7 +39,7 @@ SAMPLERS = {  # of diffusers, over the model's own noise schedule
 }
 
 
-def find_model(name: str) -> tuple:
+def find_model(name: str) -> tuple[str, dict]:
     """The folder or hub id of a model, and the settings of the run that made it, if one did."""
     folder = Path(absolute(name))
     run = folder.parent.parent if folder.parent.name == "epochs" else folder
@@ -59,7 +60,7 @@ def find_model(name: str) -> tuple:
     return str(pipeline), {**record, "out": run / "evaluation" / f"{epoch:04d}"}
 
 
-def labels_of(paths: list) -> list:
+def labels_of(paths: list[str]) -> list[str]:
     """What tells paths apart: their last parts, or where two are the same the whole."""
     names = [Path(path).resolve().name for path in paths]
     return names if len(set(names)) == len(names) else paths
@@ -129,10 +130,9 @@ def draw(plan: Plan, models: prdp.Models, sampler: str, prompts: dict, images: i
     else:
         import diffusers
 
-        pipe = sd.pipe
-        policy_scheduler = pipe.scheduler
+        pipe = copy.copy(sd.pipe)  # whose scheduler stays the policy's
         kind = getattr(diffusers, SAMPLERS[sampler])
-        pipe.scheduler = kind.from_config(policy_scheduler.config)
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
         texts = [prompt for prompt in prompts for _ in range(images)]
         parts = []
@@ -146,7 +146,6 @@ def draw(plan: Plan, models: prdp.Models, sampler: str, prompts: dict, images: i
                     output_type="latent",
                 )
                 parts.append(drawn.images.float())
-        pipe.scheduler = policy_scheduler
         x_0 = torch.cat(parts)
         if not x_0.isfinite().all():
             raise UserError(f"--sampler {sampler}: cannot serve this model's noise schedule.")
@@ -189,8 +188,8 @@ def measure(plan: Plan, label: str, reward: Reward, record: dict) -> report.Samp
                 print0(f"  takes about {report.duration(whole)}")
 
     few = dict([*chosen.items()][:8])
-    images, totals, _ = draw(plan, models, sampler, few, 2)
-    return report.Samples([*few], images, totals)
+    pictures, totals, _ = draw(plan, models, sampler, few, 2)
+    return report.Samples([*few], pictures, totals)
 
 
 def summary(x: Tensor, form: str) -> tuple:
@@ -206,8 +205,8 @@ def tabulate(plan: Plan, rewards: dict) -> dict:
     table = {sampler: [] for sampler in plan.samplers}
     for shown, file in zip(labels_of([*plan.prompts]), plan.prompts, strict=True):
         prompts = [*plan.prompts[file]]
-        names = next(iter(rewards[plan.samplers[0]][file].values()))[prompts[0]]
-        for name in names:
+        first = next(iter(rewards[plan.samplers[0]][file].values()))
+        for name in first[prompts[0]]:
             print0(f"\n{shown[-36:]}, {name}: {len(prompts)} x {plan.samples} images")
             for sampler in plan.samplers:
                 print0(f"{sampler:<33}mean +- se       difference +- se")
@@ -256,8 +255,9 @@ def evaluate(args: argparse.Namespace) -> None:
         samples = {label: measure(plan, label, reward, record) for label in plan.folders}
         record["table"] |= tabulate(plan, record["rewards"])
         run_folder.write_json(path, record)
-        report.draw_images(path.with_suffix(".png"), samples)
-        print0(f"see {path.with_suffix('.png')}")
+        page = path.with_suffix(".png")
+        report.draw_images(page, samples)
+        print0(f"see {page}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,6 +8,7 @@ estimates, +- 25%: the passes of an epoch over rates of which only the H200's wa
 times its own passes when it starts, and its forecast counts.
 """
 
+import functools
 import re
 import sys
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ COMPILED = 1.45  # times as fast
 SKIPPED = 0.2  # of the entries of an epoch's updates, where K > 1
 
 
+@functools.cache
 def size_of(model: str) -> tuple[float, int]:
     """GB of a UNet's weights, and places of its latents; UserError for another model of the hub."""
     if model in SIZES:

@@ -184,7 +184,7 @@ def test_goes_on_with_another_microbatch(
     monkeypatch.setattr(evaluate, "draw", lambda *x: drawn.extend(x[3]) or draw(*x))
     code, out, errors = evaluation(finished, *six, "--microbatch", after)
     assert (code, errors) == (0, "")
-    assert f"{6 - len(kept)} of 6 prompts to draw" in out
+    assert f", six.txt: {6 - len(kept)} of 6 prompts to draw" in out
     assert drawn[: 6 - len(kept)] == names[len(kept) :]
     for by_prompt in next(iter(record_in(tmp_path / "out")["rewards"]["policy"].values())).values():
         assert sorted(by_prompt) == sorted(names)

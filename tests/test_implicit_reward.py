@@ -216,6 +216,6 @@ def test_a_base_that_changed_is_refused(tiny_sd, pairs, tmp_path, capsys):
     assert call(implicit_reward.main, [*flags, "--against", tiny_sd], capsys)[0] == 0
     edit_json(pipeline / "vae" / "config.json", scaling_factor=0.2)  # the run went on
     said = only_sentence(call(implicit_reward.main, [*flags, "--against", pipeline], capsys))
-    assert "against is" in said
+    assert f"against is {pipeline}, and was {tiny_sd}; restore that" in said
     said = only_sentence(call(implicit_reward.main, [*flags, "--against", tiny_sd], capsys))
     assert "the finetuned model changed since it began; restore that, or choose a new --out" in said

@@ -122,7 +122,11 @@ COLUMN = "is neither a text nor has a column prompt or prompts or caption or tex
         ("twice.csv", b"prompt,Prompt\na,b\n", "has more than one column 'prompt'"),
         ("number.json", b'["a", 3]', f"entry 2 {COLUMN}"),
         ("half.json", b'["a", "\\ud800"]', "surrogates not allowed"),
-        ("latin.txt", "caf\xe9".encode("latin-1"), "save it as UTF-8: 'utf-8' codec can't"),
+        (
+            "latin.txt",
+            "caf\xe9".encode("latin-1"),
+            "UTF-8: 'utf-8' codec can't decode byte 0xe9 in position 3",
+        ),
         ("words.csv", b"id,words\n1,a cat\n", f"entry 1 {COLUMN}"),
         ("short.csv", b"id,prompt\n1,a cat\n3\n", f"entry 2 {COLUMN}"),
         ("comma.csv", b"prompt\na cat, a dog\n", "row 2 has more cells than the header; quote"),

@@ -28,7 +28,9 @@ def test_first_screen_fits_80_columns(cli):
     assert any(" prompts: 'a" in line for line in lines[:header])
     table = [line for line in lines[header:] if line.split()[0] in ("epoch", "1", "2")]
     assert {len(line) for line in table} == {len(table[0])} and len(table[0]) <= 80
-    rises = [n for n, line in enumerate(lines) if line.startswith("sample_reward, of 4 images")]
+    rises = [
+        n for n, line in enumerate(lines) if line.startswith("sample_reward, of 4 images on fix")
+    ]
     first, last = (lines.index(row) for row in table[1:])
     assert [header < first, first + 1, last + 1] == [True, *rises]
 

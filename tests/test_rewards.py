@@ -238,7 +238,10 @@ async def coroutine(images, prompts):
         ((HALVES, {}), "returned a tuple, not 3 real numbers"),
         (["good"] * 3, "returned a list, not 3 real numbers"),
         (coroutine, "returned a coroutine, not 3 real numbers"),
-        (HALVES.to_sparse(), "sparse"),
+        (
+            HALVES.to_sparse(),
+            "returned a Tensor, not 3 real numbers (it is complex, masked or sparse",
+        ),
         (HALVES.to("meta"), "returned a Tensor, not 3 real numbers"),
         (lambda *_: torch.nested.nested_tensor([HALVES] * 3), "returned a Tensor, not 3 real"),
         (HALVES.cfloat(), "returned a Tensor, not 3 real numbers (it is complex"),

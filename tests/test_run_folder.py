@@ -89,7 +89,6 @@ sys.path.insert(0, root)
 import matplotlib.backends.backend_agg, torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 import prdp
-import rewards
 torch.set_num_threads(1)
 
 

@@ -39,7 +39,7 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
 import prdp
-from support import run_folder
+from support import cli, run_folder
 
 RECORD = HERE / "race.json"
 PICTURE = HERE / "race.png"
@@ -300,7 +300,6 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="of what there is so far")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    os.environ.pop("MPLBACKEND", None)  # a notebook's, which matplotlib may not know here
     record = read_record()
     race = Race(record, start=not args.show)
     if race.start:
@@ -330,4 +329,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with cli.command("toy/race.py"):
+        main()
