@@ -55,8 +55,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         """A flag given twice has its last value; a list is refused, for both may be meant."""
         words = [str(word) for word in (sys.argv[1:] if args is None else args)]
+        flags = [word.partition("=")[0] for word in words]
         for action in self._actions:
-            if action.nargs == "+" and sum(word in action.option_strings for word in words) > 1:
+            if action.nargs == "+" and sum(map(flags.count, action.option_strings)) > 1:
                 self.error(f"{action.option_strings[0]}: given twice; name all after one")
         return super().parse_known_args(words, namespace)
 

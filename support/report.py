@@ -51,7 +51,7 @@ def introduce(config, sd, kernels: str, prompts: list[str]) -> None:
     first = "; ".join(repr(prompt[:80]) for prompt in prompts[:3])
     print0(f"{config.program}: {millions:.3g} M parameters of {config.model} learn")
     print0(f"reward {reward}; to {config.out}")
-    print0(f"{len(prompts)} prompts: {first}; ...")
+    print0(f"prompts: {len(prompts)}, the first: {first}")
     print0(f"{processes()} process(es); passes in {config.dtype}; log-probs: {kernels}")
     checkpointing = f"gradient checkpointing {config.gradient_checkpointing}"
     print0(f"microbatch {config.microbatch}, {checkpointing}, offload {config.offload}")
@@ -71,7 +71,7 @@ def forecast(config, seconds: tuple[float, float], start: int) -> None:
     epoch = images * image
     left = config.epochs - start + 1
     print0(f"{duration(seconds[0])} to sample an image: an epoch takes about {duration(epoch)}")
-    print0(f"epochs {start} to {config.epochs}: about {duration(left * epoch)}")
+    print0(f"to the end of epoch {config.epochs}: about {duration(left * epoch)}")
 
 
 def epoch_metrics(

@@ -57,6 +57,7 @@ BAD_INPUT = [
     (["--out", "{given}/used"], "in use; choose another"),
     (["--resume", "{given}"], "No such file or directory; name the folder of a run"),
     (["--reward", "aesthetic", "--reward", "clip=0"], "--reward: given twice; name all after one"),
+    (["--reward=aesthetic", "--reward=clip=0"], "--reward: given twice; name all after one"),
     (["--resume", "{given}/used", "--out", "elsewhere"], "not with --preset or --out"),
 ]  # fmt: skip
 
@@ -306,7 +307,7 @@ def test_other_peoples_settings(tiny_sd, tmp_path):
     command += ["--out", "run", "--prompts", "p.txt"]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stdout and "prompts: '\\u4e00" in done.stdout
+    assert "warning" not in done.stdout and "first: '\\u4e00" in done.stdout
     assert (tmp_path / "run" / "reward.png").read_bytes().startswith(b"\x89PNG")
     assert done.stderr == ""
 

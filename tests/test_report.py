@@ -25,7 +25,7 @@ def test_first_screen_fits_80_columns(cli):
     names = "epoch reward_mean +- se clip_fraction log_ratio_ref grad_norm seconds"
     assert lines[header].split() == names.split()
     assert any("to sample an image: an epoch takes about" in line for line in lines[:header])
-    assert any(" prompts: 'a" in line for line in lines[:header])
+    assert any(", the first: 'a" in line for line in lines[:header])
     table = [line for line in lines[header:] if line.split()[0] in ("epoch", "1", "2")]
     assert {len(line) for line in table} == {len(table[0])} and len(table[0]) <= 80
     rises = [
