@@ -51,18 +51,18 @@ To epoch {epoch}, for the reward {rewards}; settings: prdp.json. Use the sampler
 """
 
 
-def noise_settings(scheduler_config: dict) -> dict:
+def noise_settings(scheduler_config: dict, what: str = "the model") -> dict:
     """The noise schedule of a diffusers scheduler's config; UserError for another kind."""
     config = {**DEFAULTS, **scheduler_config}
     for name, values in SUPPORTED.items():
         found = config.get(name)
         if found not in values:
-            raise UserError(f"the model's scheduler has {name} {found!r}: not supported.")
+            raise UserError(f"{what}: its scheduler has {name} {found!r}: not supported.")
     start, end, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
     if type(count) is not int or count < 1:
-        raise UserError(f"the model's scheduler has num_train_timesteps {count!r}.")
+        raise UserError(f"{what}: its scheduler has num_train_timesteps {count!r}.")
     if not (isinstance(start, float) and isinstance(end, float) and 0 < start <= end < 1):
-        raise UserError(f"the model's scheduler has beta_start {start}, beta_end {end}.")
+        raise UserError(f"{what}: its scheduler has beta_start {start}, beta_end {end}.")
     return {name: config[name] for name in DEFAULTS}
 
 
@@ -112,7 +112,7 @@ def read_configs(model: str) -> tuple[Path, dict[str, dict]]:
         raise UserError(f"{what}: its vae's scaling_factor is {vae['scaling_factor']!r}.")
     if vae.get("latents_mean") or vae.get("latents_std"):  # which XL's pipeline would apply
         raise UserError(f"{what}: its vae has latents_mean or latents_std: not supported.")
-    noise_settings(configs["scheduler"])
+    noise_settings(configs["scheduler"], what)
     return folder, configs
 
 
