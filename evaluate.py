@@ -115,8 +115,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     began = {}
     if run and not args.against:
         began = {label: {"model_digest": run["model_digest"]}}
-    samples = args.samples_per_prompt
-    return Plan(config, folders, label, began, args.sampler, samples, prompts, out)
+    return Plan(config, folders, label, began, args.sampler, args.samples_per_prompt, prompts, out)
 
 
 def draw(plan: Plan, models: prdp.Models, sampler: str, prompts: dict, images: int) -> tuple:
@@ -151,7 +150,7 @@ def draw(plan: Plan, models: prdp.Models, sampler: str, prompts: dict, images: i
             raise UserError(f"--sampler {sampler}: cannot serve this model's noise schedule.")
     pictures, total, scores = prdp.score_images(models, x_0, [*prompts])
     if len(scores) > 1:
-        scores["weighted sum" if "sum" in scores else "sum"] = total
+        scores["weighted sum"] = total  # no function can be called that
     rewards = {prompt: {} for prompt in prompts}
     for name, x in scores.items():
         for prompt, row in zip(prompts, x.view(-1, images).tolist(), strict=True):
@@ -165,7 +164,7 @@ def measure(plan: Plan, label: str, reward: Reward, record: dict) -> report.Samp
     models = prdp.load_models(config, start_processes(), reward, learns=False)
     inputs = run_folder.model_digest(models.sd)
     before = record["inputs"].setdefault(label, inputs)
-    run_folder.require_same(before, inputs, f"--out {plan.out} or --against: {label}")
+    run_folder.require_same(before, inputs, label, "give a new --out, and the base by --against")
 
     for sampler, (file, chosen) in itertools.product(plan.samplers, plan.prompts.items()):
         of_sampler = record["rewards"].setdefault(sampler, {})
@@ -213,7 +212,8 @@ def tabulate(plan: Plan, rewards: dict) -> dict:
                 scores = {}  # label -> (P, S)
                 for label in plan.folders:
                     by_prompt = rewards[sampler][file][label]
-                    scores[label] = torch.tensor([by_prompt[p][name] for p in prompts])
+                    numbers = [by_prompt[prompt][name] for prompt in prompts]
+                    scores[label] = torch.tensor(numbers, dtype=torch.float64)
                 for label, x in scores.items():
                     row = {"prompts": shown, "reward": name, "model": label, "images": x.numel()}
                     row["mean"], row["standard_error"], text = summary(x, ".5g")
@@ -245,9 +245,10 @@ def evaluate(args: argparse.Namespace) -> None:
     settings |= run_folder.digests(reward, texts)
     record = {"settings": settings, "inputs": plan.began, "rewards": {}, "table": {}}
     path = plan.out / "evaluation.json"
+    page = path.with_suffix(".png")
     with run_folder.only_writer(plan.out):
-        if path.is_file():
-            before = run_folder.read_json(path, str(path))
+        if path.is_file() or page.is_file():
+            before = run_folder.read_json(path, f"--out {plan.out}: its evaluation.json")
             if not record.keys() <= before.keys():
                 raise UserError(f"{path}: is no evaluation's; choose another --out.")
             run_folder.require_same(before["settings"], settings, f"--out {plan.out}")
@@ -255,7 +256,6 @@ def evaluate(args: argparse.Namespace) -> None:
         samples = {label: measure(plan, label, reward, record) for label in plan.folders}
         record["table"] |= tabulate(plan, record["rewards"])
         run_folder.write_json(path, record)
-        page = path.with_suffix(".png")
         report.draw_images(page, samples)
         print0(f"see {page}")
 

@@ -297,6 +297,9 @@ class StableDiffusion:
         named = {"epoch": epoch, "name": os.path.basename(model), "base": base, "rewards": rewards}
         with writing(run / "pipeline") as folder:
             self.pipe.save_pretrained(folder)
+            for name, part in self.pipe.components.items():
+                if "tokenizer" in name:  # vocab.json and merges.txt, which transformers 4 wants
+                    part.backend_tokenizer.model.save(str(folder / name))
             for file in folder.glob("*/config.json"):
                 config = read_json(file, str(file)) | {"_name_or_path": ""}
                 file.write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -201,7 +201,8 @@ def complete(config: Config) -> Config:
     """The settings that depend on --pairs; without it, prdp.py's reward and prompts by default."""
     if config.pairs:
         return replace(config, feedback="people")
-    reward, prompts = config.reward or prdp.Config.reward, config.prompts or prdp.Config.prompts
+    default = Config if config.resume else prdp.Config  # a run that goes on has its own
+    reward, prompts = config.reward or default.reward, config.prompts or default.prompts
     return replace(config, feedback="ai", reward=reward, prompts=prompts)
 
 

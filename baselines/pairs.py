@@ -30,6 +30,8 @@ def read_picture(path: str | Path, what: str) -> Tensor:
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode[0] in "IF":
             raise ValueError("it has 16 or 32 bits a channel: save it with 8")
+        if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+            raise ValueError("it is transparent: save it on a background")
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # Pillow's are of many kinds
         why = getattr(error, "strerror", None) or f"no picture that can be read ({error})"

@@ -76,7 +76,8 @@ class Parser(argparse.ArgumentParser):
                 options |= {"type": str, "nargs": "+"}
                 default = " ".join(default)
             if default not in (False, ""):
-                options["help"] += f" (default: {default})".replace("%", "%%")
+                options["help"] += f" (default: {default})"
+            options["help"] = options["help"].replace("%", "%%")
             if type(default) is bool:
                 options = {"action": argparse.BooleanOptionalAction, "help": options["help"]}
             if field.metadata["help"]:

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from support.cli import CodeError, UserError, out_of_memory, reading
 
 OURS = str(Path(__file__).resolve().parents[1])
+csv.field_size_limit(2**31 - 1)  # a cell may hold a picture
 COLUMNS = ("prompt", "prompts", "caption", "text")  # of tables and records: the first that exists
 
 
@@ -43,15 +44,12 @@ def read_prompts(path: str) -> list[str]:
         data = Path(file).read_bytes()  # once: of a pipe there is no second time
     wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     with reading(f"{what}: save it as UTF-8"):
-        text = io.StringIO(data.decode("utf-16" if wide else "utf-8-sig"), None).read()
+        text = data.decode("utf-16" if wide else "utf-8").replace("\ufeff", "")  # also of cat's
+    text = io.StringIO(text, None).read()
     records, lines = [], text.split("\n")
     if kind == ".json":
         with reading(f"{what}: if it has an object a line, name it .jsonl"):
             records = json.loads(text)
-        if not isinstance(records, list):
-            raise UserError(
-                f"{what}: must be a list of texts or records (pandas: orient='records')."
-            )
     elif kind == ".jsonl":
         for number, line in enumerate(lines, 1):
             with reading(f"{what}, line {number}"):
@@ -89,17 +87,19 @@ def read_prompts(path: str) -> list[str]:
 def as_prompts(records: Iterable, what: str = "prompts", columns: tuple = COLUMNS) -> list[str]:
     """The text of each, stripped, blanks and repeats dropped; UserError for what is no prompt."""
     # A text or path, a number, or a table or set, whose order is not that of prompts.
-    unordered = isinstance(records, (str, set, frozenset)) or hasattr(records, "items")
-    if unordered or not isinstance(records, Iterable):
-        raise UserError(f"{what}: must be a list of texts; load_prompts reads a file.")
+    unordered = isinstance(records, (str, set, frozenset, Mapping))
+    if unordered or hasattr(records, "columns") or not isinstance(records, Iterable):
+        kind = "a list of texts or records (pandas: orient='records'); load_prompts reads files"
+        raise UserError(f"{what}: must be {kind}.")
     texts = []
     for number, text in enumerate(records, 1):
         if isinstance(text, dict):
             fields = {str(name).strip().lower(): value for name, value in text.items()}
-            text = next((fields[name] for name in columns if fields.get(name) is not None), None)
+            columns = [name for name in columns if name in fields][:1] or columns  # one for all
+            text = fields.get(columns[0])
         if not isinstance(text, str):
-            remedy = f"neither a text nor has a column {' or '.join(columns)}; name it: FILE:COLUMN"
-            raise UserError(f"{what}: entry {number} is {remedy}.")
+            lacks = f"neither a text nor has one in a column {' or '.join(columns)}"
+            raise UserError(f"{what}: entry {number} is {lacks}; FILE:COLUMN names another.")
         texts.append(text.strip())
     if "\0" in "".join(texts):
         raise UserError(f"{what}: holds NUL characters; save it as UTF-8.")
@@ -133,6 +133,8 @@ def load_network(what: str, kind: type, folder: str | Path | None, **options) ->
     options |= {"dtype": torch.float32, "output_loading_info": True}
     with reading(what):
         network, info = kind.from_pretrained(folder, ignore_mismatched_sizes=True, **options)
+    if hasattr(network, "peft_config") or any("lora" in x for x in info["unexpected_keys"]):
+        raise UserError(f"{what}: has adapters beside its weights; merge them, and save it.")
     bad = {*info["missing_keys"], *(mismatch[0] for mismatch in info["mismatched_keys"])}
     weights = network.named_parameters()
     bad |= {name for name, p in weights if p.is_meta or not p.isfinite().all()}
@@ -151,7 +153,7 @@ def load_tokenizer(what: str, name: str, rows: int, **options):
         tokenizer = CLIPTokenizer.from_pretrained(name, **options)
     tokens = max(tokenizer.get_vocab().values(), default=0) + 1
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        remedy = f"fetch it by `hf download {name}`, or put its files beside the weights"
+        remedy = "put its files beside the weights, or, of a hub id, `hf download` it"
         raise UserError(f"{what}: the tokenizer of {name} has no vocabulary here; {remedy}.")
     if tokens > rows:
         why = f"its tokenizer has {tokens} tokens, and its text encoder {rows}"

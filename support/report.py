@@ -160,6 +160,7 @@ def wandb_tracker(config, record: dict) -> Callable:
 
     project = os.environ.get("WANDB_PROJECT", "prdp")
     same = {"id": record["tracker_id"], "resume": "allow", "config": record}
+    same["reinit"] = "create_new"  # beside another run of this process
     run = wandb.init(project=project, name=Path(config.out).name, dir=config.out, **same)
 
     def track(epoch: int, numbers: dict[str, float], picture: Path | None = None) -> None:
@@ -311,7 +312,7 @@ def show_samples(config, epoch: int, before: Samples, samples: Samples, track: C
     save_samples(config, epoch, samples, track)
     difference = samples.rewards - before.rewards
     rise, error = mean_and_error(difference[None])
-    if math.isnan(rise):
+    if math.isnan(error):  # of rewards that are none, or of a single image
         return
     was = before.rewards.mean()
     now = samples.rewards.mean()

@@ -45,7 +45,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: is no folder; choose another.")
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
+    lock = filelock.FileLock(folder / ".prdp.lock", timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
     except filelock.Timeout as error:
@@ -56,7 +56,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            (folder / ".lock").unlink()
+            (folder / ".prdp.lock").unlink()
             if made:  # a start that was refused leaves nothing
                 folder.rmdir()
         lock.release()
@@ -133,8 +133,8 @@ def weights_digest(networks: Iterable[nn.Module]) -> str:
 
 
 def model_digest(sd) -> dict[str, str]:
-    """What is drawn: by these weights, and by this noise schedule and scale of the latents."""
-    settings = json.dumps([sd.noise_settings, sd.vae.config.scaling_factor])
+    """What is drawn: by these weights, and by this noise schedule, scale and shape of latents."""
+    settings = json.dumps([sd.noise_settings, sd.vae.config.scaling_factor, sd.latent_shape])
     weights = weights_digest([sd.unet, sd.vae, sd.text_encoders])
     return {"model_digest": digest([settings.encode(), weights.encode()])}
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import math
 import numbers
 import os
 from collections.abc import Callable
@@ -47,7 +46,7 @@ def resolve(config, reward: object = None, prompts: object = None):
         if type(field.default) in (int, float):
             if not isinstance(value, numbers.Real):
                 raise UserError(f"{name} {value!r}: must be a number.")
-            unlimited = value == math.inf and field.name in ("clip_range", "max_grad_norm")
+            unlimited = field.name in ("clip_range", "max_grad_norm") or value == field.default
             if value >= 2**40 and not unlimited:
                 raise UserError(f"{name} {value}: too large.")
             least = field.metadata.get("least")
@@ -59,6 +58,8 @@ def resolve(config, reward: object = None, prompts: object = None):
                 raise UserError(f"{name} {value}: must be a whole number.")
         if "resolve" in field.metadata:
             acting[field.name] = field.metadata["resolve"](value)
+        elif type(field.default) is tuple:
+            acting[field.name] = tuple(value)
     config.check()
     if config.prompts_per_epoch % processes():
         raise UserError(f"--prompts-per-epoch: must be a multiple of {processes()} processes.")

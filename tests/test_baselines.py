@@ -495,6 +495,16 @@ def test_pairs_of_equal_pictures_are_left_out(people, capsys):
         People(str(file))
 
 
+def test_a_run_from_python_is_given_its_own_again(tiny_sd, tmp_path, capsys):
+    """No reward is put in place of the one that it had."""
+    flags = [*small_run(tiny_sd), "--batch-size", 5, "--epochs", 1, "--out", tmp_path / "run"]
+    config = diffusion_dpo.parse_args(list(map(str, flags)))
+    diffusion_dpo.run(config, lambda images, prompts: images.float().mean((1, 2, 3)), PROMPTS)
+    again = ["--resume", tmp_path / "run", "--epochs", 2]
+    said = only_sentence(call(diffusion_dpo.main, again, capsys))
+    assert "--prompts: names no file; a run from Python is given its own again." in said
+
+
 def test_pictures_in_the_home_folder(people, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     expected = People(str(people())).digest

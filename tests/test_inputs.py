@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+from collections import UserList
 import subprocess
 import sys
 import threading
@@ -34,8 +35,9 @@ TOY_PICKSCORE = ROOT / "toy" / "pickscore"
         ("a.csv", b'\n\nid, prompt\n1, "a cat"\n2, a dog\n'),
         ("a.txt", b"\xfe\xff" + "a cat\na dog\n".encode("utf-16-be")),
         ("a.txt", b"a cat\ra dog\r"),
+        ("a.txt", "\ufeffa cat\n\ufeff# comment\n\ufeffa dog\n".encode()),  # as cat joins files
         ("A.JSON", b'["a cat", {"prompt": "a dog", "image": 3}, {"prompt": "a cat"}]'),
-        ("a.jsonl", b'{"prompt": null, "caption": "a cat"}\n\n"a dog"\n'),
+        ("a.jsonl", b'{"image": null, "caption": "a cat"}\n\n"a dog"\n'),
         ("metadata.jsonl", b'{"file_name": "1.png", "text": "a cat"}\n{"Text": "a dog"}\n'),
         ("a.csv", b'id,note,prompt\n1,x,"a cat"\n2,y,a dog\n'),
         ("a.csv", b"prompt,note,more\na cat,x,y\na dog,x\n"),
@@ -43,6 +45,8 @@ TOY_PICKSCORE = ROOT / "toy" / "pickscore"
         ("a.csv", b"id\tcaption\n1,2\ta cat\n3\ta dog\n"),
         ("a.csv", b'"my, id"|text\n1|a cat\n2|a dog\n'),
         ("a.tsv", b'Prompts\tCategory\n"a cat"\tx, "y"\na dog\ty\n'),
+        ("a.tsv", b"image\tprompt\n" + b"A" * 200_000 + b"\ta cat\nB\ta dog\n"),
+        ("a.csv", b"image,prompt\n" + b"A" * 200_000 + b",a cat\nB,a dog\n"),
     ],
 )
 def test_prompt_files(tmp_path, name, data):
@@ -98,14 +102,14 @@ def test_a_column_of_ones_own(tmp_path, name, text):
     path.write_text(text)
     assert load_prompts(f"{path}:words") == load_prompts(f"{path}:WORDS") == ["a cat"]
     assert load_prompts(path) == ["x"]
-    with pytest.raises(UserError, match=f"--prompts {path}:no: entry 1 .* has a column no; name"):
+    with pytest.raises(UserError, match=f"--prompts {path}:no: entry 1 .* in a column no; FILE:"):
         load_prompts(f"{path}:no")
     (tmp_path / "a.txt").write_text("a cat\n")
     with pytest.raises(UserError, match="a text file has no columns; name the file alone"):
         load_prompts(f"{tmp_path}/a.txt:words")
 
 
-COLUMN = "is neither a text nor has a column prompt or prompts or caption or text; name it: FILE:"
+COLUMN = "is neither a text nor has one in a column prompt"
 
 
 @pytest.mark.parametrize(
@@ -120,20 +124,26 @@ COLUMN = "is neither a text nor has a column prompt or prompts or caption or tex
         ("lines.json", b'{"prompt": "a"}\n{"prompt": "b"}', "name it .jsonl: Extra data: line 2"),
         ("utf16.txt", "a cat\n".encode("utf-16-le"), "holds NUL characters; save it as UTF-8"),
         ("twice.csv", b"prompt,Prompt\na,b\n", "has more than one column 'prompt'"),
-        ("number.json", b'["a", 3]', f"entry 2 {COLUMN}"),
+        ("number.json", b'["a", 3]', f"entry 2 {COLUMN} or prompts or caption or text; FILE:COL"),
+        (
+            "null.jsonl",
+            b'{"prompt": "a"}\n{"prompt": null, "text": "b"}',
+            f"entry 2 {COLUMN}; FILE",
+        ),
+        ("row.csv", b"text,prompt\nocr,a cat\nocr\n", f"entry 2 {COLUMN}; FILE:COLUMN names"),
         ("half.json", b'["a", "\\ud800"]', "surrogates not allowed"),
         (
             "latin.txt",
             "caf\xe9".encode("latin-1"),
             "UTF-8: 'utf-8' codec can't decode byte 0xe9 in position 3",
         ),
-        ("words.csv", b"id,words\n1,a cat\n", f"entry 1 {COLUMN}"),
-        ("short.csv", b"id,prompt\n1,a cat\n3\n", f"entry 2 {COLUMN}"),
+        ("words.csv", b"id,words\n1,a cat\n", f"entry 1 {COLUMN} or"),
+        ("short.csv", b"id,prompt\n1,a cat\n3\n", f"entry 2 {COLUMN};"),
         ("comma.csv", b"prompt\na cat, a dog\n", "row 2 has more cells than the header; quote"),
         ("more.csv", b"id;prompt\n1;a cat;x\n", "row 2 has more cells than the header; quote what"),
         ("open.csv", b'prompt\n"a cat\na dog\n', "unexpected end of data; is a quote not closed?"),
         ("sign.csv", b'id,prompt\n1,"Hello" on a sign\n', "line 2: ',' expected after '\"'"),
-        ("long.csv", b'prompt\n"' + b"a cat\n" * 40_000, "field larger than field limit"),
+        ("long.csv", b'prompt\n"' + b"a cat\n" * 40_000, "end of data; is a quote not closed?"),
         ("a.parquet", b"PAR1\xff\xfe", "must be .txt, .csv, .tsv, .json or .jsonl"),
         ("a.txt/", b"", "directory"),
     ],
@@ -155,12 +165,22 @@ def test_prompts_of_a_pipe():
     os.close(reader)
 
 
+class Column(UserList):
+    """In the manner of pandas' Series; its DataFrame has `columns`."""
+
+    def items(self):
+        return enumerate(self)
+
+
 def test_prompts_from_python():
     """Whatever holds strings in an order is a list of prompts; a lone string may be a path."""
-    for kind in (tuple, np.array, iter):
+    for kind in (tuple, np.array, iter, Column):
         assert as_prompts(kind(["a", "b", "a"])) == ["a", "b"]
-    for records in ("p.txt", Path("p.txt"), __file__, {"prompt": ["a cat"]}, {"a", "b"}, None):
-        with pytest.raises(UserError, match="must be a list of texts; load_prompts reads a file"):
+    table = Column(["a cat"])
+    table.columns = ["prompt"]
+    fields = {"prompt": ["a cat"]}
+    for records in ("p.txt", Path("p.txt"), __file__, fields, table, {"a", "b"}, None):
+        with pytest.raises(UserError, match="must be a list of texts or .*; load_prompts reads files"):
             as_prompts(records)
     for records in ([], ["  "], [3], [None]):
         with pytest.raises(UserError):
@@ -176,6 +196,19 @@ def test_pictures_of_16_bits_and_floats_are_refused(tmp_path):
         Image.fromarray(np.zeros((8, 8), kind)).save(tmp_path / name)
         with pytest.raises(UserError, match=f"{name}: .*16 or 32 bits a channel: save it with 8"):
             read_picture(tmp_path / name, "--images")
+
+
+def test_transparent_pictures_are_refused(tmp_path):
+    """Which colour was seen behind them is not known; those that hide nothing are read."""
+    pixels = np.full((8, 8, 4), 255, "uint8")
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert (read_picture(tmp_path / "a.png", "--images") == 255).all()
+    pixels[0, 0, 3] = 254
+    pictures = Image.fromarray(pixels), Image.fromarray(pixels).convert("LA")
+    for picture in (*pictures, Image.fromarray(pixels).quantize()):
+        picture.save(tmp_path / "a.png")
+        with pytest.raises(UserError, match="it is transparent: save it on a background"):
+            read_picture(tmp_path / "a.png", "--images")
 
 
 def test_pictures_are_the_right_way_up(tmp_path):
@@ -216,7 +249,7 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path):
     than embeddings would end a run at whatever prompt has one of them."""
     for name in ("config.json", "model.safetensors"):
         shutil.copy(TOY_PICKSCORE / name, tmp_path)
-    with pytest.raises(UserError, match="has no vocabulary here; fetch it by `hf download"):
+    with pytest.raises(UserError, match="has no vocabulary here; put its files beside the weights"):
         rewards.load_reward(f"pickscore:{tmp_path}", "cpu")
     shutil.copy(TOY_PICKSCORE / "tokenizer_config.json", tmp_path)
     with pytest.raises(UserError, match="has no vocabulary here"):

@@ -3,7 +3,9 @@ with nothing lost."""
 
 import contextlib
 import dataclasses
+import io
 import json
+import math
 import os
 import pickle
 import resource
@@ -28,6 +30,7 @@ from conftest import PROMPTS, ROOT, assert_same_run, checkpoint, contents, edit_
 from conftest import only_sentence, script, small_run, start, tiny_config
 from support import report, run_folder
 from support.cli import UserError, flag
+from support.settings import parse_settings
 
 BRIGHT = "def f(images, prompts):\n    return images.double().mean((1, 2, 3))\n"
 
@@ -224,9 +227,16 @@ def test_a_setting_of_ones_own_costs_no_model(tiny_sd, tmp_path):
         name: str = flag("mine", "my own")
         base: str = flag("mine", "my own")
         epoch: int = flag(7, "my own")
+        layers: tuple = flag(("up", "down"), "my own, of 50% of the network")
+        most: float = flag(math.inf, "my own")
 
     settings = vars(tiny_config(tiny_sd, epochs=1, updates_per_epoch=1, out=str(tmp_path / "run")))
     prdp.run(Config(**settings))
+    argv = ["--resume", str(tmp_path / "run"), "--layers", "up", "down"]
+    assert parse_settings(Config, {"small": {}}, "", argv).layers == ("up", "down")
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(io.StringIO()) as out:
+        parse_settings(Config, {"small": {}}, "", ["--help"])
+    assert stop.value.code == 0 and "50% of the network (default: up down)" in out.getvalue()
     card = (tmp_path / "run" / "pipeline" / "README.md").read_text()
     assert "finetuned by prdp.py" in card and "To epoch 1," in card
 
@@ -249,10 +259,11 @@ def test_what_a_run_began_from_is_what_it_is_loaded_beside(run, world, cli, tmp_
     [
         ("scheduler/scheduler_config.json", {"beta_end": 0.02}),
         ("vae/config.json", {"scaling_factor": 1.0}),
+        ("unet/config.json", {"sample_size": [8, 12]}),
     ],
 )
 def test_what_a_run_began_from_is_more_than_weights(run, world, cli, file, change):
-    """Its noise schedule and the scale of its latents decide what is drawn, too."""
+    """Its noise schedule, the scale and shape of its latents decide what is drawn, too."""
     path = world / "sd" / file
     before = path.read_text()
     edit_json(path, **change)
@@ -465,7 +476,7 @@ def test_run_goes_on_under_its_own_settings(flags, sentence, run, cli):
 def test_folder_is_used_again_only_after_a_start_that_failed(run, cli, tiny_sd, tmp_path):
     """Other people's files do not make it used, nor a lock that a killed start has left."""
     (tmp_path / "run").mkdir()
-    for name in ("log.txt", ".DS_Store", ".lock"):
+    for name in ("log.txt", ".DS_Store", ".prdp.lock"):
         (tmp_path / "run" / name).touch()
     failing = tmp_path / "failing.py"
     text = "calls = []\ndef f(images, prompts):\n    calls.append(1)\n    assert len(calls) != 4\n"
@@ -526,7 +537,7 @@ def test_two_runs_into_one_folder(tiny_sd, cli, tmp_path):
     out = tmp_path / "run"
     with start(ROOT / "prdp.py", *small_run(tiny_sd), "--epochs", 500, "--out", out) as first:
         try:
-            for file, flags in ((".lock", ["--out", out]), (STATE, ["--resume", out])):
+            for file, flags in ((".prdp.lock", ["--out", out]), (STATE, ["--resume", out])):
                 while not (out / file).exists():
                     time.sleep(0.05)
                 said = only_sentence(cli(*flags, "--epochs", 500))
@@ -535,7 +546,7 @@ def test_two_runs_into_one_folder(tiny_sd, cli, tmp_path):
             first.kill()
     code, _, errors = cli("--resume", out, "--epochs", run_folder.read_state(out)["epoch"] + 1)
     assert code == 0, errors
-    assert not (out / ".lock").exists()
+    assert not (out / ".prdp.lock").exists()
 
 
 FORKS = """

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTokenizer
 
 import prdp
 from conftest import PROMPTS, ROOT, SD14_SCHEDULER, assert_same_run, checkpoint, draw
@@ -54,6 +56,22 @@ def reshape(weights, name) -> None:
     weights[name] = torch.zeros(*weights[name].shape, 2)
 
 
+def add_to_attention(weights, name) -> None:
+    weights["mid_block.attentions.0.processor.to_q_lora.down.weight"] = torch.zeros(2, 2)
+
+
+def adapt_text_encoder(folder: Path) -> None:
+    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    adapter = folder.parent / "adapter"
+    text_encoder.save_pretrained(adapter)  # the adapter alone
+    for file in adapter.iterdir():
+        file.rename(folder / "text_encoder" / file.name)
+    adapter.rmdir()
+    config = folder / "text_encoder" / "adapter_config.json"
+    edit_json(config, base_model_name_or_path=str(folder))
+
+
 def cut(part: str) -> Callable[[Path], None]:
     return lambda folder: os.truncate(folder / WEIGHTS[part], 1000)
 
@@ -87,6 +105,7 @@ def remove(part: str) -> Callable[[Path], None]:
 
 
 MISSING = "1 weights are missing, misshapen or not finite"
+ADAPTERS = "has adapters beside its weights; merge them, and save it"
 DAMAGED = "a file of weights is damaged, cut short, or holds more than weights"
 FOLDERS = {
     "unet lacks a weight": (change_weight("unet", drop), f"its unet: {MISSING} (conv_norm_out"),
@@ -95,6 +114,8 @@ FOLDERS = {
     "nan in the unet": (change_weight("unet", spoil), f"its unet: {MISSING} (conv_norm_out"),
     "unet misshapen": (change_weight("unet", reshape), f"its unet: {MISSING} (conv_norm_out"),
     "text misshapen": (change_weight("text_encoder", reshape), f"its text_encoder: {MISSING}"),
+    "adapters in the unet": (change_weight("unet", add_to_attention), f"its unet: {ADAPTERS}"),
+    "adapters of the texts": (adapt_text_encoder, f"its text_encoder: {ADAPTERS}"),
     "unet cut short": (cut("unet"), f"its unet: {DAMAGED}"),
     "text encoder cut short": (cut("text_encoder"), f"its text_encoder: {DAMAGED}"),
     "code in the unet": (to_pickle("unet", x=Code()), f"its unet: {DAMAGED}"),
@@ -171,6 +192,9 @@ def test_saved_pipeline_says_what_it_is_and_has_the_policys_scheduler(cli, tiny_
     pipeline = tmp_path / "run" / "pipeline"
     saved = StableDiffusionPipeline.from_pretrained(pipeline)
     assert saved.tokenizer.model_max_length == 16
+    (pipeline / "tokenizer" / "tokenizer.json").unlink()  # which transformers 4 does not read
+    older = CLIPTokenizer.from_pretrained(pipeline / "tokenizer")
+    assert older(PROMPTS).input_ids == saved.tokenizer(PROMPTS).input_ids
     scheduler = saved.scheduler
     assert scheduler.config.thresholding is scheduler.config.clip_sample is False
     assert scheduler.config.prediction_type == "v_prediction"
