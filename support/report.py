@@ -18,6 +18,7 @@ from support.distributed import gather, print0, processes, rank
 from support.run_folder import forgiving, writing
 
 SECONDS: dict[str, float] = {}  # each `phase` since this was last emptied
+WANDB: dict[str, object] = {}  # this process's runs there, by id
 NEARLY_ALL = 0.99  # of log-probs clipped; healthy runs of the toy stay below (docs/running.md)
 
 
@@ -160,8 +161,11 @@ def wandb_tracker(config, record: dict) -> Callable:
 
     project = os.environ.get("WANDB_PROJECT", "prdp")
     same = {"id": record["tracker_id"], "resume": "allow", "config": record}
-    same["reinit"] = "create_new"  # beside another run of this process
+    same["reinit"] = "create_new"  # beside other runs of this process
+    if earlier := WANDB.pop(same["id"], None):
+        earlier.finish()  # else it could not be gone on with
     run = wandb.init(project=project, name=Path(config.out).name, dir=config.out, **same)
+    WANDB[same["id"]] = run
 
     def track(epoch: int, numbers: dict[str, float], picture: Path | None = None) -> None:
         pictures = {"samples": wandb.Image(str(picture))} if picture else {}

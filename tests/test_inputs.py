@@ -180,7 +180,9 @@ def test_prompts_from_python():
     table.columns = ["prompt"]
     fields = {"prompt": ["a cat"]}
     for records in ("p.txt", Path("p.txt"), __file__, fields, table, {"a", "b"}, None):
-        with pytest.raises(UserError, match="must be a list of texts or .*; load_prompts reads files"):
+        with pytest.raises(
+            UserError, match="must be a list of texts or records"
+        ):
             as_prompts(records)
     for records in ([], ["  "], [3], [None]):
         with pytest.raises(UserError):

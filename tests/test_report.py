@@ -247,6 +247,9 @@ def test_wandb(cli, tmp_path, wandb, monkeypatch):
     assert one["id"] == other["id"] and one["resume"] == "allow" and one["project"] == "mine"
     assert one["config"]["kl_weight"] == 3e-5
     assert one["reinit"] == "create_new"  # by default wandb returns an earlier run of the process
+    assert wandb.mock_calls.index(mock.call.init().finish()) < wandb.mock_calls.index(
+        mock.call.init(**other)
+    )
     sent = [(sorted(call.args[0]), call.kwargs["step"]) for call in wandb.init().log.call_args_list]
     assert [step for names, step in sent if "reward_mean" in names] == [1, 2]
     assert [step for names, step in sent if names == ["samples"]] == [0, 1, 2]
