@@ -180,9 +180,7 @@ def test_prompts_from_python():
     table.columns = ["prompt"]
     fields = {"prompt": ["a cat"]}
     for records in ("p.txt", Path("p.txt"), __file__, fields, table, {"a", "b"}, None):
-        with pytest.raises(
-            UserError, match="must be a list of texts or records"
-        ):
+        with pytest.raises(UserError, match="must be a list of texts or records"):
             as_prompts(records)
     for records in ([], ["  "], [3], [None]):
         with pytest.raises(UserError):
