@@ -238,11 +238,11 @@ def evaluate(args: argparse.Namespace) -> None:
     for folder in plan.folders.values():
         picture = grey_picture(folder)
     reward = load_reward(plan.config.reward, "cpu")
-    texts = [*itertools.chain(*plan.prompts.values())]
-    reward.score(picture.to(device), texts[:1])
+    chosen = [*plan.prompts.values()]  # with each prompt's place
+    reward.score(picture.to(device), [min(chosen[0])])
     settings = {name: getattr(plan.config, name) for name in SETTINGS}
     settings |= {"samples_per_prompt": plan.samples, "max_prompts": args.max_prompts}
-    settings |= run_folder.digests(reward, texts)
+    settings |= run_folder.digests(reward, [str(chosen)])
     record = {"settings": settings, "inputs": plan.began, "rewards": {}, "table": {}}
     path = plan.out / "evaluation.json"
     page = path.with_suffix(".png")
@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sampler", nargs="+", choices=SAMPLERS, default=["policy"])
     parser.add_argument("--samples-per-prompt", type=int, default=64)
     parser.add_argument(
-        "--max-prompts", type=int, default=10**6, help="of each file, drawn at random by the seed"
+        "--max-prompts", type=int, default=1_000_000, help="of each file, drawn by the seed"
     )
     parser.add_argument("--out", help="default: evaluation/EPOCH in the first run, or evaluation/")
     parser.add_fields(field for field in fields(prdp.Config) if field.name in FLAGS)

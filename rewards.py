@@ -18,6 +18,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -33,18 +34,20 @@ TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # of HPSv2 and PickScore
 
 
 class Reward:
-    """A weighted sum of scorers: `components` are (weight, scorer) by label, `files` a user's own.
+    """A weighted sum of scorers: `components` are (weight, scorer) by label, `files` what a user's
+    own hold, by path.
 
     The networks that a scorer lists in its attribute `networks` rest on `device`, and are on the
     images' while it runs."""
 
-    def __init__(self, components: dict[str, tuple[float, Scorer]], files=(), device="cpu") -> None:
+    def __init__(self, components: dict[str, tuple], files=None, device="cpu") -> None:
         self.components = components
-        self.files = files
+        self.files = files or {}
         self.networks = []
+        scorers = [scorer for _, scorer in components.values()]
         labels = ", ".join(components)
         with users_code(f"reward {labels}: its `networks`, a list of torch modules"):
-            for _, scorer in components.values():
+            for scorer in scorers:
                 self.networks += getattr(scorer, "networks", ())
             self.to(device)
 
@@ -172,7 +175,8 @@ def load_reward(reward: str | tuple | list | Scorer, device: torch.device | str)
         components[label] = (weight, scorer)
     if not components:
         raise UserError("--reward: names no reward; a run from Python is given its own again.")
-    return Reward(components, list(files), device)
+    contents = {file: Path(file).read_bytes() for file in files}  # as they are run
+    return Reward(components, contents, device)
 
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:

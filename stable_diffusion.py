@@ -20,8 +20,9 @@ from support.inputs import load_network, load_tokenizer, quiet_libraries
 from support.machine import set_precision
 from support.run_folder import read_json, writing
 
-SAMPLERS = """DDIM DDPM PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete HeunDiscrete
-    DEISMultistep DPMSolverMultistep DPMSolverSinglestep UniPCMultistep KDPM2Discrete"""
+SAMPLERS = """DDIM DDIMParallel DDPM DDPMParallel PNDM LMSDiscrete EulerDiscrete SASolver
+    EulerAncestralDiscrete HeunDiscrete DEISMultistep DPMSolverMultistep DPMSolverSinglestep
+    DPMSolverSDE UniPCMultistep KDPM2Discrete KDPM2AncestralDiscrete"""
 SUPPORTED = dict(  # of such samplers only the noise schedule is read
     beta_schedule=("scaled_linear", "linear"), timestep_spacing=(None, "leading", "linspace"),
     prediction_type=("epsilon", "v_prediction"), steps_offset=(1,), use_flow_sigmas=(None, False),

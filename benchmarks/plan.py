@@ -95,7 +95,8 @@ def row(config: prdp.Config, card: str, free: float, rate: float) -> list[str]:
         hours = epoch_hours(config, rate)
         days = config.epochs * hours / 24
         times = [f"{x:.0f}" if x >= 10 else f"{x:.2g}" for x in (hours, days)]
-    return [card, plan, f"{needed:.1f}", *times]
+    fits = needed < machine.SPARE * free  # else it was named, and not chosen
+    return [card, plan if fits else f"{plan}: does not fit", f"{needed:.1f}", *times]
 
 
 def cards(gb: float | None) -> Iterator[tuple[str, float, float]]:

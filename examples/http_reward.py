@@ -11,6 +11,7 @@ import json
 import os
 import time
 import urllib.request
+from http.client import HTTPException
 
 from PIL import Image
 
@@ -30,8 +31,8 @@ def score(images, prompts):
         try:
             with urllib.request.urlopen(request, timeout=300) as answer:
                 return json.load(answer)["scores"]
-        # Down, too slow, an HTTP status of 400 or above; or a page that is no JSON with scores.
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        # Down, too slow, cut off, a status of 400 or above; or a page that is no JSON with scores.
+        except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
             if wait is None:
                 raise RuntimeError(
                     f"the server at {URL}: {error}; is a proxy in between?"

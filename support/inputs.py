@@ -33,15 +33,15 @@ def load_prompts(*paths: str | Path) -> list[str]:
 
 def read_prompts(path: str) -> list[str]:
     file, _, column = path.rpartition(":")
-    if os.path.exists(path) or not file:
+    if os.path.exists(path) or not os.path.exists(file):
         file, column = path, ""
     what, kind = f"--prompts {path}", Path(file).suffix.lower()
+    with reading(what):
+        data = Path(file).read_bytes()  # once: of a pipe there is no second time
     if kind not in (".txt", "", ".csv", ".tsv", ".json", ".jsonl"):
         raise UserError(f"{what}: must be .txt, .csv, .tsv, .json or .jsonl.")
     if column and kind in (".txt", ""):
         raise UserError(f"{what}: a text file has no columns; name the file alone.")
-    with reading(what):
-        data = Path(file).read_bytes()  # once: of a pipe there is no second time
     wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     with reading(f"{what}: save it as UTF-8"):
         text = data.decode("utf-16" if wide else "utf-8").replace("\ufeff", "")  # also of cat's

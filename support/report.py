@@ -243,6 +243,7 @@ def plot_rewards(path: Path, rows: list[dict]) -> None:
 
 def draw_images(path: Path, models: dict[str, Samples], shots: int = 2) -> None:
     """`shots` images of each of 8 prompts, rewards below: a column a prompt, rows of each model."""
+    from matplotlib import get_data_path  # its font has the letters of most alphabets
     from PIL import Image, ImageDraw, ImageFont
 
     if rank() != 0:
@@ -258,7 +259,8 @@ def draw_images(path: Path, models: dict[str, Samples], shots: int = 2) -> None:
     zoom = -(-128 // images.shape[-1])
     height = zoom * images.shape[-2]
     width = zoom * images.shape[-1]
-    font = ImageFont.load_default(size=max(12, width // 14))
+    font = Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    font = ImageFont.truetype(str(font), max(12, width // 14))
     line = font.size + 4
     left = 8 * font.size
     most = max(title.count("\n") for title in titles)

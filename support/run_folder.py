@@ -125,17 +125,22 @@ def digest(parts: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(hashes)).hexdigest()[:16]
 
 
-def weights_digest(networks: Iterable[nn.Module]) -> str:
-    """The digest of 64 numbers of every pretrained weight: cheap, and another model has others."""
-    named = [named for network in networks for named in network.named_parameters()]
-    weights = [p.detach().flatten() for name, p in named if "lora_" not in name]
-    return digest(w[:: max(1, len(w) // 64)].float().cpu().numpy().tobytes() for w in weights)
+def weights_digest(networks: Iterable[nn.Module], adapters: bool = True) -> str:
+    """The digest of some numbers of every weight and buffer, the last ones (of added tokens) too:
+    cheap, and another model has others."""
+    weights = []
+    for network in networks:
+        for name, x in (*network.named_parameters(), *network.named_buffers()):
+            if x.is_floating_point() and (adapters or "lora_" not in name):
+                weights.append(x.detach().flatten())
+    some = [torch.cat([w[:: max(1, len(w) // 64)], w[-64:]]) for w in weights]
+    return digest(w.float().cpu().numpy().tobytes() for w in some)
 
 
 def model_digest(sd) -> dict[str, str]:
     """What is drawn: by these weights, and by this noise schedule, scale and shape of latents."""
     settings = json.dumps([sd.noise_settings, sd.vae.config.scaling_factor, sd.latent_shape])
-    weights = weights_digest([sd.unet, sd.vae, sd.text_encoders])
+    weights = weights_digest([sd.unet, sd.vae, sd.text_encoders], adapters=False)
     return {"model_digest": digest([settings.encode(), weights.encode()])}
 
 
@@ -145,7 +150,7 @@ def digests(reward, prompts: list[str]) -> dict:
     return {
         "prompts_digest": digest(prompt.encode() for prompt in prompts),
         "reward_terms": [f"{label}={weight:g}" for label, (weight, _) in reward.components.items()],
-        "reward_digest": digest(Path(file).read_bytes() for file in reward.files),
+        "reward_digest": digest(reward.files.values()),
         "reward_weights_digest": weights_digest(reward.networks),
     }
 

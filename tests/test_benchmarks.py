@@ -99,6 +99,8 @@ def test_a_card_is_planned_where_there_is_none():
         assert process.returncode == 2 and said.startswith("benchmarks/plan.py: "), said
     plan, gigabytes, *_ = planned("--gb", "12", "--lora-rank", "8")["any of 12 GB"]
     assert plan == "8, on, on" and float(gigabytes) < 12
+    named = ["--microbatch", "32", "--gradient-checkpointing", "off", "--offload", "off"]
+    assert planned("--gb", "8", *named)["any of 8 GB"][0] == "32, off, off: does not fit"
 
 
 def test_the_table_of_cards_is_what_it_prints():

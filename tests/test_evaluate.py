@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline
 
 import evaluate
 import prdp
-from conftest import ROOT, call, edit_json, only_sentence, override, script, small_run
+from conftest import PROMPTS, ROOT, call, edit_json, only_sentence, override, script, small_run
 from support import run_folder
 from support.cli import UserError
 
@@ -243,6 +243,18 @@ def test_other_settings_in_the_same_folder_are_refused(evaluation, finished, fla
     assert sentence in errors
 
 
+def test_prompts_in_another_place_are_refused(evaluation, finished, tmp_path):
+    """A prompt's place in its file decides its noise."""
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for cut in (2, 1):
+        for file, prompts in zip(files, (PROMPTS[:cut], PROMPTS[cut:]), strict=True):
+            file.write_text("\n".join(prompts))
+        result = evaluation(finished, "--prompts", *files)
+        if cut == 2:
+            assert result[0] == 0
+    assert "the prompts changed since it began" in only_sentence(result)
+
+
 def test_another_model_or_reward_of_the_same_name_is_refused(
     evaluation, finished, tmp_path, monkeypatch
 ):
@@ -366,7 +378,7 @@ def test_a_reward_that_fails_ends_it_before_models_are_loaded(
     reward = tmp_path / "r.py"
     reward.write_text(
         "def f(images, prompts):\n"
-        "    assert images.shape == (1, 3, 16, 16) and prompts == ['a red star']\n"
+        "    assert images.shape == (1, 3, 16, 16) and prompts[0] in 'a red star, a blue ring'\n"
         "    raise ValueError('a mistake of mine')\n"
     )
     monkeypatch.setattr(prdp, "load_models", None)

@@ -146,11 +146,14 @@ COLUMN = "is neither a text nor has one in a column prompt"
         ("long.csv", b'prompt\n"' + b"a cat\n" * 40_000, "end of data; is a quote not closed?"),
         ("a.parquet", b"PAR1\xff\xfe", "must be .txt, .csv, .tsv, .json or .jsonl"),
         ("a.txt/", b"", "directory"),
+        ("missing.csv:words", None, "No such file or directory"),
+        ("missing-2024:11.txt", None, "No such file or directory"),
     ],
 )
 def test_what_is_no_prompt_file(tmp_path, name, data, sentence):
     path = tmp_path / name.rstrip("/")
-    path.mkdir() if name.endswith("/") else path.write_bytes(data)
+    if data is not None:
+        path.mkdir() if name.endswith("/") else path.write_bytes(data)
     with pytest.raises(UserError, match=f"--prompts {path}[:,] ") as error:
         load_prompts(path)
     assert sentence in str(error.value)

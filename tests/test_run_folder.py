@@ -228,12 +228,14 @@ def test_a_setting_of_ones_own_costs_no_model(tiny_sd, tmp_path):
         base: str = flag("mine", "my own")
         epoch: int = flag(7, "my own")
         layers: tuple = flag(("up", "down"), "my own, of 50% of the network")
+        adam: tuple = flag((0.9, 0.999), "my own")
         most: float = flag(math.inf, "my own")
 
     settings = vars(tiny_config(tiny_sd, epochs=1, updates_per_epoch=1, out=str(tmp_path / "run")))
     prdp.run(Config(**settings))
-    argv = ["--resume", str(tmp_path / "run"), "--layers", "up", "down"]
-    assert parse_settings(Config, {"small": {}}, "", argv).layers == ("up", "down")
+    argv = ["--resume", str(tmp_path / "run"), "--layers", "up", "down", "--adam", "0.9", "0.999"]
+    config = parse_settings(Config, {"small": {}}, "", argv)
+    assert (config.layers, config.adam) == (("up", "down"), (0.9, 0.999))
     with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(io.StringIO()) as out:
         parse_settings(Config, {"small": {}}, "", ["--help"])
     assert stop.value.code == 0 and "50% of the network (default: up down)" in out.getvalue()
@@ -324,6 +326,37 @@ def test_a_train_of_ones_own_yields_what_it_has(tiny_sd, tmp_path, epochs):
     assert [row["epoch"] for row in rows] == [1, 2]
     assert [row["sample_reward"] for row in rows] == [row.get("sample_reward") for row in epochs]
     assert checkpoint(tmp_path / "run")["epoch"] == 2
+
+
+def test_weights_of_other_kinds_are_told_apart():
+    """A judge's adapters and statistics, a token that was added last; adapters of the policy are
+    what it learns, and do not count."""
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lora_A = torch.nn.Parameter(torch.zeros(2))
+            self.norm = torch.nn.BatchNorm1d(2)
+            self.tokens = torch.nn.Embedding.from_pretrained(torch.zeros(49_409, 8))
+
+    network = Network()
+    for adapters in (True, False):
+        found = [run_folder.weights_digest([network], adapters)]
+        for weight in (network.norm.running_mean, network.tokens.weight[-1], network.lora_A.data):
+            weight += 1
+            found.append(run_folder.weights_digest([network], adapters))
+        assert len(set(found)) == 3 + adapters
+
+
+def test_a_reward_file_is_known_as_it_was_run(tmp_path):
+    """Not as it is when config.json is written."""
+    file = tmp_path / "mine.py"
+    text = "def score(images, prompts): return [1.0] * len(prompts)\n"
+    file.write_text(text)
+    reward = rewards.load_reward(f"{file}:score", "cpu")
+    file.write_text(text.replace("1.0", "2.0"))
+    found = run_folder.digests(reward, ["a"])
+    assert found["reward_digest"] == run_folder.digest([text.encode()])
 
 
 def test_functions_of_one_name_are_told_apart_by_their_files(tmp_path):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -20,6 +21,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import prdp
 from conftest import PROMPTS, ROOT, SD14_SCHEDULER, assert_same_run, checkpoint, draw
 from conftest import edit_json, gradient_of, needs_gpu, only_sentence
+from stable_diffusion import SAMPLERS, noise_settings
 from support import machine
 from support.run_folder import weights_digest
 
@@ -207,6 +209,18 @@ def test_saved_pipeline_says_what_it_is_and_has_the_policys_scheduler(cli, tiny_
     settings = (pipeline / "prdp.json").read_text()
     assert json.loads(settings)["epoch"] == 1 and str(tmp_path) not in settings
     assert len({file.stat().st_mode for file in pipeline.rglob("*.*")}) == 1
+
+
+def test_whatever_sampler_a_pipeline_was_saved_with():
+    """Its noise schedule is the one that it was made from."""
+    seen = []
+    for name in SAMPLERS.split():
+        with contextlib.suppress(ImportError):  # some want scipy or torchsde
+            kind = getattr(diffusers, f"{name}Scheduler")
+            saved = json.loads(kind.from_config(SD14_SCHEDULER).to_json_string())
+            assert noise_settings(saved) == noise_settings(SD14_SCHEDULER)
+            seen.append(name)
+    assert len(seen) >= len(SAMPLERS.split()) - 2
 
 
 def test_model_of_pickled_tensors_and_of_another_shape(tiny_sd, models, tmp_path):
