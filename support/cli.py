@@ -73,7 +73,8 @@ class Parser(argparse.ArgumentParser):
                 group = self.add_argument_group(options.pop("group"))
             default = (preset or {}).get(field.name, field.default)
             if isinstance(default, tuple):
-                options |= {"type": type((*default, "")[0]), "nargs": "+"}
+                first = (*default, "")[0]  # an empty one is of texts
+                options |= {"type": type(first), "nargs": "+"}
                 default = " ".join(map(str, default))
             if default not in (False, ""):
                 options["help"] += f" (default: {default})"
