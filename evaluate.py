@@ -3,9 +3,8 @@
     python evaluate.py runs/toy --prompts prompts/shapes.txt --samples-per-prompt 8
     python evaluate.py MODEL OTHER --against BASE --reward hpsv2=1 aesthetic=0 --max-prompts 500
 
-A model is a run, a folder of its epochs/, a pipeline's folder or a hub id. What is not given is the
-first run's, or Table 4's. For each sampler, prompt file, reward and model: mean, standard error
-over prompts, paired difference, share of wins. A stopped evaluation goes on if repeated.
+MODEL: a run, one of its epochs/, a pipeline's folder or a hub id. What is not given is the first
+run's, or Table 4's. Prints mean, paired difference, their standard errors over prompts, and wins.
 """
 
 import argparse
@@ -185,7 +184,6 @@ def measure(plan: Plan, label: str, reward: Reward, record: dict) -> report.Samp
             if first == 0:
                 whole = (time.perf_counter() - started) * len(missing) / step
                 print0(f"  takes about {report.duration(whole)}")
-
     few = dict([*chosen.items()][:8])
     pictures, totals, _ = draw(plan, models, sampler, few, 2)
     return report.Samples([*few], pictures, totals)
@@ -217,7 +215,10 @@ def tabulate(plan: Plan, rewards: dict) -> dict:
                 for label, x in scores.items():
                     row = {"prompts": shown, "reward": name, "model": label, "images": x.numel()}
                     row["mean"], row["standard_error"], text = summary(x, ".5g")
-                    line = f"  {label[-18:]:<18} {text:>22}"
+                    line = f"  {label[-78:]:<18}"
+                    if len(label) > 18:  # alone in its line
+                        line += "\n".ljust(21)
+                    line += f" {text:>22}"
                     if plan.base not in (None, label):
                         rise = x - scores[plan.base]
                         row["difference"], row["difference_error"], text = summary(rise, "+.5g")
@@ -234,7 +235,6 @@ def evaluate(args: argparse.Namespace) -> None:
     device = start_processes()
     plan = make_plan(args)
 
-    # A reward that fails or changed, or a model that is none, ends here.
     for folder in plan.folders.values():
         picture = grey_picture(folder)
     reward = load_reward(plan.config.reward, "cpu")

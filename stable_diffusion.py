@@ -77,8 +77,8 @@ def read_configs(model: str) -> tuple[Path, dict[str, dict]]:
     if (folder / "pipeline").is_dir():
         raise UserError(f"{what}: is a run; its model is {folder / 'pipeline'}.")
     if not folder.is_dir() and (folder.is_absolute() or model.count("/") != 1):
-        remedy = "if it has moved, say where: --model, of evaluate.py --against"
-        raise UserError(f"{what}: no such folder, and no hub id as a/b; {remedy}.")
+        remedy = "make one of a file (docs/running.md), name a moved one by --model or --against"
+        raise UserError(f"{what}: is no folder, and no hub id as a/b; {remedy}.")
     with reading(what if folder.is_dir() else f"{what}: no folder here, and as a hub id"):
         configs = {"pipeline": DiffusionPipeline.load_config(model)}
         kind = str(configs["pipeline"].get("_class_name"))

@@ -49,7 +49,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=form, allow_abbrev=False, **options)
 
     def error(self, message: str) -> None:
-        remedy = "start it by torchrun" if "--local-rank" in message else "see --help"
+        remedy = "see --help"
+        if "--local-rank" in message:
+            remedy = "start it by torchrun"
+        elif "are required" in message:
+            remedy = "name it first, for a flag of several values takes all that follow"
         raise UserError(f"{message}; {remedy}.")
 
     def parse_known_args(self, args=None, namespace=None):

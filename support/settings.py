@@ -106,10 +106,17 @@ def parse_settings(kind: type, presets: dict, about: str | None, argv: list[str]
         raise UserError(f"{what}: No such file or directory; name the folder of a run.")
     record = read_json(file, what)
     began = record.get("program")
+    if not began:
+        raise UserError(f"{what} is no run's.")
     if began != kind.program:
         remedy = resuming(began, run)
         raise UserError(f"--resume {run}: began with {began}; go on with: {remedy}.")
     fields = [field for field in dataclasses.fields(kind) if field.name in record]
+    others = {"program", "tracker_id", "reward_terms", *(field.name for field in fields)}
+    unknown = [name for name in record if name not in others and "digest" not in name]
+    if unknown:
+        remedy = "go on with the code that it began with, or take them out there"
+        raise UserError(f"{what} has settings unknown here, {', '.join(unknown)}; {remedy}.")
     with reading(what):
         saved = kind(**{field.name: type(field.default)(record[field.name]) for field in fields})
     config = resolve(dataclasses.replace(saved, **given))

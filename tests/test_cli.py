@@ -56,6 +56,7 @@ BAD_INPUT = [
     (["--out", "{given}/file.txt/run"], "{given}/file.txt"),
     (["--out", "{given}/used"], "in use; choose another"),
     (["--resume", "{given}"], "No such file or directory; name the folder of a run"),
+    (["--resume", "{given}/foreign"], "{given}/foreign: its config.json is no run's."),
     (["--reward", "aesthetic", "--reward", "clip=0"], "--reward: given twice; name all after one"),
     (["--reward=aesthetic", "--reward=clip=0"], "--reward: given twice; name all after one"),
     (["--resume", "{given}/used", "--out", "elsewhere"], "not with --preset or --out"),
@@ -66,6 +67,8 @@ BAD_INPUT = [
 def test_bad_input_is_one_sentence_and_exit_code_2(cli, tmp_path, flags, sentence):
     given = tmp_path / "given"
     (given / "used").mkdir(parents=True)
+    (given / "foreign").mkdir()
+    (given / "foreign" / "config.json").write_text('{"lr": 1}')
     (given / "file.txt").write_text("precious")
     (given / "used" / "metrics.jsonl").write_text("precious")
     before = contents(given)
@@ -280,6 +283,12 @@ def test_help_needs_no_torchrun_and_no_docstrings(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "K, gradient updates (default: 4)" in done.stdout  # DDPO's, not PRDP's 10
     assert done.stdout.count("usage: ") == done.stdout.count("  --reward ") == len(names)
+
+
+@pytest.mark.parametrize("main", [evaluate.main, score_pictures])
+def test_what_a_list_has_taken_is_asked_for(capsys, main):
+    said = only_sentence(call(main, ["--reward", "compressibility", "runs/toy"], capsys))
+    assert "are required: " in said and "name it first, for a flag of several values takes" in said
 
 
 # ---- Other people's terminals, notebooks, folders ------------------------------------------------

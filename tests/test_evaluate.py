@@ -295,16 +295,16 @@ def test_bad_input_is_one_sentence(evaluation, finished, tmp_path):
         shutil.copytree(finished / "pipeline", folder / "pipeline")
     (tmp_path / "none.py").write_text("raise ImportError('the model is looked at first')")
     cases = [
-        (["missing", "--reward", tmp_path / "none.py:f"], "model missing: no such folder"),
+        (["missing", "--reward", tmp_path / "none.py:f"], "model missing: is no folder"),
         ([young], f"{young}: has no pipeline/ of epoch 2; when it has ended, python prdp.py"),
         ([young], f"--resume {young} --epochs 2 makes it."),
         ([tmp_path, "--reward", "compressibility"], f"model {tmp_path}: "),
-        (["missing", "--reward", "compressibility"], "model missing: no such folder"),
-        (["mis/sing/er", "--reward", "compressibility"], "model mis/sing/er: no such folder"),
+        (["missing", "--reward", "compressibility"], "model missing: is no folder"),
+        (["mis/sing/er", "--reward", "compressibility"], "model mis/sing/er: is no folder"),
         (["mis/sing", "--reward", "compressibility"], "model mis/sing: "),
-        (["./mis/sing/", "--reward", "compressibility"], "no such folder"),
-        ([tmp_path / "missing", "--reward", "compressibility"], "no such folder"),
-        ([finished, "--against", "missing"], "model missing: no such folder"),
+        (["./mis/sing/", "--reward", "compressibility"], "is no folder"),
+        ([tmp_path / "missing", "--reward", "compressibility"], "is no folder"),
+        ([finished, "--against", "missing"], "model missing: is no folder"),
         ([finished / "epochs" / "0009"], "0009: has no pipeline/"),
         ([finished, "--samples-per-prompt", 0], "--samples-per-prompt and --max-prompts: must be"),
         ([finished, "--max-prompts", 0], "--samples-per-prompt and --max-prompts: must be"),
@@ -413,6 +413,7 @@ def test_table_has_at_most_80_columns(evaluation, finished, tmp_path):
     code, out, errors = evaluation(long, "--prompts", file, "--reward", *words)
     assert (code, errors) == (0, "")
     table = out.split("\n\n", 1)[1].split("see ")[0]
+    assert table.count(f"\n  {long.name}\n") == 3  # whole: others may end alike
     assert table.count("wins") == 3 and "e+1" in table and "e-1" in table
     assert max(map(len, table.splitlines())) <= 80
 

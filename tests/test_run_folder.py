@@ -236,6 +236,8 @@ def test_a_setting_of_ones_own_costs_no_model(tiny_sd, tmp_path):
     argv = ["--resume", str(tmp_path / "run"), "--layers", "up", "down", "--adam", "0.9", "0.999"]
     config = parse_settings(Config, {"small": {}}, "", argv)
     assert (config.layers, config.adam) == (("up", "down"), (0.9, 0.999))
+    with pytest.raises(UserError, match="unknown here, name, base, epoch, layers, adam, most;"):
+        prdp.parse_args(["--resume", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(io.StringIO()) as out:
         parse_settings(Config, {"small": {}}, "", ["--help"])
     assert stop.value.code == 0 and "50% of the network (default: up down)" in out.getvalue()

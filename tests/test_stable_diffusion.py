@@ -169,7 +169,7 @@ def test_what_is_no_model_folder_is_refused(finished, cli, tmp_path):
     (tmp_path / "v1-5.safetensors").touch()
     for model in (tmp_path / "v1-5.safetensors", "https://huggingface.co/a/b", tmp_path / "gone"):
         said = only_sentence(cli("--model", model, "--out", tmp_path / "other"))
-        assert said.startswith(f"prdp.py: model {model}: no such folder, and no hub id as")
+        assert said.startswith(f"prdp.py: model {model}: is no folder, and no hub id as")
 
 
 # ---- Folders that are used -----------------------------------------------------------------------
@@ -211,6 +211,7 @@ def test_saved_pipeline_says_what_it_is_and_has_the_policys_scheduler(cli, tiny_
     assert len({file.stat().st_mode for file in pipeline.rglob("*.*")}) == 1
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_whatever_sampler_a_pipeline_was_saved_with():
     """Its noise schedule is the one that it was made from."""
     seen = []
