@@ -87,9 +87,8 @@ def ddpo_sf_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
 class RewardStatistics:
     """Rewards normalised (App. F.3): minus a mean, over a deviation, within 10 of 0 (their code).
 
-    "global": of this epoch's rewards; "per-prompt": of the prompt's last 32, this epoch's included
-    (while they are fewer than 16, of the epoch's); "group": of the prompt's B. A checkpoint keeps
-    `latest`, the last rewards by prompt."""
+    "global": of the epoch; "per-prompt": of the prompt's last 32, this epoch's too (while fewer than
+    16, of the epoch); "group": of its B. A checkpoint keeps `latest`, a prompt's last rewards."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -103,7 +102,7 @@ class RewardStatistics:
 
     def advantages(self, rewards: Tensor, prompts: list[str]) -> Tensor:
         """Rewards (N*B,) of B images for each of N prompts -> (N*B,)."""
-        rewards = rewards.double()  # so that of equal ones the deviation is 0
+        rewards = rewards.double()
         rows = rewards.unflatten(0, (len(prompts), -1))  # (N, B)
         if self.kind == "per-prompt":
             for prompt, row in zip(prompts, rows.tolist(), strict=True):
@@ -113,7 +112,8 @@ class RewardStatistics:
             seen = row if self.kind == "group" else rewards
             if len(self.latest.get(prompt, [])) >= 16:
                 seen = row.new_tensor(self.latest[prompt])
-            advantages.append((row - seen.mean()) / (seen.std(correction=0) + 1e-6))
+            unequal = seen.min() < seen.max()  # the mean of equal ones may be rounded
+            advantages.append(unequal * (row - seen.mean()) / (seen.std(correction=0) + 1e-6))
         return torch.cat(advantages).clamp(-10, 10)
 
 

@@ -209,8 +209,10 @@ def mean_and_error(rewards: Tensor) -> tuple[float, float]:
 
 
 def deviation(x: Tensor) -> float:
-    """The standard deviation of numbers (M,); NaN of a single one."""
-    return x.std().item() if len(x) > 1 else math.nan
+    """The standard deviation of numbers (M,); NaN of a single one, 0 of equal ones."""
+    if len(x) < 2:
+        return math.nan
+    return x.std().item() * (x.min() != x.max()).item()  # their mean may be rounded
 
 
 def plot_rewards(path: Path, rows: list[dict]) -> None:

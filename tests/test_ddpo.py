@@ -15,6 +15,7 @@ import prdp
 from baselines import ddpo
 from conftest import PROMPTS, assert_same_run, call, checkpoint, gradient_of, metrics_of
 from conftest import only_sentence, random_inputs, small_run, tiny_config
+from support import report
 from support.cli import UserError
 
 # ---- Losses and statistics -----------------------------------------------------------------------
@@ -93,10 +94,12 @@ def test_reward_statistics():
         rewards[7] = outlier
         advantages = ddpo.RewardStatistics("global").advantages(rewards, ["a"])
         assert advantages[7] == 10 * outlier
-    for value in (5.123, 1000.3, 0.27133):  # where all are the same nothing is learned
-        for kind in kinds:
-            same = torch.full((24,), value)
-            assert not ddpo.RewardStatistics(kind).advantages(same, ["a", "b"]).any()
+    values = (5.123, 1000.3, 1000.1, 0.27133)  # where all are the same nothing is learned
+    for value, count, kind in itertools.product(values, (24, 512), kinds):
+        same = torch.full((count,), value, dtype=torch.float64)
+        for rewards in (same, same.float()):
+            assert not ddpo.RewardStatistics(kind).advantages(rewards, ["a", "b"]).any()
+            assert report.deviation(rewards) == 0
 
 
 def test_every_image_is_in_one_minibatch():
