@@ -87,8 +87,8 @@ def ddpo_sf_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
 class RewardStatistics:
     """Rewards normalised (App. F.3): minus a mean, over a deviation, within 10 of 0 (their code).
 
-    "global": of the epoch; "per-prompt": of the prompt's last 32, this epoch's too (while fewer than
-    16, of the epoch); "group": of its B. A checkpoint keeps `latest`, a prompt's last rewards."""
+    "global": of the epoch; "per-prompt": of the prompt's last 32, this epoch's too (while fewer
+    than 16, of the epoch); "group": of its B. A checkpoint keeps `latest`, each prompt's last."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind

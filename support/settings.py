@@ -102,8 +102,6 @@ def parse_settings(kind: type, presets: dict, about: str | None, argv: list[str]
     file, what = run / "config.json", f"--resume {run}: its config.json"
     if preset or "out" in given:
         raise UserError(f"--resume {run}: not with --preset or --out; the run has its own.")
-    if not file.is_file():
-        raise UserError(f"{what}: No such file or directory; name the folder of a run.")
     record = read_json(file, what)
     began = record.get("program")
     if not began:

@@ -55,7 +55,7 @@ BAD_INPUT = [
     (["--out", "{given}/file.txt"], "{given}/file.txt: is no folder; choose another."),
     (["--out", "{given}/file.txt/run"], "{given}/file.txt"),
     (["--out", "{given}/used"], "in use; choose another"),
-    (["--resume", "{given}"], "No such file or directory; name the folder of a run"),
+    (["--resume", "{given}"], "--resume {given}: its config.json: No such file or directory."),
     (["--resume", "{given}/foreign"], "{given}/foreign: its config.json is no run's."),
     (["--reward", "aesthetic", "--reward", "clip=0"], "--reward: given twice; name all after one"),
     (["--reward=aesthetic", "--reward=clip=0"], "--reward: given twice; name all after one"),
