@@ -110,8 +110,9 @@ def parse_settings(kind: type, presets: dict, about: str | None, argv: list[str]
         remedy = resuming(began, run)
         raise UserError(f"--resume {run}: began with {began}; go on with: {remedy}.")
     fields = [field for field in dataclasses.fields(kind) if field.name in record]
-    others = {"program", "tracker_id", "reward_terms", *(field.name for field in fields)}
-    unknown = [name for name in record if name not in others and "digest" not in name]
+    known = {"program", "tracker_id", "reward_terms"}
+    known |= {field.name for field in fields}
+    unknown = [name for name in record if name not in known and "digest" not in name]
     if unknown:
         remedy = "go on with the code that it began with, or take them out there"
         raise UserError(f"{what} has settings unknown here, {', '.join(unknown)}; {remedy}.")
