@@ -46,7 +46,7 @@ def find_model(name: str) -> tuple[str, dict]:
         return model_path(name), {}
 
     record = run_folder.read_json(run / "config.json", f"{name}: config.json")
-    done = len(run_folder.read_metrics(run)) or 1
+    done = max([1, *(row["epoch"] for row in run_folder.read_metrics(run))])
     pipeline = folder / "pipeline"
     epoch = 0
     if pipeline.is_dir():

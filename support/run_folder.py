@@ -274,7 +274,12 @@ def read_metrics(run: Path) -> list[dict]:
     if not path.is_file():
         return []
     with reading(str(path)):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").strip().splitlines()]
-    if not all(isinstance(row, dict) and type(row.get("epoch")) is int for row in rows):
-        raise UserError(f"{path}: has a line that is no epoch's; take it away.")
+        lines = path.read_text(encoding="utf-8").strip().splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        what = f"{path}: take line {number} away"
+        with reading(what):
+            rows.append(json.loads(line))
+        if not isinstance(rows[-1], dict) or type(rows[-1].get("epoch")) is not int:
+            raise UserError(f"{what}: it is no epoch's.")
     return rows

@@ -434,10 +434,17 @@ RUNS = {
     "edited setting": (lambda run: edit_json(run / "config.json", kl_weight=1.0), EDITED),
     "program": (lambda run: edit_json(run / "config.json", program="baselines/ddpo.py"), BEGAN),
     "garbage": (lambda run: (run / "config.json").write_text("{"), "--resume {run}: its config"),
-    "metrics": (lambda run: (run / "metrics.jsonl").write_text("7\n"), "{run}/metrics.jsonl: has"),
+    "metrics cut off": (
+        lambda run: (run / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo'),
+        "{run}/metrics.jsonl: take line 2 away: Unterminated string",
+    ),
+    "metrics": (
+        lambda run: (run / "metrics.jsonl").write_text("7\n"),
+        "{run}/metrics.jsonl: take line 1 away",
+    ),
     "a note": (
         lambda run: (run / "metrics.jsonl").write_text('{"epoch": "note"}\n'),
-        "{run}/metrics.jsonl: has a line that is no epoch's",
+        "{run}/metrics.jsonl: take line 1 away: it is no epoch's.",
     ),
 }
 
