@@ -128,13 +128,14 @@ def digest(parts: Iterable[bytes]) -> str:
 def weights_digest(networks: Iterable[nn.Module], adapters: bool = True) -> str:
     """The digest of some numbers of every weight and buffer, the last ones (of added tokens) too:
     cheap, and another model has others."""
-    weights = []
+    parts = []
     for network in networks:
         for name, x in (*network.named_parameters(), *network.named_buffers()):
             if x.is_floating_point() and (adapters or "lora_" not in name):
-                weights.append(x.detach().flatten())
-    some = [torch.cat([w[:: max(1, len(w) // 64)], w[-64:]]) for w in weights]
-    return digest(w.float().cpu().numpy().tobytes() for w in some)
+                x = x.detach().flatten()
+                some = torch.cat([x[:: max(1, len(x) // 64)], x[-64:]])
+                parts.append(some.float().cpu().numpy().tobytes())
+    return digest(parts)
 
 
 def model_digest(sd) -> dict[str, str]:

@@ -99,10 +99,10 @@ def parse_settings(kind: type, presets: dict, about: str | None, argv: list[str]
         return resolve(kind(**settings | given))
 
     run = Path(given["resume"]).expanduser()
-    file, what = run / "config.json", f"--resume {run}: its config.json"
+    what = f"--resume {run}: its config.json"
     if preset or "out" in given:
         raise UserError(f"--resume {run}: not with --preset or --out; the run has its own.")
-    record = read_json(file, what)
+    record = read_json(run / "config.json", what)
     began = record.get("program")
     if not began:
         raise UserError(f"{what} is no run's.")

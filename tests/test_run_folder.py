@@ -219,8 +219,9 @@ def test_as_a_library(tiny_sd, tmp_path, cli):
     assert code == 0, errors
 
 
-def test_a_setting_of_ones_own_costs_no_model(tiny_sd, tmp_path):
-    """Of whatever name: the card has such names of its own."""
+def test_settings_of_ones_own(tiny_sd, tmp_path):
+    """Of whatever name and kind: they cost no model, though its card has such names; each is a flag
+    of a run that goes on, and code that lacks them refuses it."""
 
     @dataclasses.dataclass
     class Config(prdp.Config):
